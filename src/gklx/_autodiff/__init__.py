@@ -1,0 +1,38 @@
+"""Hands the analytic gradients to the libraries that differentiate: one small module a library.
+
+Each module offers two functions:
+
+    tracks(problem) -> bool     could the library be differentiating through the problem's logits?
+    attach(problem) -> value    the loss, with the sweep's gradients registered as its derivative
+"""
+
+import importlib
+from types import ModuleType
+
+from .._libraries import Library, library_of
+from .._problem import Array, Problem
+from .._sweep import Sweep, sweep
+
+
+def value(problem: Problem) -> Array:
+    """The loss, differentiable by its analytic gradient where the library differentiates."""
+    adapter = _adapter(library_of(problem.arrays.student))
+    if adapter is not None and adapter.tracks(problem):
+        return adapter.attach(problem)
+    return sweep(problem, value=True).value
+
+
+def value_and_gradients(problem: Problem, *, student: bool, teacher: bool, value: bool) -> Sweep:
+    """Value and gradients from one sweep; a value that may be differentiated again is attached as in `value`."""
+    adapter = _adapter(library_of(problem.arrays.student))
+    attached = adapter is not None and value and adapter.tracks(problem)
+    result = sweep(problem, value=value and not attached, student=student, teacher=teacher)
+    if attached and adapter is not None:
+        result = result._replace(value=adapter.attach(problem))
+    return result
+
+
+def _adapter(library: Library | None) -> ModuleType | None:
+    if library is None or library.autodiff is None:
+        return None
+    return importlib.import_module(f".{library.autodiff}", __name__)

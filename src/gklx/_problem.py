@@ -1,0 +1,60 @@
+"""What one call asks for: a formula, its numbers and its arrays, already checked."""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+Array = Any
+"""An array of any supported library; its type is known only to the caller."""
+
+Number = Any
+"""A Python float or, under JAX, a 0-d array of the dtype computed in."""
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Formula(NamedTuple):
+    """Which loss it is: the differences between the four, and nothing else."""
+
+    decomposed: bool
+    """wMSE + CE; otherwise KL itself, whose gradients are those of DKL with both weights 1."""
+    tempered: bool
+    """The wMSE acts on logits / temperature; otherwise on the logits as they are."""
+    symmetric: bool
+    """The wMSE gradient reaches the student as well as the teacher."""
+    batch_normalized: bool
+    """The wMSE is divided by the batch's sum of v W^2; otherwise by its sum of v."""
+
+
+class Numbers(NamedTuple):
+    """The hyper-parameters."""
+
+    temperature: Number
+    weight_temperature: Number
+    gamma: Number
+    mse_weight: Number
+    ce_weight: Number
+
+
+class Arrays(NamedTuple):
+    """The arrays of a call, as the caller gave them, but for constants cut from any autodiff graph."""
+
+    student: Array
+    teacher: Array
+    prior: Array | None
+    labels: Array | None
+    sample_weight: Array | None
+    where: Array | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked call, ready to be computed."""
+
+    xp: ModuleType
+    dtype: Any
+    """The dtype computed in: float32 or float64."""
+    formula: Formula
+    reduction: Reduction
+    numbers: Numbers
+    arrays: Arrays

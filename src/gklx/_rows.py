@@ -1,0 +1,72 @@
+"""Rows of logits: which classes count, logits below their maximum, softmax.
+
+Array-API calls only. A class that does not count holds a harmless 0 from here on, so that nothing
+it held (NaN, infinities) reaches a later sum.
+"""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ._problem import Array, Number
+
+
+class Softmax(NamedTuple):
+    """One softmax a row."""
+
+    probabilities: Array
+    """[..., C]; 0 where a class does not count."""
+    log_normalizer: Array
+    """[...], the logarithm of the sum of exp(z / temperature); log p = z / temperature - this."""
+
+
+def as_column(xp: ModuleType, x: Array) -> Array:
+    """[...] to [..., 1]."""
+    return xp.expand_dims(x, axis=-1)
+
+
+def counting(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sample_weight: Array | None) -> Array:
+    """Which classes count, boolean [..., C].
+
+    A class is out where every one of `logits` is -inf, where `where` is False, and in a sample of weight 0.
+    """
+    absent = logits[0] == -xp.inf
+    for other in logits[1:]:
+        absent = absent & (other == -xp.inf)
+    counts = ~absent
+    if where is not None:
+        counts = counts & where
+    if sample_weight is not None:
+        counts = counts & as_column(xp, sample_weight != 0)
+    return counts
+
+
+def below_maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array:
+    """Logits less their row's maximum: at most 0, so that later differences and exponentials are exact and safe."""
+    top = xp.max(xp.where(counts, x, -xp.inf), axis=-1)
+    top = as_column(xp, xp.where(any_counts, top, 0.0))
+    return xp.where(counts, x - top, 0.0)
+
+
+def divided(x: Array, by: Number) -> Array:
+    """`x / by`, without a pass over the array where `by` is exactly 1."""
+    return x if isinstance(by, float) and by == 1.0 else x / by
+
+
+def softmax(xp: ModuleType, z: Array, temperature: Number, counts: Array, any_counts: Array) -> Softmax:
+    """Softmax of z / temperature over the classes that count; z comes from `below_maximum`."""
+    e = xp.where(counts, xp.exp(divided(z, temperature)), 0.0)
+    total = xp.where(any_counts, xp.sum(e, axis=-1), 1.0)
+    return Softmax(e / as_column(xp, total), xp.log(total))
+
+
+def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:
+    """v [...]: 0 in a sample that does not count, NaN where negative (only an array nobody read can still be)."""
+    if sample_weight is None:
+        return xp.astype(any_counts, dtype)
+    v = xp.astype(sample_weight, dtype)
+    return xp.where(any_counts, xp.where(v >= 0, v, xp.nan), 0.0)
+
+
+def named_class(labels: Array, classes: int) -> Array:
+    """Where a label names a class, boolean."""
+    return (labels >= 0) & (labels < classes)

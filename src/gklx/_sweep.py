@@ -1,0 +1,300 @@
+"""The mathematics: values and gradients of KL, DKL, IKL and GKL, from one sweep over the rows.
+
+Notation, as in the papers (arXiv 2305.13948 and 2503.08038): s, t are the student's and the teacher's logits,
+p = softmax(t/T), q = softmax(s/T), w the class weights of a sample, W = sum_j w_j, d = t - s and
+mu = sum_j w_j d_j / W. A sample's losses are
+
+    KL   = sum_j p_j (log p_j - log q_j)
+    wMSE = 1/4 sum_jk w_j w_k (d_j - d_k)^2 = 1/2 W sum_j w_j (d_j - mu)^2
+    CE   = -sum_j p_j log q_j
+
+and their gradients, with w and the p of CE held constant,
+
+    d KL/ds  = (q - p) / T          d KL/dt   = p_j (d_j - mu) / T^2       (w = p)
+    d CE/ds  = (q - p) / T          d CE/dt   = 0
+    d wMSE/dt = W w_j (d_j - mu)    d wMSE/ds = -d wMSE/dt, or 0
+
+The second form of wMSE needs no pair of classes: O(C) work a sample. KL's gradient to the teacher is written in the
+same centred form, since log p_j - log q_j - KL = (d_j - mu) / T: that is the theorem KL = DKL in gradients.
+
+Array-API calls only. Where a difference of logits is infinite it is kept out of the sums and put back afterwards:
+a result that is mathematically infinite is then infinite and never inf - inf.
+"""
+
+from typing import NamedTuple
+
+from ._problem import Array, Number, Problem
+from ._rows import Softmax, as_column, below_maximum, counting, divided, effective_weight, named_class, softmax
+
+
+class Samples(NamedTuple):
+    """What each sample comes to before weights and reduction, all [...]."""
+
+    kl: Array | None
+    mse: Array | None
+    ce: Array | None
+    mass: Array | None
+    """W; None where there is no wMSE."""
+
+
+class Sweep(NamedTuple):
+    """What was asked for; the rest is None. Gradients are in the dtype computed in."""
+
+    value: Array | None
+    student: Array | None
+    teacher: Array | None
+
+
+class _Rows(NamedTuple):
+    counts: Array  # [..., C], boolean
+    sample_weight: Array  # [...]
+    z_student: Array  # [..., C], logits less their maximum
+    z_teacher: Array
+    p: Softmax
+    q: Softmax
+    d: Array  # [..., C], z_teacher - z_student
+    infinite: Array  # [..., C], boolean: d is
+    undefined: Array  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit
+
+
+class _Spread(NamedTuple):
+    w: Array  # [..., C]
+    mass: Array  # [...], W
+    centred: Array  # [..., C], d - mu; 0 where w is
+
+
+def sweep(problem: Problem, *, value: bool = False, student: bool = False, teacher: bool = False) -> Sweep:
+    """Value and gradients of a problem, as asked for.
+
+    Under the reduction "none" the gradients are those of each sample's own entry.
+    """
+    xp, formula, numbers = problem.xp, problem.formula, problem.numbers
+    rows = _row_statistics(problem)
+    mse_to_student = student and formula.symmetric
+    mse_matters = not _is_zero(numbers.mse_weight)
+    spread = None
+    if mse_matters and (teacher or mse_to_student or (value and formula.decomposed)):
+        spread = _spread(problem, rows)
+    share = _share(problem, rows.sample_weight)
+    mse_weight = numbers.mse_weight
+    if spread is not None and formula.batch_normalized:
+        mse_weight = mse_weight * _batch_ratio(problem, rows.sample_weight, spread.mass)
+
+    loss = _value(problem, _samples(problem, rows, spread), mse_weight, share) if value else None
+
+    to_teacher = None
+    if spread is not None and (teacher or mse_to_student):
+        rate = share * (mse_weight * spread.mass)
+        if formula.tempered:
+            rate = divided(divided(rate, numbers.temperature), numbers.temperature)
+        to_teacher = spread.w * spread.centred * as_column(xp, rate)
+    to_student = None
+    if student:
+        if not _is_zero(numbers.ce_weight):
+            rate = share * divided(numbers.ce_weight, numbers.temperature)
+            to_student = (rows.q.probabilities - rows.p.probabilities) * as_column(xp, rate)
+        if mse_to_student and to_teacher is not None:
+            to_student = -to_teacher if to_student is None else to_student - to_teacher
+    return Sweep(
+        loss,
+        _exact_zero_outside(problem, rows, to_student) if student else None,
+        _exact_zero_outside(problem, rows, to_teacher) if teacher else None,
+    )
+
+
+def samples(problem: Problem) -> Samples:
+    """Each sample's own KL, or wMSE and CE, unweighted and not yet normalised."""
+    rows = _row_statistics(problem)
+    return _samples(problem, rows, _spread(problem, rows) if problem.formula.decomposed else None)
+
+
+# --- row statistics ---------------------------------------------------------------------------------------------------
+
+
+def _row_statistics(problem: Problem) -> _Rows:
+    xp, arrays, temperature = problem.xp, problem.arrays, problem.numbers.temperature
+    s = xp.astype(arrays.student, problem.dtype, copy=False)
+    t = xp.astype(arrays.teacher, problem.dtype, copy=False)
+    counts = counting(xp, (s, t), arrays.where, arrays.sample_weight)
+    any_counts = xp.any(counts, axis=-1)
+    z_student = below_maximum(xp, s, counts, any_counts)
+    z_teacher = below_maximum(xp, t, counts, any_counts)
+    p = softmax(xp, z_teacher, temperature, counts, any_counts)
+    q = softmax(xp, z_student, temperature, counts, any_counts)
+    d = z_teacher - z_student
+    return _Rows(
+        counts=counts,
+        sample_weight=effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype),
+        z_student=z_student,
+        z_teacher=z_teacher,
+        p=p,
+        q=q,
+        d=d,
+        infinite=xp.isinf(d),
+        undefined=xp.isnan(p.log_normalizer + q.log_normalizer),
+    )
+
+
+def _spread(problem: Problem, rows: _Rows) -> _Spread:
+    """The differences d about their weighted mean."""
+    xp = problem.xp
+    w, mass = _class_weights(problem, rows)
+    weightless = w == 0
+    d = xp.where(weightless | rows.infinite, 0.0, rows.d)
+    outliers = xp.where(rows.infinite & ~weightless, rows.d, 0.0)
+    mean = xp.sum(w * d, axis=-1) / xp.where(mass == 0, 1.0, mass)
+    above, below = xp.any(outliers == xp.inf, axis=-1), xp.any(outliers == -xp.inf, axis=-1)
+    mean = xp.where(above, xp.where(below, xp.nan, xp.inf), xp.where(below, -xp.inf, mean))
+    centred = xp.where(weightless, 0.0, d - as_column(xp, mean))
+    return _Spread(w, mass, xp.where(outliers == 0, centred, outliers))
+
+
+def _class_weights(problem: Problem, rows: _Rows) -> tuple[Array, Array]:
+    """w, and W with NaN in a sample whose label names no class."""
+    xp, numbers, arrays = problem.xp, problem.numbers, problem.arrays
+    if arrays.prior is None:
+        w = _teacher_weights(problem, rows)
+        return w, xp.sum(w, axis=-1)
+    prior = xp.astype(arrays.prior, problem.dtype, copy=False)
+    if arrays.labels is None:
+        w = xp.where(rows.counts, _power(prior, numbers.gamma), 0.0)
+        return w, xp.sum(w, axis=-1)
+    known = named_class(arrays.labels, prior.shape[0])
+    index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
+    # The smaller of the table and the batch's rows is raised to gamma.
+    samples_, classes = index.size, prior.shape[0]
+    raise_table = samples_ is not None and samples_ > classes
+    if raise_table:
+        prior = _power(prior, numbers.gamma)
+    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), rows.d.shape)
+    if not raise_table:
+        w = _power(w, numbers.gamma)
+    w = xp.where(rows.counts, w, 0.0)
+    return w, xp.where(known | (rows.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
+
+
+def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
+    """softmax(t / weight_temperature)^gamma."""
+    xp, numbers = problem.xp, problem.numbers
+    plain = isinstance(numbers.gamma, float) and numbers.gamma == 1.0
+    same = _same(numbers.weight_temperature, numbers.temperature)
+    if plain and same:
+        return rows.p.probabilities
+    any_counts = xp.any(rows.counts, axis=-1)
+    tau = numbers.weight_temperature
+    at_tau = rows.p if same else softmax(xp, rows.z_teacher, tau, rows.counts, any_counts)
+    if plain:
+        return at_tau.probabilities
+    # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
+    # gamma times a large negative number, not times -inf, so that 0^0 = 1.
+    log_p = divided(rows.z_teacher, tau) - as_column(xp, at_tau.log_normalizer)
+    lowest = xp.finfo(problem.dtype).min
+    log_p = xp.where(log_p < lowest, lowest, log_p)
+    return xp.where(rows.counts, xp.exp(numbers.gamma * log_p), 0.0)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def _samples(problem: Problem, rows: _Rows, spread: _Spread | None) -> Samples:
+    if not problem.formula.decomposed:
+        return Samples(_kl(problem, rows), None, None, None)
+    mse = None if spread is None else _mse(problem, rows, spread)
+    return Samples(None, mse, _ce(problem, rows), None if spread is None else spread.mass)
+
+
+def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
+    xp, temperature = problem.xp, problem.numbers.temperature
+    e = divided(spread.centred, temperature) if problem.formula.tempered else spread.centred
+    mse = 0.5 * spread.mass * xp.sum(spread.w * e * e, axis=-1)
+    # Opposite infinities: mu is undefined, the sum of squares is not.
+    infinite = xp.any(rows.infinite & (spread.w != 0), axis=-1) & ~rows.undefined & ~xp.isnan(spread.mass)
+    return xp.where(infinite, xp.inf, mse)
+
+
+def _ce(problem: Problem, rows: _Rows) -> Array:
+    xp = problem.xp
+    z = xp.where(rows.z_student == -xp.inf, 0.0, rows.z_student)
+    mean = divided(xp.sum(rows.p.probabilities * z, axis=-1), problem.numbers.temperature)
+    return _infinite_if_unreachable(problem, rows, rows.q.log_normalizer - mean)
+
+
+def _kl(problem: Problem, rows: _Rows) -> Array:
+    """KL as sum_j p_j L_j + q_j - p_j with L = log p - log q, which is the same since p and q each sum to 1.
+
+    Every summand is >= 0, and for a small L it is p (L + expm1(-L)), free of the cancellation that leaves
+    nothing of the KL of two close rows.
+    """
+    xp = problem.xp
+    p, q = rows.p.probabilities, rows.q.probabilities
+    normalizers = as_column(xp, rows.p.log_normalizer - rows.q.log_normalizer)
+    ratio = divided(xp.where(rows.infinite, 0.0, rows.d), problem.numbers.temperature) - normalizers
+    close = (abs(ratio) < 1) & ~rows.infinite
+    small = xp.where(close, ratio, 0.0)
+    far = xp.where(rows.infinite, 0.0, p * ratio) + (q - p)
+    summand = xp.where(close, p * (small + xp.expm1(-small)), far)
+    kl = xp.sum(xp.where(rows.counts, summand, 0.0), axis=-1)
+    return _infinite_if_unreachable(problem, rows, kl)
+
+
+def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:
+    """+inf where the student gives no probability to a class to which the teacher gives some."""
+    xp = problem.xp
+    return xp.where(xp.any(rows.d == xp.inf, axis=-1) & ~rows.undefined, xp.inf, x)
+
+
+def _value(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
+    xp, loss = problem.xp, of.kl
+    if loss is None:
+        loss = _weighted(problem, of.ce, problem.numbers.ce_weight)
+    if of.mse is not None:
+        loss = _weighted(problem, of.mse, mse_weight) + loss
+    loss = _weighted(problem, loss, share)
+    return loss if problem.reduction == "none" else xp.sum(loss)
+
+
+def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
+    """weight * x, and 0 where the weight is 0 though x be infinite."""
+    xp = problem.xp
+    if isinstance(weight, float):
+        return xp.zeros_like(x) if weight == 0.0 else weight * x
+    return weight * xp.where(weight == 0, 0.0, x)
+
+
+# --- weights of samples and parts -------------------------------------------------------------------------------------
+
+
+def _share(problem: Problem, v: Array) -> Array:
+    """What a sample's entry counts for in the reduced value."""
+    xp = problem.xp
+    if problem.reduction == "sum":
+        return v
+    if problem.reduction == "none":
+        return v / xp.where(v == 0, 1.0, v)
+    total = xp.sum(v)
+    return v / xp.where(total == 0, 1.0, total)
+
+
+def _batch_ratio(problem: Problem, v: Array, mass: Array) -> Array:
+    """sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
+    xp = problem.xp
+    normalizer = xp.sum(v * mass * mass)
+    return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)
+
+
+def _exact_zero_outside(problem: Problem, rows: _Rows, gradient: Array | None) -> Array:
+    if gradient is None:
+        return problem.xp.zeros_like(rows.d)
+    return problem.xp.where(rows.counts, gradient, 0.0)
+
+
+def _is_zero(x: Number) -> bool:
+    return isinstance(x, float) and x == 0.0
+
+
+def _same(x: Number, y: Number) -> bool:
+    return x is y or (isinstance(x, float) and isinstance(y, float) and x == y)
+
+
+def _power(x: Array, exponent: Number) -> Array:
+    return x if isinstance(exponent, float) and exponent == 1.0 else x**exponent

@@ -1,0 +1,157 @@
+"""From a loss to its gradients, its value with them, or its parts; no autodiff needed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from . import _autodiff
+from ._problem import Array, Problem
+from .losses import problem_builder
+
+
+class Terms(NamedTuple):
+    """The two weighted parts of a loss; their sum is the loss."""
+
+    mse: Array
+    """mse_weight · wMSE."""
+    ce: Array
+    """ce_weight · CE."""
+
+
+def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
+    """A function that returns a loss and its analytic gradient, from one sweep over the logits.
+
+    Works on every library, NumPy and CuPy included, and follows `jax.value_and_grad`.
+
+    Parameters
+    ----------
+    loss : kl, dkl, ikl, gkl, or a functools.partial of one
+        What to differentiate.
+    argnums : int or sequence of ints
+        0 is the student, 1 the teacher. Only what is named is computed.
+
+    Returns
+    -------
+    callable
+        Takes the loss's own arguments; returns ``(value, gradient)``. The gradient has the shape and dtype of the
+        logits it is for, and is a tuple where `argnums` is a sequence.
+
+    Raises
+    ------
+    TypeError
+        `loss` is not one of the four; `argnums` is not made of integers.
+    ValueError
+        `argnums` names something else than 0 and 1; the function is called with ``reduction="none"``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gklx
+    >>> student, teacher = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, np.log(3.0)]])
+    >>> value, gradient = gklx.value_and_grad(gklx.kl)(student, teacher)
+    >>> gradient.round(6)
+    array([[ 0.25, -0.25]])
+    """
+    build, numbers = _unwrapped(loss), _argnums(argnums)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        value, gradients = _evaluate(build(*args, **kwargs), numbers, value=True)
+        return value, gradients if isinstance(argnums, Sequence) else gradients[0]
+
+    return evaluate
+
+
+def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
+    """A function that returns the analytic gradient of a loss.
+
+    Parameters, errors and results are those of `value_and_grad`, without the value.
+
+    Examples
+    --------
+    >>> import functools
+    >>> import numpy as np
+    >>> import gklx
+    >>> student, teacher = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, np.log(3.0)]])
+    >>> of_both = gklx.grad(functools.partial(gklx.gkl, gamma=0.0), argnums=(0, 1))
+    >>> [g.round(4) for g in of_both(student, teacher)]
+    [array([[ 0.3873, -0.3873]]), array([[-0.1373,  0.1373]])]
+    """
+    build, numbers = _unwrapped(loss), _argnums(argnums)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        _, gradients = _evaluate(build(*args, **kwargs), numbers, value=False)
+        return gradients if isinstance(argnums, Sequence) else gradients[0]
+
+    return evaluate
+
+
+def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
+    """A function that returns a loss as its two weighted parts, wMSE and CE.
+
+    Parameters
+    ----------
+    loss : dkl, ikl, gkl, or a functools.partial of one
+        What to take apart; `kl` has no such parts.
+
+    Returns
+    -------
+    callable
+        Takes the loss's own arguments; returns `Terms`. Each part is reduced as the loss is, and differentiable
+        where it is.
+
+    Raises
+    ------
+    TypeError
+        `loss` is `kl`, or not one of the four.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gklx
+    >>> student, teacher = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, np.log(3.0)]])
+    >>> parts = gklx.terms(gklx.dkl)(student, teacher)
+    >>> print(f"{parts.mse:.6f} {parts.ce:.6f}")
+    0.113152 0.693147
+    """
+    build = _unwrapped(loss)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Terms:
+        problem = build(*args, **kwargs)
+        if not problem.formula.decomposed:
+            raise TypeError("loss must be gklx.dkl, gklx.ikl or gklx.gkl, which have parts, got kl")
+        return Terms(
+            mse=_autodiff.value(replace(problem, numbers=problem.numbers._replace(ce_weight=0.0))),
+            ce=_autodiff.value(replace(problem, numbers=problem.numbers._replace(mse_weight=0.0))),
+        )
+
+    return evaluate
+
+
+def _unwrapped(loss: Any) -> Callable[..., Problem]:
+    """The problem builder of a loss, with a partial's arguments bound."""
+    if isinstance(loss, partial):
+        return partial(_unwrapped(loss.func), *loss.args, **loss.keywords)
+    return problem_builder(loss)
+
+
+def _argnums(argnums: Any) -> tuple[int, ...]:
+    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"argnums must be an integer or a sequence of integers, got {argnums!r}")
+        if number not in (0, 1):
+            raise ValueError(f"argnums must be made of 0 (student) and 1 (teacher), got {argnums!r}")
+    if not numbers:
+        raise ValueError(f"argnums must name at least one argument, got {argnums!r}")
+    return numbers
+
+
+def _evaluate(problem: Problem, numbers: tuple[int, ...], *, value: bool) -> tuple[Array | None, tuple[Array, ...]]:
+    """The value, if wanted, and the gradients in the order of `numbers`, each in its logits' dtype."""
+    if problem.reduction == "none":
+        raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
+    result = _autodiff.value_and_gradients(problem, student=0 in numbers, teacher=1 in numbers, value=value)
+    found = (result.student, result.teacher)
+    logits = (problem.arrays.student, problem.arrays.teacher)
+    return result.value, tuple(problem.xp.astype(found[n], logits[n].dtype, copy=False) for n in numbers)
