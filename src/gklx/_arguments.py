@@ -43,7 +43,8 @@ def problem_of(
     }
     present = {name: x for name, x in named.items() if x is not None}
     library = _one_library(present)
-    readable = all(library.readable(x) for x in present.values())
+    to_read = sample_weight is not None or prior is not None
+    readable = to_read and all(library.readable(x) for x in present.values())
     xp = namespace(library)
     dtype = _logits(xp, {"student_logits": student_logits, "teacher_logits": teacher_logits})
     if student_logits.shape != teacher_logits.shape:

@@ -7,17 +7,15 @@ No library is imported to recognise its arrays.
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat as compat
 
 from ._problem import Array
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """One array library and what gklx promises on it."""
 
     name: str
@@ -77,9 +75,10 @@ def _torch_readable(x: Array) -> bool:
 
 def _jax_readable(x: Array) -> bool:
     jax = sys.modules["jax"]
-    if isinstance(x, jax.core.Tracer) or not jax.core.trace_state_clean():
+    if isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices()):
         return False
-    return all(device.platform == "cpu" for device in x.devices())
+    # Under tracing what is computed from a concrete array is traced as well.
+    return not isinstance(jax.numpy.zeros(()) + 0, jax.core.Tracer)
 
 
 LIBRARIES: tuple[Library, ...] = (

@@ -1,6 +1,5 @@
 """What one call asks for: a formula, its numbers and its arrays, already checked."""
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -47,8 +46,7 @@ class Arrays(NamedTuple):
     where: Array | None
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """A checked call, ready to be computed."""
 
     xp: ModuleType

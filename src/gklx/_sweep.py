@@ -21,6 +21,7 @@ Array-API calls only. Where a difference of logits is infinite it is kept out of
 a result that is mathematically infinite is then infinite and never inf - inf.
 """
 
+import math
 from typing import NamedTuple
 
 from ._problem import Array, Number, Problem
@@ -92,7 +93,7 @@ def sweep(problem: Problem, *, value: bool = False, student: bool = False, teach
     if student:
         if not _is_zero(numbers.ce_weight):
             rate = share * divided(numbers.ce_weight, numbers.temperature)
-            to_student = (rows.q.probabilities - rows.p.probabilities) * as_column(xp, rate)
+            to_student = _probability_gap(problem, rows) * as_column(xp, rate)
         if mse_to_student and to_teacher is not None:
             to_student = -to_teacher if to_student is None else to_student - to_teacher
     return Sweep(
@@ -142,10 +143,15 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     weightless = w == 0
     d = xp.where(weightless | rows.infinite, 0.0, rows.d)
     outliers = xp.where(rows.infinite & ~weightless, rows.d, 0.0)
-    mean = xp.sum(w * d, axis=-1) / xp.where(mass == 0, 1.0, mass)
+    safe_mass = xp.where(mass == 0, 1.0, mass)
+    # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
+    # is as large as the differences that matter.
+    d = d - as_column(xp, xp.sum(w * d, axis=-1) / safe_mass)
+    rest = xp.sum(w * d, axis=-1) / safe_mass
     above, below = xp.any(outliers == xp.inf, axis=-1), xp.any(outliers == -xp.inf, axis=-1)
-    mean = xp.where(above, xp.where(below, xp.nan, xp.inf), xp.where(below, -xp.inf, mean))
-    centred = xp.where(weightless, 0.0, d - as_column(xp, mean))
+    rest = xp.where(above, xp.inf, xp.where(below, -xp.inf, rest))
+    rest = xp.where(above & below, xp.nan, rest)  # between opposite infinities there is no mean
+    centred = xp.where(weightless, 0.0, d - as_column(xp, rest))
     return _Spread(w, mass, xp.where(outliers == 0, centred, outliers))
 
 
@@ -162,8 +168,7 @@ def _class_weights(problem: Problem, rows: _Rows) -> tuple[Array, Array]:
     known = named_class(arrays.labels, prior.shape[0])
     index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
     # The smaller of the table and the batch's rows is raised to gamma.
-    samples_, classes = index.size, prior.shape[0]
-    raise_table = samples_ is not None and samples_ > classes
+    raise_table = math.prod(arrays.labels.shape) > prior.shape[0]
     if raise_table:
         prior = _power(prior, numbers.gamma)
     w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), rows.d.shape)
@@ -191,6 +196,17 @@ def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
     lowest = xp.finfo(problem.dtype).min
     log_p = xp.where(log_p < lowest, lowest, log_p)
     return xp.where(rows.counts, xp.exp(numbers.gamma * log_p), 0.0)
+
+
+def _probability_gap(problem: Problem, rows: _Rows) -> Array:
+    """q - p, which sums to 0 over the classes.
+
+    The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
+    keeps the digits where both rows are confident of one class, or close to each other.
+    """
+    xp, p = problem.xp, rows.p.probabilities
+    gap = rows.q.probabilities - p
+    return gap - p * as_column(xp, xp.sum(gap, axis=-1))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """From a loss to its gradients, its value with them, or its parts; no autodiff needed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -121,8 +120,8 @@ def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
         if not problem.formula.decomposed:
             raise TypeError("loss must be gklx.dkl, gklx.ikl or gklx.gkl, which have parts, got kl")
         return Terms(
-            mse=_autodiff.value(replace(problem, numbers=problem.numbers._replace(ce_weight=0.0))),
-            ce=_autodiff.value(replace(problem, numbers=problem.numbers._replace(mse_weight=0.0))),
+            mse=_autodiff.value(problem._replace(numbers=problem.numbers._replace(ce_weight=0.0))),
+            ce=_autodiff.value(problem._replace(numbers=problem.numbers._replace(mse_weight=0.0))),
         )
 
     return evaluate

@@ -1,6 +1,5 @@
 """The analytic gradient as a `torch.autograd.Function`."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ def attach(problem: Problem) -> torch.Tensor:
 
 def _swept(problem: Problem, student: Any, teacher: Any, wanted: tuple[bool, bool], value: bool) -> Sweep:
     """The sweep at the tensors autograd handed over, which need not be the problem's own."""
-    at = replace(problem, arrays=problem.arrays._replace(student=student, teacher=teacher))
+    at = problem._replace(arrays=problem.arrays._replace(student=student, teacher=teacher))
     return sweep(at, value=value, student=wanted[0], teacher=wanted[1])
 
 

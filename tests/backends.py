@@ -1,0 +1,173 @@
+"""The backends the tests run on: a library, how its arrays are made, and in which way it is called.
+
+`GKLX_BACKENDS` (names, comma-separated) says which must be there: they fail where absent instead of skipping, and the
+others are left out. Without it every library that can be imported takes part.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gklx._libraries import LIBRARIES, Library, namespace
+
+BY_BACKEND = {library.backend: library for library in LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    library: Library
+    make: Callable[[Any], Any]
+    """From a NumPy array to the library's."""
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
+    """What a function of arrays goes through before it is called (a compiler, say)."""
+    only: tuple[str, ...] = ()
+    """The dtypes that stand for all where compiling every case for each would take minutes."""
+
+    @property
+    def xp(self) -> ModuleType:
+        return namespace(self.library)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return self.only or self.library.dtypes
+
+    def array(self, x: Any, dtype: str | None = None) -> Any:
+        """An array of this backend; bfloat16 is made by the library, since NumPy has none."""
+        x = np.array(x)
+        if dtype is None:
+            return self.make(x)
+        if dtype in ("float32", "float64"):
+            return self.make(x.astype(dtype))
+        if dtype == "float16":
+            return self.make(x.astype(dtype))
+        return self.xp.astype(self.make(x.astype("float32")), self.xp.bfloat16)
+
+    def rounded(self, x: Any, dtype: str) -> np.ndarray:
+        """Float64 values that the dtype holds exactly: those of `array(x, dtype)`."""
+        return self.numpy(self.array(x, dtype))
+
+    def numpy(self, x: Any) -> np.ndarray:
+        """Float64 NumPy values of this backend's array."""
+        if self.library.lazy:
+            x = x.compute(scheduler="synchronous")
+            return np.asarray(x, dtype="float64")
+        if self.library.backend == "numpy":
+            return np.asarray(x, dtype="float64")
+        if not self.xp.isdtype(x.dtype, "bool"):
+            x = self.xp.astype(x, self.xp.float64)
+        return np.asarray(self.library.to_numpy(x), dtype="float64")
+
+    def owns(self, x: Any) -> bool:
+        """Whether an array is of this library; NumPy reductions give scalars, which count."""
+        return self.library.recognises(x)
+
+
+def _numpy_read_only(x: np.ndarray) -> np.ndarray:
+    x = x.copy()
+    x.flags.writeable = False
+    return x
+
+
+def _torch(x: np.ndarray) -> Any:
+    import torch
+
+    return torch.tensor(x)
+
+
+def _jax(x: np.ndarray) -> Any:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return jax.numpy.asarray(x)
+
+
+def _jax_jit(f: Callable[..., Any]) -> Callable[..., Any]:
+    import jax
+
+    return jax.jit(f)
+
+
+def _dask_persist(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Computes all that a function returns at once; the results are Dask arrays still."""
+
+    def persisted(*args: Any, **kwargs: Any) -> Any:
+        import dask
+
+        return dask.persist(f(*args, **kwargs), scheduler="synchronous")[0]
+
+    return persisted
+
+
+def _dask(x: np.ndarray) -> Any:
+    import dask.array
+
+    # Rows in chunks of two; the class axis in one chunk or, where there are many classes, in several.
+    chunks = tuple(2 for _ in x.shape[:-1]) + tuple(5 for _ in x.shape[-1:]) if x.ndim > 1 else 2
+    return dask.array.from_array(x, chunks=chunks) if x.ndim else dask.array.asarray(x)
+
+
+def _strict(x: np.ndarray, device: str = "CPU_DEVICE") -> Any:
+    import array_api_strict
+
+    # In its strictest flags: nothing whose shape depends on values, no extension.
+    array_api_strict.set_array_api_strict_flags(
+        boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
+    )
+    return array_api_strict.asarray(x, device=array_api_strict.Device(device))
+
+
+def _cupy(x: np.ndarray) -> Any:
+    import cupy
+
+    return cupy.asarray(x)
+
+
+BACKENDS = (
+    Backend("numpy", BY_BACKEND["numpy"], lambda x: x),
+    Backend("numpy-readonly", BY_BACKEND["numpy"], _numpy_read_only),
+    Backend("torch", BY_BACKEND["torch"], _torch),
+    Backend("jax", BY_BACKEND["jax"], _jax),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",)),
+    Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16")),
+    Backend("strict", BY_BACKEND["array_api_strict"], _strict),
+    Backend("strict-device1", BY_BACKEND["array_api_strict"], lambda x: _strict(x, "device1")),
+    Backend("cupy", BY_BACKEND["cupy"], _cupy),
+)
+
+REQUIRED = tuple(filter(None, os.environ.get("GKLX_BACKENDS", "").split(",")))
+
+
+def absent(backend: str) -> str | None:
+    """Why a library cannot be tested here, None if it can."""
+    module = "dask.array" if backend == "dask" else backend
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"{BY_BACKEND[backend].name} is not installed ({error})"
+    if backend == "cupy":
+        import cupy
+
+        try:
+            cupy.zeros(1).sum().get()
+        except Exception as error:
+            return f"no CUDA GPU that CuPy can use ({type(error).__name__})"
+    return None
+
+
+def needs(backend: str) -> None:
+    """Skips a test where its library is absent or not asked for; fails where it was required."""
+    if REQUIRED and backend not in REQUIRED:
+        pytest.skip(f"{BY_BACKEND[backend].name} is not among GKLX_BACKENDS={','.join(REQUIRED)}")
+    reason = absent(backend)
+    if reason is not None:
+        if REQUIRED:
+            pytest.fail(reason)
+        pytest.skip(reason)

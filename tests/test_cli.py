@@ -1,0 +1,408 @@
+"""The command `gklx`: its output, its errors and its exit codes."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gklx
+from gklx import _cli
+from gklx._cli import main
+from gklx._libraries import LIBRARIES
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+STUDENT, TEACHER, LABELS = (str(DIGITS / f"{name}.npy") for name in ("student", "teacher", "labels"))
+FILES = [STUDENT, TEACHER]
+
+
+@pytest.fixture
+def save(tmp_path):
+    def saved(name, x):
+        path = tmp_path / f"{name}.npy"
+        np.save(path, x, allow_pickle=True)
+        return str(path)
+
+    return saved
+
+
+@pytest.fixture
+def run(capsys):
+    def ran(*argv):
+        capsys.readouterr()
+        status = main([str(x) for x in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return ran
+
+
+@pytest.fixture
+def fails(run):
+    """Runs what must fail with one line on stderr, and returns that line without its start."""
+
+    def failed(*argv, status=2):
+        got, out, err = run(*argv)
+        assert (got, out) == (status, "")
+        assert err.startswith("gklx: error: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1
+        return err.removeprefix("gklx: error: ").rstrip("\n")
+
+    return failed
+
+
+def process(*argv, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "gklx", *argv], capture_output=True, text=True, check=False, timeout=60, **kwargs
+    )
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", ["30", "80", "120"])
+def test_table_holds_every_number(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    status, out, err = run("score", *FILES, "--labels", LABELS)
+    assert (status, err) == (0, "")
+    assert "…" not in out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(re.findall(r"\d", next(line for line in lines if line.startswith("maximum")))) >= 16
+    for title in ("mean", "± standard error", "  of which wMSE", "median", "90 %", "95 %", "99 %"):
+        assert [line for line in lines if line.startswith(title)]
+    assert "top-1 agreement" in out
+    assert "classes with the largest mean kl" in " ".join(out.split())
+    assert "899 samples" in out
+
+
+def test_table_without_parts_and_without_labels(run):
+    status, out, _ = run("score", *FILES, "--loss", "kl")
+    assert status == 0
+    assert "wMSE" not in out
+    assert "largest" not in out
+    assert "not finite" not in out
+
+
+def test_table_tells_what_is_not_finite(run, save):
+    s = np.load(STUDENT)
+    s[3, 1] = -np.inf
+    s[9] = np.nan
+    status, out, err = run("score", save("s", s), TEACHER, "--mse-weight", "1e9")
+    assert (status, err) == (0, "")
+    assert re.search(r"samples not finite +2 +2 +2 +2", out)
+    assert "e+" in out
+
+
+def test_json(run):
+    status, out, err = run("score", *FILES, "--labels", LABELS, "--format", "json", "--gamma", "0.5", "--temperature=2")
+    assert (status, err) == (0, "")
+    found = json.loads(out, parse_constant=pytest.fail)
+    losses, worst = found.pop("losses"), found.pop("worst_classes")
+    assert found == {
+        "samples": 899,
+        "skipped": 0,
+        "classes": 10,
+        "backend": "numpy",
+        "device": "cpu",
+        "parameters": {
+            "temperature": 2.0,
+            "weight_temperature": 1.0,
+            "gamma": 0.5,
+            "mse_weight": 1.0,
+            "ce_weight": 1.0,
+            "weights": "class prior",
+        },
+        "top1_agreement": pytest.approx(0.961, abs=0.02),
+    }
+    assert list(losses) == ["kl", "dkl", "ikl", "gkl"]
+    keys = ["mean", "stderr", "median", "p90", "p95", "p99", "max", "mse", "ce", "nonfinite"]
+    assert [list(each) for each in losses.values()] == [keys] * 4
+    assert (losses["kl"]["mse"], losses["kl"]["ce"]) == (None, None)
+    for name in ("dkl", "ikl", "gkl"):
+        assert losses[name]["mean"] == pytest.approx(losses[name]["mse"] + losses[name]["ce"], rel=1e-12)
+    assert len(worst) == 5
+    assert list(worst[0]) == ["class", "samples", "top1_agreement", "mean"]
+    assert list(worst[0]["mean"]) == list(losses)
+
+
+def test_json_is_strict_where_numbers_are_not_finite(run, save):
+    s, t = np.load(STUDENT)[:20], np.load(TEACHER)[:20]
+    s[3, 1], t[5, 0], s[6] = -np.inf, np.inf, np.nan
+    labels = save("y", np.load(LABELS)[:20])
+    for backend in ("numpy", "dask", "array_api_strict"):
+        if backend != "numpy":
+            pytest.importorskip(backend)
+        status, out, err = run(
+            "score", save("s", s), save("t", t), "--format", "json", "--labels", labels, "--backend", backend
+        )
+        assert (status, err) == (0, "")
+        found = json.loads(out, parse_constant=pytest.fail)
+        assert found["losses"]["kl"]["mean"] is None
+        assert found["losses"]["kl"]["nonfinite"] == 3
+        assert None in [each["mean"]["kl"] for each in found["worst_classes"]]
+
+
+def test_losses_keep_their_order_and_come_once(run):
+    _, out, _ = run("score", *FILES, "--format", "json", "--loss", "gkl", "kl", "gkl")
+    assert list(json.loads(out)["losses"]) == ["gkl", "kl"]
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"gklx {gklx.__version__}\n", "")
+    status, out, _ = run("score", "--help")
+    assert status == 0
+    assert "usage: gklx score" in out
+    for word in ("--weight-temperature", "examples:", "null", "class prior"):
+        assert word in out
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert "usage: gklx" in err
+    assert "gklx score student.npy teacher.npy" in err
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, world", "not a NumPy .npy file"),
+        (b"PK\x03\x04", "not a NumPy .npy file"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr'", "damaged or cut short"),
+        (b"\x93NUMPY\x07\x00\x10\x00{'descr'", "damaged or cut short"),
+        (b"\x93NUM", "not a NumPy .npy file"),
+    ],
+)
+def test_files_that_are_no_arrays(fails, tmp_path, content, message):
+    path = tmp_path / "bad.npy"
+    path.write_bytes(content)
+    for files in ([path, TEACHER], [STUDENT, path], [*FILES, "--labels", path]):
+        line = fails("score", *files)
+        assert str(path) in line
+        assert message in line
+
+
+def test_files_that_are_not_there_or_not_whole(fails, tmp_path):
+    assert "No such file" in fails("score", tmp_path / "none.npy", TEACHER)
+    assert "is a directory" in fails("score", tmp_path, TEACHER)
+    assert "not a regular file" in fails("score", os.devnull, TEACHER)
+    assert "File name too long" in fails("score", "x" * 5000, TEACHER)
+    assert "No such file" in fails("score", "two\nlines", TEACHER)
+    short = tmp_path / "short.npy"
+    short.write_bytes(Path(STUDENT).read_bytes()[:-1])
+    assert "cut short" in fails("score", short, TEACHER)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read(fails, save):
+    path = save("s", np.zeros((2, 2)))
+    os.chmod(path, 0)
+    assert "Permission denied" in fails("score", path, TEACHER)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.zeros((3, 2), dtype=np.int64), "float16, float32 or float64, got int64"),
+        (np.zeros((3, 2), dtype=bool), "got bool"),
+        (np.zeros((3, 2), dtype=np.complex64), "got complex (complex64)"),
+        (np.asarray([["a"]]), "got text"),
+        (np.asarray([[b"a"]]), "got bytes"),
+        (np.zeros((3, 2), dtype=[("x", "f4")]), "got a structured dtype"),
+        (np.zeros((3, 2), dtype=[("größe", "f4")]), "got a structured dtype"),
+        (np.zeros((3, 2), dtype="M8[s]"), "got datetime64[s]"),
+        (np.asarray([[None]]), "pickled Python objects"),
+        (np.zeros(3), "must have shape [samples, classes] or more axes, got [3]"),
+        (np.float32(1), "got []"),
+        (np.zeros((0, 3)), "no logits in it, its shape is [0, 3]"),
+        (np.zeros((3, 0)), "no logits in it"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
+def test_arrays_that_are_no_logits(fails, save, x, message):
+    path = save("bad", x)
+    line = fails("score", path, path)
+    assert line.startswith(f"{path}: ")
+    assert message in line
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="no wider float here")
+def test_long_doubles_are_refused(fails, save):
+    path = save("bad", np.zeros((2, 2), dtype=np.longdouble))
+    assert "must be float16, float32 or float64" in fails("score", path, path)
+
+
+def test_files_that_do_not_fit_together(fails, save):
+    wide = save("wide", np.zeros((899, 12), dtype=np.float32))
+    line = fails("score", STUDENT, wide)
+    assert line == f"vocabulary mismatch: {STUDENT} has shape [899, 10] and {wide} has shape [899, 12]"
+    assert "do not hold the same samples" in fails("score", STUDENT, save("few", np.zeros((5, 10), dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y[:-1], "labels must have one label a sample, shape [899]"),
+        (lambda y: y[:, None], "got [899, 1]"),
+        (lambda y: y.astype(np.float64), "labels must be integers, got float64"),
+        (lambda y: y > 3, "labels must be integers, got bool"),
+        (lambda y: y + np.asarray([1] + [0] * 898) * 10, "labels must lie in [0, 10), got 1"),
+        (lambda y: np.where(np.arange(899) == 17, -100, y), "got -100 at sample 17"),
+        (lambda y: np.where(np.arange(899) == 17, 2**64 - 1, y.astype(np.uint64)), "got 18446744073709551615 at"),
+    ],
+)
+def test_bad_labels(fails, save, change, message):
+    assert message in fails("score", *FILES, "--labels", save("y", change(np.load(LABELS))))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--temperature", "0"], "argument --temperature: must be above 0, got 0"),
+        (["--temperature", "nan"], "must be a finite number, got nan"),
+        (["--weight-temperature", "-1"], "must be above 0, got -1"),
+        (["--gamma", "-0.5"], "argument --gamma: must be at least 0, got -0.5"),
+        (["--gamma", "x"], "must be a finite number, got x"),
+        (["--mse-weight", "inf"], "argument --mse-weight: must be a finite number, got inf"),
+        (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
+        (["--batch-size", "1.5"], "must be a whole number"),
+        (["--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
+        (["--loss"], "argument --loss: expected at least one argument"),
+        (["--backend", "tensorflow"], "argument --backend: invalid choice"),
+        (["--format", "xml"], "argument --format: invalid choice"),
+        (["--device", "nowhere"], "--device nowhere: NumPy cannot compute there"),
+        (["--temp", "1"], "unrecognized arguments: --temp"),
+        (["more"], "unrecognized arguments: more"),
+    ],
+)
+def test_bad_arguments(fails, argv, message):
+    assert message in fails("score", *FILES, *argv)
+
+
+def test_too_few_arguments(fails):
+    assert "required: TEACHER" in fails("score", STUDENT)
+    assert "invalid choice: 'train'" in fails("train")
+
+
+@pytest.mark.parametrize("library", [x for x in LIBRARIES if x.backend != "numpy"], ids=lambda x: x.backend)
+def test_unknown_devices(fails, library):
+    pytest.importorskip(library.module.removeprefix("array_api_compat.").split(".")[0])
+    for device in ("nowhere", "cpu:999999", ":", "cuda:99"):
+        if (library.backend, device) != ("torch", "cpu:999999"):  # PyTorch's CPU has any number
+            assert f"--device {device}: {library.name} cannot" in fails(
+                "score", *FILES, "--backend", library.backend, "--device", device
+            )
+
+
+def test_library_not_installed(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "array_api_compat.cupy", None)
+    assert "--backend cupy: CuPy cannot be imported here" in fails("score", *FILES, "--backend", "cupy")
+
+
+@pytest.mark.parametrize("backend", [x.backend for x in LIBRARIES if x.backend not in ("numpy", "cupy")])
+def test_devices_by_name(run, backend):
+    pytest.importorskip(backend)
+    name = "CPU_DEVICE" if backend == "array_api_strict" else "cpu"
+    status, out, _ = run("score", *FILES, "--loss", "kl", "--backend", backend, "--device", name, "--format", "json")
+    assert status == 0
+    assert json.loads(out)["device"].startswith(name)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "gklx: interrupted"),
+        (MemoryError("8 GiB"), 1, "gklx: error: not enough memory; a smaller --batch-size may help (8 GiB)"),
+        (RuntimeError("one\ntwo"), 1, "gklx: error: RuntimeError: one two"),
+    ],
+)
+def test_trouble_inside(run, monkeypatch, raised, status, line):
+    def trouble(arguments):
+        raise raised
+
+    monkeypatch.setattr(_cli, "_score", trouble)
+    assert run("score", *FILES) == (status, "", line + "\n")
+
+
+def test_broken_pipe_in_process(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text:
+                raise BrokenPipeError
+            return 0
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["score", *FILES]) == 141
+    assert capsys.readouterr().err == ""
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_module_is_the_command():
+    done = process("score", *FILES, "--labels", LABELS, "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["samples"] == 899
+    done = process("score", "none.npy", TEACHER)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gklx: error: none.npy: No such file or directory\n"
+
+
+def test_nothing_but_ascii_where_no_more_can_be_spelt():
+    done = process("score", *FILES, "--labels", LABELS, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "+- standard error" in done.stdout
+    assert "?" not in done.stdout
+
+
+def test_import_brings_no_command():
+    code = "import sys, gklx; print([m for m in sys.modules if m.startswith(('rich', 'gklx._cli', 'gklx._score'))])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+@pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
+def test_nobody_reads(argv, statuses):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "gklx", *argv], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+    assert done.returncode in statuses  # argparse may have swallowed the error of writing its help
+    assert done.stderr == b""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+def test_output_that_cannot_be_written():
+    with open("/dev/full", "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "gklx", "score", *FILES], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"gklx: error: OSError: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_interrupt(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "import gklx._score as score, gklx._cli as cli\n"
+        "score._block = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", *FILES], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGINT, "", "gklx: interrupted\n")

@@ -1,0 +1,134 @@
+"""Infinities, NaN, empty batches and weights of nothing: what must come out, on every backend."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from cases import CASES, LOSSES, call, loss_of
+from closeness import assert_close
+
+import gklx
+
+INF, NAN = np.inf, np.nan
+EYE = np.eye(3) * 0.4 + 0.2
+
+
+def run(backend, loss, s, t, **given):
+    arrays = {name: backend.array(x) for name, x in given.items()}
+    return backend.wrap(gklx.value_and_grad(loss, (0, 1)))(backend.array(s), backend.array(t), **arrays)
+
+
+@pytest.mark.parametrize("name", ["kl", "dkl"])
+def test_a_class_the_teacher_rules_out_contributes_nothing(backend, name):
+    value, (to_s, to_t) = run(backend, LOSSES[name], [[1.0, 2.0, 0.5]], [[0.0, -INF, 1.0]])
+    near, (near_s, near_t) = run(backend, LOSSES[name], [[1.0, 2.0, 0.5]], [[0.0, -800.0, 1.0]])
+    assert_close(value, backend.numpy(near), backend, "float64", ulps=4)
+    assert_close(to_s, backend.numpy(near_s), backend, "float64", ulps=4)
+    assert_close(to_t, backend.numpy(near_t), backend, "float64", ulps=4)
+    assert backend.numpy(to_t)[0, 1] == 0.0
+
+
+@pytest.mark.parametrize("loss", [*LOSSES.values(), partial(gklx.gkl, gamma=0.0)], ids=[*LOSSES, "gkl-0"])
+def test_a_class_the_student_alone_rules_out_makes_the_loss_infinite(backend, loss):
+    value, (to_s, to_t) = run(backend, loss, [[1.0, -INF, 0.5], [0.0, 1.0, 2.0]], [[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]])
+    assert_close(value, INF, backend, "float64", ulps=0)
+    to_s, to_t = backend.numpy(to_s), backend.numpy(to_t)
+    # The teacher is pulled off that class without bound; a NaN would say nothing.
+    assert to_t[0].tolist() == [-INF, INF, -INF]
+    assert not np.isnan(to_s).any()
+    assert np.isfinite(to_s[1]).all()
+    assert np.isfinite(to_t[1]).all()
+
+
+def test_an_underflown_teacher_still_finds_the_student_infinitely_wrong(backend):
+    value, _ = run(backend, gklx.kl, [[0.0, -INF]], [[0.0, -2000.0]])
+    assert_close(value, INF, backend, "float64", ulps=0)
+
+
+def test_an_infinite_difference_under_a_prior(backend):
+    loss = partial(gklx.gkl, ce_weight=0.0)
+    s, labels = [[0.0, 1.0, 2.0]], np.asarray([1])
+    value, (to_s, to_t) = run(backend, loss, s, [[0.0, -INF, 1.0]], prior=EYE, labels=labels)
+    assert_close(value, INF, backend, "float64", ulps=0)
+    assert backend.numpy(to_t)[0].tolist() == [INF, -INF, INF]
+    assert backend.numpy(to_s)[0].tolist() == [-INF, INF, -INF]
+    # A class of weight 0 has no say.
+    weightless = np.asarray([[1.0, 0.0, 1.0]])
+    value, _ = run(backend, loss, s, [[0.0, -INF, 1.0]], prior=weightless)
+    finite, _ = run(backend, loss, s, [[0.0, 7.0, 1.0]], prior=weightless)
+    assert_close(value, backend.numpy(finite), backend, "float64", ulps=4)
+
+
+def test_opposite_infinite_differences(backend):
+    value, _ = run(backend, partial(gklx.ikl, ce_weight=0.0), [[0.0, -INF, 2.0]], [[-INF, 1.0, 1.0]],
+                   prior=EYE, labels=np.asarray([0]))  # fmt: skip
+    assert_close(value, INF, backend, "float64", ulps=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_in_a_sample_that_counts_stays_and_stays_there(backend, case, side):
+    s, t, given = call(case, "none")
+    (s, t)[side][1, 2] = NAN
+    loss = loss_of(case, reduction="none")
+    arrays = {name: backend.array(x) for name, x in given.items()}
+    entries = backend.numpy(loss(backend.array(s), backend.array(t), **arrays))
+    assert np.isnan(entries[1])
+    if case.settings.get("normalize", "samples") == "samples" and case.loss != "gkl":
+        assert np.isfinite(np.delete(entries, 1)).all()
+
+
+def test_nan_never_crosses_a_mask(backend):
+    where = np.asarray([True, True, False])
+    for case in CASES:
+        if case.prior:
+            continue
+        s, t = [[1.0, 2.0, NAN], [NAN, 1.0, 0.0]], [[0.0, 1.0, INF], [1.0, 1.0, -INF]]
+        _, gradients = run(backend, loss_of(case), s, t, where=where)
+        for gradient in gradients:
+            assert (backend.numpy(gradient)[:, 2] == 0.0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_batch_of_no_weight_is_zero(backend, case):
+    s, t, given = call(case, "none")
+    s[0], t[1] = NAN, INF
+    value, gradients = run(backend, loss_of(case), s, t, **given, sample_weight=np.zeros(len(s)))
+    assert_close(value, 0.0, backend, "float64", ulps=0)
+    for gradient in gradients:
+        assert_close(gradient, np.zeros_like(s), backend, "float64", ulps=0)
+    value, gradients = run(backend, loss_of(case), s, t, **given, where=np.asarray(False))
+    assert_close(value, 0.0, backend, "float64", ulps=0)
+    for gradient in gradients:
+        assert_close(gradient, np.zeros_like(s), backend, "float64", ulps=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_an_empty_batch_is_zero(backend, case):
+    if backend.library.lazy:
+        pytest.skip("Dask has no maximum over chunks of no rows")
+    s, t, given = call(case, "none", batch=(0,))
+    value, gradients = run(backend, loss_of(case), s, t, **given)
+    assert_close(value, 0.0, backend, "float64", ulps=0)
+    for gradient in gradients:
+        assert_close(gradient, np.zeros((0, 7)), backend, "float64", ulps=0)
+
+
+def test_a_weight_of_zero_switches_off_an_infinite_part(backend):
+    s, t = [[0.0, -INF, 1.0]], [[0.0, 0.0, 1.0]]
+    value, _ = run(backend, partial(gklx.ikl, ce_weight=0.0), s, t, prior=np.asarray([[1.0, 0.0, 1.0]]))
+    assert np.isfinite(backend.numpy(value))
+
+
+def test_half_precision_sums_do_not_overflow(backend):
+    """Sum of w^2 over 300 samples of 300 classes at gamma = 0 is far beyond float16."""
+    if "float16" not in backend.dtypes:
+        pytest.skip(f"{backend.name} is not tested in float16")
+    s, t = np.random.default_rng(0).standard_normal((2, 300, 300))
+    loss = partial(gklx.gkl, gamma=0.0)
+    value, (to_s, _) = backend.wrap(gklx.value_and_grad(loss, (0, 1)))(
+        backend.array(s, "float16"), backend.array(t, "float16")
+    )
+    exact = gklx.gkl(backend.rounded(s, "float16"), backend.rounded(t, "float16"), gamma=0.0)
+    assert_close(value, exact, backend, "float32", ulps=32)
+    assert np.isfinite(backend.numpy(to_s)).all()

@@ -1,0 +1,103 @@
+"""float32 and the halves stay near rounding: against float64 of the same inputs, at real class counts."""
+
+import backends
+import numpy as np
+import pytest
+from cases import CASES, Case, loss_of, on, rounded
+from closeness import assert_close, assert_near
+
+import gklx
+
+NUMPY = backends.BACKENDS[0]
+MANY = [case for case in CASES if case.prior == ""]
+
+
+def logits(rng, kind, rows, classes):
+    s, t = 3.0 * rng.standard_normal((2, rows, classes))
+    if kind == "offsets":
+        s, t = s - 1e4, t + 1e4
+    elif kind == "confident":  # both sure of the same class
+        s[:, 0] += 20.0
+        t[:, 0] += 18.0
+    elif kind == "confident-teacher":
+        t[:, 1] += 25.0
+    elif kind == "opposed":
+        s[:, 0] += 60.0
+        t[:, 1] += 60.0
+    elif kind == "wide":
+        s, t = 5.0 * s, 5.0 * t
+    return s, t
+
+
+@pytest.mark.parametrize("kind", ["plain", "offsets", "confident", "confident-teacher", "opposed", "wide"])
+@pytest.mark.parametrize(("classes", "ulps"), [(10, 32), (1_000, 32), (100_000, 128)])
+def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps):
+    if backend.name in ("jax-jit", "dask", "numpy-readonly", "strict-device1") and classes == 100_000:
+        pytest.skip(f"{backend.name} runs what another backend runs at this size")
+    s, t = logits(np.random.default_rng(1), kind, 4 if classes > 10 else 64, classes)
+    given_s, given_t, _ = on(backend, "float32", s, t, {})
+    exact_s, exact_t, _ = rounded(backend, "float32", s, t, {})
+
+    even = kind in ("plain", "offsets")
+
+    def everything(s, t):
+        return [gklx.value_and_grad(loss_of(case), (0, 1))(s, t) for case in MANY]
+
+    for case, (value, found) in zip(MANY, backend.wrap(everything)(given_s, given_t), strict=True):
+        exact_value, exact = gklx.value_and_grad(loss_of(case), (0, 1))(exact_s, exact_t)
+        # A normaliser 1 + tiny rounds to 1: the value of a confident row is known to a unit of 1.
+        assert_close(value, exact_value, backend, "float32", ulps=ulps, scale=0.0 if even else 1.0)
+        for gradient, expected in zip(found, exact, strict=True):
+            scale = 0.0 if even else scale_of(exact_s, exact_t)
+            assert_close(gradient, expected, backend, "float32", ulps=ulps, scale=scale)
+
+
+def scale_of(s, t):
+    """The size of the summands of mu, by row: d_j of one row may cancel to anything below it.
+
+    For such rows the float32 result is the exact gradient of logits a rounding away, which no formula in float32
+    betters; the difference d_j - d_k is then known to a unit of |t_j| + |s_j| below their maxima and no further.
+    """
+    t, s = t - t.max(axis=-1, keepdims=True), s - s.max(axis=-1, keepdims=True)
+    p = np.exp(t) / np.exp(t).sum(axis=-1, keepdims=True)
+    spread = (p * (1 - p) * (abs(t) + abs(s))).max(axis=-1, keepdims=True)
+    return spread / len(s)
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_kl_of_close_rows_keeps_its_digits(size):
+    """KL is of second order in the difference; the plain sum of p (log p - log q) keeps none of it at 1e-4."""
+    rng = np.random.default_rng(2)
+    t = (3 * rng.standard_normal((50, 1_000))).astype("float32")
+    s = (t + size * rng.standard_normal(t.shape)).astype("float32")
+    found = gklx.kl(s, t, reduction="none")
+    exact = gklx.kl(s.astype("float64"), t.astype("float64"), reduction="none")
+    relative = np.abs(found - exact) / exact
+    assert relative.max() < 2e-6 / size
+    assert (found >= 0).all()
+    pairwise = gklx.kl(t, t, reduction="none")
+    assert_near(pairwise.astype("float64"), np.zeros(50), "float32", ulps=0)
+
+
+def test_float64_is_near_rounding_of_extended_precision():
+    import oracle
+
+    rng = np.random.default_rng(3)
+    for kind in ("plain", "offsets", "confident"):  # opposed rows are beyond the oracle's plain formulas
+        s, t = logits(rng, kind, 8, 40)
+        for case in MANY:
+            value, (to_s, to_t) = gklx.value_and_grad(loss_of(case), (0, 1))(s, t)
+            expected, exact_s, exact_t = oracle.evaluate(case.loss, s, t, **case.settings)
+            assert_near(value, expected, "float64", ulps=32, scale=1.0)
+            assert_near(to_s, exact_s, "float64", ulps=32, scale=scale_of(s, t))
+            assert_near(to_t, exact_t, "float64", ulps=32, scale=scale_of(s, t))
+
+
+def test_gamma_reaches_below_underflow():
+    """p = exp(-150) is 0 in float32, its 0.1th power is not."""
+    s, t = np.zeros((1, 3), dtype="float32"), np.asarray([[0.0, -150.0, -1.0]], dtype="float32")
+    case = Case("", "gkl", {"gamma": 0.1})
+    found = gklx.grad(loss_of(case), 1)(s, t)
+    exact = gklx.grad(loss_of(case), 1)(s.astype("float64"), t.astype("float64"))
+    assert_close(found, exact, NUMPY, "float32", ulps=8)
+    assert abs(exact[0, 1]) > 1e-5
