@@ -109,9 +109,8 @@ def _dask_persist(f: Callable[..., Any]) -> Callable[..., Any]:
 def _dask(x: np.ndarray) -> Any:
     import dask.array
 
-    # Rows in chunks of two; the class axis in one chunk or, where there are many classes, in several.
-    chunks = tuple(2 for _ in x.shape[:-1]) + tuple(5 for _ in x.shape[-1:]) if x.ndim > 1 else 2
-    return dask.array.from_array(x, chunks=chunks) if x.ndim else dask.array.asarray(x)
+    # Every axis in two chunks, the classes' too.
+    return dask.array.from_array(x, chunks=tuple(max(1, -(-size // 2)) for size in x.shape))
 
 
 def _strict(x: np.ndarray, device: str = "CPU_DEVICE") -> Any:

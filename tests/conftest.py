@@ -1,11 +1,15 @@
 """Fixtures: one that runs a test on every backend, one on every dtype a backend has."""
 
-import backends
 import pytest
 from hypothesis import HealthCheck, settings
 
+import backends
+
 settings.register_profile(
-    "gklx", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    "gklx",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("gklx")
 

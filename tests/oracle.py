@@ -1,8 +1,8 @@
 """The losses from their definitions, all pairs of classes, in NumPy; differentiated by complex steps.
 
 The inputs are float64 values; the arithmetic is NumPy's widest, so that the oracle's own rounding does not count
-against a float64 result. Shares nothing with the package. Each sample is first cut down to the classes that count, so no mask reaches a formula.
-A stopped gradient is an argument of its own, held real.
+against a float64 result. Shares nothing with the package. Each sample is first cut down to the classes that count, so
+no mask reaches a formula. A stopped gradient is an argument of its own, held real.
 """
 
 import numpy as np

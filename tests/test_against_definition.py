@@ -1,11 +1,11 @@
 """Values and gradients of every loss, on every backend and dtype, against all pairs of the definition."""
 
-import oracle
 import pytest
-from cases import CASES, MASKS, call, loss_of, on, rounded
-from closeness import assert_close, ulps_of
 
 import gklx
+import oracle
+from cases import CASES, MASKS, call, loss_of, on, rounded
+from closeness import assert_close, ulps_of
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -22,9 +22,7 @@ def test_value_and_gradients(backend, dtype, case, mask):
 
     (mean, total), alone, entries = backend.wrap(everything)(given_s, given_t, given)
     for reduction, (got, (got_s, got_t)) in (("mean", mean), ("sum", total)):
-        value, to_s, to_t = oracle.evaluate(
-            case.loss, exact_s, exact_t, **case.settings, **exact, reduction=reduction
-        )
+        value, to_s, to_t = oracle.evaluate(case.loss, exact_s, exact_t, **case.settings, **exact, reduction=reduction)
         assert_close(got, value, backend, wide, ulps=32, like=given_s)
         assert_close(got_s, to_s, backend, dtype, ulps=ulps_of(dtype), like=given_s)
         assert_close(got_t, to_t, backend, dtype, ulps=ulps_of(dtype), like=given_s)

@@ -4,10 +4,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import CASES, LOSSES, call, loss_of
-from closeness import assert_close
 
 import gklx
+from cases import CASES, LOSSES, call, loss_of
+from closeness import assert_close
 
 INF, NAN = np.inf, np.nan
 EYE = np.eye(3) * 0.4 + 0.2

@@ -1,12 +1,12 @@
 """float32 and the halves stay near rounding: against float64 of the same inputs, at real class counts."""
 
-import backends
 import numpy as np
 import pytest
+
+import backends
+import gklx
 from cases import CASES, Case, loss_of, on, rounded
 from closeness import assert_close, assert_near
-
-import gklx
 
 NUMPY = backends.BACKENDS[0]
 MANY = [case for case in CASES if case.prior == ""]

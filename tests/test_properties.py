@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import CASES, LOSSES, call, loss_of
-from closeness import assert_close, assert_near
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import gklx
+from cases import CASES, LOSSES, call, loss_of
+from closeness import assert_close, assert_near
 
 LOGITS = arrays("float64", (2, 4, 6), elements=st.floats(-20, 20))
 ANY_CASE = st.sampled_from(CASES)
@@ -53,7 +53,9 @@ def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
         given_ = {"prior": given_["prior"][:, order]}
     permuted, permuted_gradients = both(case, *logits[..., order], given_)
     np.testing.assert_allclose(permuted, value, rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(permuted_gradients, gradients[..., order], rtol=0, atol=1e-13 * np.abs(gradients).max() + 1e-15)
+    np.testing.assert_allclose(
+        permuted_gradients, gradients[..., order], rtol=0, atol=1e-13 * np.abs(gradients).max() + 1e-15
+    )
 
 
 @given(case=ANY_CASE, logits=LOGITS, cut=st.integers(0, 4))

@@ -2,15 +2,15 @@
 of the package. The package computes both by one formula, so the definitions are what the theorem is tested on."""
 
 import numpy as np
-import oracle
 import pytest
-from cases import call, Case
-from closeness import assert_close, assert_near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import gklx
+import oracle
+from cases import Case, call
+from closeness import assert_close, assert_near
 
 LOGITS = arrays("float64", (2, 3, 5), elements=st.floats(-30, 30))
 TEMPERATURES = st.floats(0.25, 8)

@@ -56,7 +56,7 @@ def problem_of(
     if where is not None:
         _where(where, tuple(student_logits.shape))
     if sample_weight is not None:
-        _sample_weight(xp, sample_weight, batch, readable)
+        sample_weight = _sample_weight(xp, sample_weight, batch, dtype, readable)
     if prior is None and labels is not None:
         raise ValueError("labels need a prior to choose rows of, got labels and no prior")
     if labels is not None:
@@ -84,14 +84,14 @@ def problem_of(
         where=where,
     )
     if readable and prior is not None:
-        _values(xp, arrays)
+        _values(xp, arrays, prior)
     return Problem(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays)
 
 
 def labelled_logits(
     logits: Array, labels: Array, num_classes: int, sample_weight: Array | None
-) -> tuple[Library, ModuleType, Any, Array]:
-    """Checks the arguments of `class_sums`; the library, its namespace, the dtype to compute in, and the labels."""
+) -> tuple[Library, ModuleType, Any, Array, Array | None]:
+    """Checks the arguments of `class_sums`: library, namespace, dtype to compute in, labels and weights to use."""
     named = {"logits": logits, "labels": labels, "sample_weight": sample_weight}
     present = {name: x for name, x in named.items() if x is not None}
     library = _one_library(present)
@@ -103,10 +103,10 @@ def labelled_logits(
     batch = tuple(logits.shape[:-1])
     labels = _labels(xp, labels, batch)
     if sample_weight is not None:
-        _sample_weight(xp, sample_weight, batch, readable)
+        sample_weight = library.constant(_sample_weight(xp, sample_weight, batch, dtype, readable))
     if readable:
         _label_values(xp, labels, num_classes, (logits,), None, sample_weight)
-    return library, xp, dtype, labels
+    return library, xp, dtype, labels, sample_weight
 
 
 def class_count(num_classes: Any) -> int:
@@ -177,17 +177,19 @@ def _where(where: Array, shape: tuple[int, ...]) -> None:
         raise ValueError(f"where must broadcast to the logits' shape {_text(shape)}, got {_shape(where)}")
 
 
-def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], readable: bool) -> None:
+def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any, readable: bool) -> Array:
+    """The weights in the dtype to compute in."""
     kind = dtype_name(v.dtype)
     if kind not in _COMPUTED_IN and not xp.isdtype(v.dtype, ("bool", "integral")):
         raise TypeError(f"sample_weight must be floating, integer or boolean, got {kind}")
     if tuple(v.shape) != batch:
         raise ValueError(f"sample_weight must have one weight a sample, shape {_text(batch)}, got {_shape(v)}")
-    if kind == "bool" or not readable:
-        return
-    good = (v >= 0) & (v < xp.inf) if kind in _COMPUTED_IN else v >= 0
-    if not bool(xp.all(good)):
-        raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, ~good)}")
+    v = xp.astype(v, dtype, copy=False)
+    if readable:
+        good = (v >= 0) & (v < xp.inf)
+        if not bool(xp.all(good)):
+            raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, ~good)}")
+    return v
 
 
 def _labels(xp: ModuleType, labels: Array, batch: tuple[int, ...]) -> Array:
@@ -242,9 +244,9 @@ def _python_number(name: str, value: Any, *, above_zero: bool = False, below_zer
 # --- values, where reading them is free -------------------------------------------------------------------------------
 
 
-def _values(xp: ModuleType, arrays: Arrays) -> None:
+def _values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
     """Labels that name a class and priors that are weights, in every sample that counts."""
-    prior, logits = arrays.prior, (arrays.student, arrays.teacher)
+    logits = (arrays.student, arrays.teacher)
     bad = ~((prior >= 0) & (prior < xp.inf))
     if bool(xp.any(bad)):
         if arrays.labels is None:
@@ -274,7 +276,8 @@ def _first(xp: ModuleType, x: Array, which: Array) -> str:
     """The first element chosen, and its place, as text."""
     flat = xp.reshape(xp.astype(which, xp.int32), (-1,))
     at = int(xp.argmax(flat))
-    index, rest = [], at
+    index: list[int] = []
+    rest = at
     for size in reversed(x.shape):
         rest, here = divmod(rest, size)
         index.insert(0, here)

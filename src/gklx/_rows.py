@@ -60,11 +60,10 @@ def softmax(xp: ModuleType, z: Array, temperature: Number, counts: Array, any_co
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:
-    """v [...]: 0 in a sample that does not count, NaN where negative (only an array nobody read can still be)."""
+    """V [...]: 0 in a sample that does not count, NaN where negative (only an array nobody read can still be)."""
     if sample_weight is None:
         return xp.astype(any_counts, dtype)
-    v = xp.astype(sample_weight, dtype)
-    return xp.where(any_counts, xp.where(v >= 0, v, xp.nan), 0.0)
+    return xp.where(any_counts, xp.where(sample_weight >= 0, sample_weight, xp.nan), 0.0)
 
 
 def named_class(labels: Array, classes: int) -> Array:

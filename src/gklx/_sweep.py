@@ -199,7 +199,7 @@ def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
 
 
 def _probability_gap(problem: Problem, rows: _Rows) -> Array:
-    """q - p, which sums to 0 over the classes.
+    """Q - p, which sums to 0 over the classes.
 
     The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
     keeps the digits where both rows are confident of one class, or close to each other.
@@ -270,7 +270,7 @@ def _value(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> A
 
 
 def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
-    """weight * x, and 0 where the weight is 0 though x be infinite."""
+    """Weight * x, and 0 where the weight is 0 though x be infinite."""
     xp = problem.xp
     if isinstance(weight, float):
         return xp.zeros_like(x) if weight == 0.0 else weight * x
@@ -292,7 +292,7 @@ def _share(problem: Problem, v: Array) -> Array:
 
 
 def _batch_ratio(problem: Problem, v: Array, mass: Array) -> Array:
-    """sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
+    """Sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
     xp = problem.xp
     normalizer = xp.sum(v * mass * mass)
     return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)

@@ -309,9 +309,7 @@ def gkl(
         raise ValueError(f'normalize must be "batch" or "samples", got {normalize!r}')
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
-    formula = Formula(
-        decomposed=True, tempered=False, symmetric=symmetric, batch_normalized=normalize == "batch"
-    )
+    formula = Formula(decomposed=True, tempered=False, symmetric=symmetric, batch_normalized=normalize == "batch")
     return problem_of(
         formula,
         student_logits,

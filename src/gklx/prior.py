@@ -59,9 +59,8 @@ def class_sums(
     """
     num_classes = class_count(num_classes)
     temperature = positive_number("temperature", temperature)
-    library, xp, dtype, labels = labelled_logits(logits, labels, num_classes, sample_weight)
+    library, xp, dtype, labels, sample_weight = labelled_logits(logits, labels, num_classes, sample_weight)
     x = xp.astype(library.constant(logits), dtype, copy=False)
-    sample_weight = None if sample_weight is None else library.constant(sample_weight)
     counts = counting(xp, (x,), None, sample_weight)
     any_counts = xp.any(counts, axis=-1)
     p = softmax(xp, below_maximum(xp, x, counts, any_counts), temperature, counts, any_counts).probabilities
@@ -131,9 +130,7 @@ class ClassPrior:
 
     def update(self, logits: Array, labels: Array, sample_weight: Array | None = None) -> None:
         """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is."""
-        sums = class_sums(
-            logits, labels, self.num_classes, temperature=self.temperature, sample_weight=sample_weight
-        )
+        sums = class_sums(logits, labels, self.num_classes, temperature=self.temperature, sample_weight=sample_weight)
         self._add("logits", sums)
 
     def advance(self) -> None:

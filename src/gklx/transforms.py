@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from . import _autodiff
 from ._problem import Array, Problem
-from .losses import problem_builder
+from .losses import kl, problem_builder
 
 
 class Terms(NamedTuple):
@@ -114,11 +114,11 @@ def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
     0.113152 0.693147
     """
     build = _unwrapped(loss)
+    if _without_partials(loss) is kl:
+        raise TypeError("loss must be gklx.dkl, gklx.ikl or gklx.gkl, which have parts, got kl")
 
     def evaluate(*args: Any, **kwargs: Any) -> Terms:
         problem = build(*args, **kwargs)
-        if not problem.formula.decomposed:
-            raise TypeError("loss must be gklx.dkl, gklx.ikl or gklx.gkl, which have parts, got kl")
         return Terms(
             mse=_autodiff.value(problem._replace(numbers=problem.numbers._replace(ce_weight=0.0))),
             ce=_autodiff.value(problem._replace(numbers=problem.numbers._replace(mse_weight=0.0))),
@@ -132,6 +132,10 @@ def _unwrapped(loss: Any) -> Callable[..., Problem]:
     if isinstance(loss, partial):
         return partial(_unwrapped(loss.func), *loss.args, **loss.keywords)
     return problem_builder(loss)
+
+
+def _without_partials(loss: Any) -> Any:
+    return _without_partials(loss.func) if isinstance(loss, partial) else loss
 
 
 def _argnums(argnums: Any) -> tuple[int, ...]:

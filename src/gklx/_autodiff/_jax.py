@@ -46,7 +46,10 @@ def _loss_jvp(plan: tuple[Any, ...], primals: tuple[Any, ...], tangents: tuple[A
     d_student, d_teacher, d_rest = tangents
     if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(d_rest[1])):
         names = ", ".join(n for n, x in zip(Numbers._fields, d_rest[1], strict=True) if x is not None)
-        raise TypeError(f"{names} must be held constant (jax.lax.stop_gradient): losses differentiate by their logits only, got a tangent")
+        raise TypeError(
+            f"{names} must be held constant (jax.lax.stop_gradient), since only the logits are differentiable, "
+            "got a tangent"
+        )
     wanted = [not isinstance(x, SymbolicZero) for x in (d_student, d_teacher)]
     # The value through `_loss` again, so that a further derivative of it meets this rule and not the formulas.
     value = _loss(plan, student, teacher, rest)

@@ -42,7 +42,7 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(student, teacher, *gradients)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Any, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
         student, teacher, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Someone will differentiate this again: redo the sweep where autograd sees it. What it then finds is
@@ -50,5 +50,8 @@ class _Loss(torch.autograd.Function):
             gradients = list(_swept(ctx.problem, student, teacher, ctx.wanted, value=False)[1:])
         if ctx.problem.reduction == "none":
             upstream = upstream.unsqueeze(-1)
-        given = [None if g is None else (g * upstream).to(x.dtype) for g, x in zip(gradients, (student, teacher), strict=True)]
+        given = [
+            None if g is None else (g * upstream).to(x.dtype)
+            for g, x in zip(gradients, (student, teacher), strict=True)
+        ]
         return *given, None, None

@@ -1,0 +1,111 @@
+"""The test matrix: a session a library, one with all of them, the oldest NumPy, lint and types.
+
+`nox` runs what can run here; a session whose interpreter, library or GPU is absent skips and says why. `nox -l` lists
+the sessions, `nox -s 'library-3.11(torch)'` runs one, and what stands behind `--` goes to pytest.
+"""
+
+import shutil
+
+import nox
+
+PYTHONS = ("3.11", "3.12", "3.13")
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+# What a library's session installs beside gklx, and which backends then must be there. The constraints file keeps
+# pip from fetching a newer PyTorch with gigabytes of CUDA where a build that fits is at hand.
+LIBRARIES = {
+    "numpy": ([], "numpy"),
+    "strict": (["strict"], "numpy,array_api_strict"),
+    "torch": (["torch"], "numpy,torch"),
+    "jax": (["jax"], "numpy,jax"),
+    "dask": (["dask"], "numpy,dask"),
+}
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = [
+    "lint",
+    "types",
+    *(f"library-{python}(numpy)" for python in PYTHONS),
+    *(f"library-{PYTHONS[0]}({library})" for library in LIBRARIES if library != "numpy"),
+    "library-3.13(jax)",
+    "together",
+    "oldest",
+    "cupy",
+    "package",
+]
+
+
+def _install(session: nox.Session, extras: list[str], *more: str) -> None:
+    project = f".[{','.join(extras)}]" if extras else "."
+    session.install(project, *TOOLS, *more, "-c", "tests/constraints.txt")
+
+
+def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
+    session.run("pytest", "-n", "2", *arguments, *session.posargs, env={"GKLX_BACKENDS": backends})
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
+def library(session: nox.Session, library: str) -> None:
+    """All tests that one library can run; NumPy's include the mutations and the command line."""
+    extras, backends = LIBRARIES[library]
+    _install(session, extras)
+    # Beside NumPy a library runs what concerns arrays; the rest is the same in every session.
+    once = ["--ignore=tests/test_mutations.py", "--ignore=tests/test_benches.py"] if library != "numpy" else []
+    _pytest(session, *once, backends=backends)
+
+
+@nox.session(python=PYTHONS[0])
+def together(session: nox.Session) -> None:
+    """All libraries in one process: that they agree with each other, and that mixing them is an error."""
+    _install(session, ["torch", "jax", "dask", "strict"])
+    _pytest(
+        session,
+        "tests/test_agreement.py",
+        "tests/test_errors.py",
+        "tests/test_score.py",
+        "tests/test_readme.py",
+        backends="numpy,torch,jax,dask,array_api_strict",
+    )
+
+
+@nox.session(python=PYTHONS[0])
+def oldest(session: nox.Session) -> None:
+    """The oldest supported NumPy and array-api-compat."""
+    _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
+    _pytest(session, "--ignore=tests/test_mutations.py", "--ignore=tests/test_benches.py", backends="numpy")
+
+
+@nox.session(python=PYTHONS[0])
+def cupy(session: nox.Session) -> None:
+    """CuPy's tests, on a CUDA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
+    _install(session, ["cupy"])
+    _pytest(session, "--ignore=tests/test_mutations.py", backends="numpy,cupy")
+
+
+@nox.session(python=PYTHONS[0])
+def lint(session: nox.Session) -> None:
+    """ruff, rules and format."""
+    session.install("ruff>=0.9", "-c", "tests/constraints.txt")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(python=PYTHONS[0])
+def types(session: nox.Session) -> None:
+    """mypy, strict."""
+    session.install(".", "mypy>=1.13", "-c", "tests/constraints.txt")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def package(session: nox.Session) -> None:
+    """The wheel holds the typed package and the command runs from it, with nothing but the dependencies installed."""
+    wheels = session.create_tmp()
+    session.install("build")
+    session.run("python", "-m", "build", "--outdir", wheels, silent=True)
+    session.install("--force-reinstall", "--no-deps", "--no-index", "--find-links", wheels, "gklx")
+    session.install("gklx", "--no-index", "--find-links", wheels, success_codes=[0, 1], silent=True)
+    session.run("python", "-m", "gklx", "--version")

@@ -1,0 +1,37 @@
+"""All libraries in one process, on the same inputs: every loss, dtype, reduction and mask, value and gradients.
+
+NumPy is the one that the others are held against; `test_against_definition.py` holds NumPy itself.
+"""
+
+import numpy as np
+import pytest
+
+import backends
+import gklx
+from cases import CASES, MASKS, call, loss_of, on
+from closeness import assert_close, ulps_of
+
+NUMPY = backends.BACKENDS[0]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_library_agrees_with_numpy(backend, dtype, case, mask):
+    if dtype == "bfloat16":
+        pytest.skip("NumPy has no bfloat16; the comparison with the definition covers it")
+    arguments = call(case, mask, batch=(3, 2), classes=11, seed=7)
+    s, t, given = on(backend, dtype, *arguments)
+    s0, t0, given0 = on(NUMPY, dtype, *arguments)
+    wide = "float64" if dtype == "float64" else "float32"
+
+    def everything(s, t, given):
+        both = [gklx.value_and_grad(loss_of(case, reduction=each), (0, 1))(s, t, **given) for each in ("mean", "sum")]
+        return both, loss_of(case, reduction="none")(s, t, **given)
+
+    both, entries = backend.wrap(everything)(s, t, given)
+    both0, entries0 = everything(s0, t0, given0)
+    for (value, gradients), (value0, gradients0) in zip(both, both0, strict=True):
+        assert_close(value, np.asarray(value0, dtype="float64"), backend, wide, ulps=32)
+        for one, other in zip(gradients, gradients0, strict=True):
+            assert_close(one, other.astype("float64"), backend, dtype, ulps=ulps_of(dtype))
+    assert_close(entries, entries0.astype("float64"), backend, wide, ulps=32, by="entry")

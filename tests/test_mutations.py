@@ -1,0 +1,63 @@
+"""Wrong formulas must turn the tests red: each mutation is one line of the mathematics, changed in a copy."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+PACKAGE = HERE.parent / "src" / "gklx"
+
+MUTATIONS = {
+    "gradient zeroed": ("_sweep.py", "problem.xp.where(rows.counts, gradient, 0.0)", "0.0 * gradient"),
+    "mse sign": ("_sweep.py", "to_student - to_teacher", "to_student + to_teacher"),
+    "gap sign": ("_sweep.py", "gap = rows.q.probabilities - p", "gap = p - rows.q.probabilities"),
+    "gradient scaled by 2": ("_sweep.py", "rate = share * (mse_weight * spread.mass)", "rate = 2.0 * share * (mse_weight * spread.mass)"),
+    "half forgotten": ("_sweep.py", "mse = 0.5 * spread.mass", "mse = spread.mass"),
+    "W forgotten": ("_sweep.py", "share * (mse_weight * spread.mass)", "share * mse_weight"),
+    "temperature once": ("_sweep.py", "divided(divided(rate, numbers.temperature), numbers.temperature)", "divided(rate, numbers.temperature)"),
+    "CE temperature": ("_sweep.py", "rate = share * divided(numbers.ce_weight, numbers.temperature)", "rate = share * numbers.ce_weight"),
+    "axis swapped": ("_rows.py", "total = xp.where(any_counts, xp.sum(e, axis=-1), 1.0)", "total = xp.where(any_counts, xp.sum(e), 1.0)"),
+    "batch normaliser dropped": ("_sweep.py", "return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)", "return xp.sum(v) / xp.where(xp.sum(v) == 0, 1.0, xp.sum(v))"),
+    "W not squared": ("_sweep.py", "xp.sum(v * mass * mass)", "xp.sum(v * mass)"),
+    "mean not centred": ("_sweep.py", "d = d - as_column(xp, xp.sum(w * d, axis=-1) / safe_mass)\n    rest = xp.sum(w * d, axis=-1) / safe_mass", "rest = xp.zeros_like(mass)"),
+    "teacher and student swapped": ("_sweep.py", "d = z_teacher - z_student", "d = z_student - z_teacher"),
+    "gamma forgotten": ("_sweep.py", "xp.exp(numbers.gamma * log_p)", "xp.exp(log_p)"),
+    "prior transposed": ("_sweep.py", "xp.take(prior, xp.reshape(index, (-1,)), axis=0)", "xp.take(xp.matrix_transpose(prior), xp.reshape(index, (-1,)), axis=0)"),
+    "weight temperature forgotten": ("_sweep.py", "tau = numbers.weight_temperature", "tau = numbers.temperature"),
+    "KL without its linear term": ("_sweep.py", "(q - p)\n    summand", "0.0 * (q - p)\n    summand"),
+    "CE of the wrong normaliser": ("_sweep.py", "rows.q.log_normalizer - mean)", "rows.p.log_normalizer - mean)"),
+    "masked classes weigh": ("_sweep.py", "    w = xp.where(rows.counts, w, 0.0)\n    return w, xp.where(known", "    return w, xp.where(known"),
+    "sample weights ignored": ("_sweep.py", "return v / xp.where(total == 0, 1.0, total)", "return xp.ones_like(v) / xp.where(total == 0, 1.0, total)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_caught(name, tmp_path):
+    file, old, new = MUTATIONS[name]
+    shutil.copytree(PACKAGE, tmp_path / "gklx", ignore=shutil.ignore_patterns("__pycache__"))
+    source = (tmp_path / "gklx" / file).read_text()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
+    (tmp_path / "gklx" / file).write_text(source.replace(old, new))
+    found = _run(tmp_path)
+    assert found.returncode == 1, f"{name} was not caught:\n{found.stdout[-2000:]}"
+    assert " failed" in found.stdout
+
+
+def test_without_a_mutation_the_same_tests_pass(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "gklx", ignore=shutil.ignore_patterns("__pycache__"))
+    found = _run(tmp_path)
+    assert found.returncode == 0, found.stdout[-2000:]
+
+
+def _run(path):
+    """The comparison with the definition, on NumPy in float64 alone, against the package under `path`."""
+    command = [
+        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+        str(HERE / "test_against_definition.py"), "-k", "test_value_and_gradients and numpy-float64",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(path), "GKLX_BACKENDS": "numpy", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=HERE.parent)
