@@ -4,6 +4,7 @@
 the sessions, `nox -s 'library-3.11(torch)'` runs one, and what stands behind `--` goes to pytest.
 """
 
+import pathlib
 import shutil
 
 import nox
@@ -102,10 +103,13 @@ def types(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def package(session: nox.Session) -> None:
-    """The wheel holds the typed package and the command runs from it, with nothing but the dependencies installed."""
-    wheels = session.create_tmp()
+    """The wheel holds the typed package, and the command runs from it."""
+    wheels = pathlib.Path(session.create_tmp())
     session.install("build")
-    session.run("python", "-m", "build", "--outdir", wheels, silent=True)
-    session.install("--force-reinstall", "--no-deps", "--no-index", "--find-links", wheels, "gklx")
-    session.install("gklx", "--no-index", "--find-links", wheels, success_codes=[0, 1], silent=True)
-    session.run("python", "-m", "gklx", "--version")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(wheels), silent=True)
+    session.run("python", "-m", "pip", "uninstall", "--yes", "build", silent=True)
+    session.install(*(str(wheel) for wheel in wheels.glob("*.whl")))
+    session.run("gklx", "score", *(f"examples/digits/{name}.npy" for name in ("student", "teacher")))
+    session.run(
+        "python", "-c", "import gklx, pathlib; assert (pathlib.Path(gklx.__file__).parent / 'py.typed').exists()"
+    )

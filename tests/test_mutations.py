@@ -56,7 +56,7 @@ def test_without_a_mutation_the_same_tests_pass(tmp_path):
 def _run(path):
     """The comparison with the definition, on NumPy in float64 alone, against the package under `path`."""
     command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+        sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "pythonpath=tests",
         str(HERE / "test_against_definition.py"), "-k", "test_value_and_gradients and numpy-float64",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(path), "GKLX_BACKENDS": "numpy", "PYTHONDONTWRITEBYTECODE": "1"}
