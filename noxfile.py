@@ -4,8 +4,10 @@
 the sessions, `nox -s 'library-3.11(torch)'` runs one, and what stands behind `--` goes to pytest.
 """
 
+import os
 import pathlib
 import shutil
+import subprocess
 
 import nox
 
@@ -20,6 +22,13 @@ LIBRARIES = {
     "jax": (["jax"], "numpy,jax"),
     "dask": (["dask"], "numpy,dask"),
 }
+
+# pyenv shows the interpreters it holds only where asked to.
+if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
+    held = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True, check=False).stdout.split()
+    wanted = [version for python in PYTHONS for version in held if version.startswith(f"{python}.")]
+    if wanted:
+        os.environ["PYENV_VERSION"] = ":".join(wanted)
 
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = False

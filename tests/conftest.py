@@ -1,4 +1,4 @@
-"""Fixtures: one that runs a test on every backend, one on every dtype a backend has."""
+"""Runs a test on every backend that takes part, and in every dtype that the backend is tested in."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,15 +14,19 @@ settings.register_profile(
 settings.load_profile("gklx")
 
 
-@pytest.fixture(params=backends.BACKENDS, ids=lambda each: each.name)
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    chosen = [each for each in backends.BACKENDS if not backends.REQUIRED or each.library.backend in backends.REQUIRED]
+    if "dtype" in metafunc.fixturenames:
+        pairs = [(each, dtype) for each in chosen for dtype in each.dtypes]
+        ids = [f"{each.name}-{dtype}" for each, dtype in pairs]
+        metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
+    else:
+        metafunc.parametrize("backend", chosen, ids=[each.name for each in chosen], indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     backends.needs(request.param.library.backend)
-    return request.param
-
-
-@pytest.fixture(params=["float64", "float32", "float16", "bfloat16"])
-def dtype(request, backend):
-    if request.param not in backend.dtypes:
-        has = "is tested in" if request.param in backend.library.dtypes else "has only"
-        pytest.skip(f"{backend.name} {has} {', '.join(backend.dtypes)}")
     return request.param
