@@ -363,7 +363,7 @@ def test_nothing_but_ascii_where_no_more_can_be_spelt():
 
 
 def test_import_brings_no_command():
-    code = "import sys, gklx; print([m for m in sys.modules if m.startswith(('rich', 'gklx._cli', 'gklx._score'))])"
+    code = "import sys, gklx; print([m for m in sys.modules if m.startswith(('rich', 'gklx._cli', 'gklx._scoring'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
 
@@ -397,7 +397,7 @@ def test_interrupt(tmp_path):
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit it ignored\n"
-        "import gklx._score as score, gklx._cli as cli\n"
+        "import gklx._scoring.score as score, gklx._cli as cli\n"
         "score._block = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(cli.main())\n"
     )

@@ -26,7 +26,7 @@ WRONG = {
         "student_logits must be an array of NumPy, PyTorch, JAX, CuPy, Dask, array-api-strict, got builtins.list"),
     "a masked array": (gklx.kl, (S, np.ma.masked_array(T)), {}, TypeError,
         "teacher_logits must be an array of NumPy, PyTorch, JAX, CuPy, Dask, array-api-strict, "
-        "got numpy.ma.MaskedArray"),
+        f"got {np.ma.MaskedArray.__module__}.MaskedArray"),
     "a vocabulary mismatch": (gklx.kl, (S, np.ones((2, 4))), {}, ValueError,
         "teacher_logits must have the shape of student_logits, [2, 3], got [2, 4]"),
     "a scalar": (gklx.kl, (np.zeros(()), np.zeros(())), {}, ValueError,

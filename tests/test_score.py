@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import backends
-from gklx._backend import backend
 from gklx._cli import main
 from gklx._libraries import LIBRARIES
-from gklx._logit_files import open_logit_files
-from gklx._score import LOSSES, Parameters, Score, score
+from gklx._scoring.backend import backend
+from gklx._scoring.logit_files import open_logit_files
+from gklx._scoring.score import LOSSES, Parameters, Score, score
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 STUDENT, TEACHER, LABELS = (DIGITS / f"{name}.npy" for name in ("student", "teacher", "labels"))

@@ -107,10 +107,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> str:
-    from ._backend import backend
-    from ._logit_files import open_logit_files
-    from ._report import as_json, as_table
-    from ._score import Parameters, score
+    from ._scoring.backend import backend
+    from ._scoring.logit_files import open_logit_files
+    from ._scoring.report import as_json, as_table
+    from ._scoring.score import Parameters, score
 
     files = open_logit_files(arguments.student, arguments.teacher, arguments.labels)
     parameters = Parameters(*(getattr(arguments, field) for field in Parameters._fields))

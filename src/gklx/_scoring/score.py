@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import losses
-from ._backend import Backend
-from ._logit_files import LogitFiles
-from ._problem import Array
-from ._sweep import samples
-from .losses import problem_builder
-from .prior import class_sums
+from .. import losses
+from .._problem import Array
+from .._sweep import samples
+from ..losses import problem_builder
+from ..prior import class_sums
+from .backend import Backend
+from .logit_files import LogitFiles
 
 LOSSES: dict[str, Callable[..., Array]] = {name: getattr(losses, name) for name in ("kl", "dkl", "ikl", "gkl")}
 BLOCK_ELEMENTS = 2**22

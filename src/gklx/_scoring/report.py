@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ._score import Score
+from .score import Score
 
 _ROWS = (
     ("mean", "mean"),

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._libraries import LIBRARIES, Library, device_of, namespace
-from ._problem import Array
+from .._libraries import LIBRARIES, Library, device_of, namespace
+from .._problem import Array
 
 
 class Backend(NamedTuple):
