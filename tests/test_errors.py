@@ -124,6 +124,8 @@ def test_the_same_errors_on_every_backend(backend):
     else:
         assert np.isnan(backend.numpy(loss(s, t, prior=table, labels=bad)))
         assert np.isnan(backend.numpy(loss(s, t, sample_weight=negative)))
+        assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(TABLE - 1), labels=backend.array(LABELS))))
+        assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(S - 1))))
 
 
 def test_two_libraries(backend):

@@ -64,6 +64,27 @@ def scale_of(s, t):
     return spread / len(s)
 
 
+@pytest.mark.parametrize("kind", ["plain", "offsets"])
+@pytest.mark.parametrize(("classes", "ulps"), [(10, 32), (1_000, 32), (100_000, 128)])
+@pytest.mark.parametrize("case", [case for case in CASES if case.prior], ids=lambda case: case.id)
+def test_float32_gradients_under_a_prior_are_within_rounding(case, kind, classes, ulps):
+    if case.prior == "labels" and classes == 100_000:
+        pytest.skip("a table of 100,000 x 100,000 classes takes 40 GB")
+    rng = np.random.default_rng(4)
+    s, t = logits(rng, kind, 4 if classes > 10 else 64, classes)
+    given = {"prior": rng.dirichlet(np.ones(classes), size=len(s) if case.prior == "rows" else classes)}
+    if case.prior == "labels":
+        given["labels"] = rng.integers(0, classes, len(s))
+    given_s, given_t, arrays = on(NUMPY, "float32", s, t, given)
+    exact_s, exact_t, exact = rounded(NUMPY, "float32", s, t, given)
+    run = gklx.value_and_grad(loss_of(case), (0, 1))
+    value, found = run(given_s, given_t, **arrays)
+    exact_value, expected = run(exact_s, exact_t, **exact)
+    assert_close(value, exact_value, NUMPY, "float32", ulps=ulps)
+    for gradient, row in zip(found, expected, strict=True):
+        assert_close(gradient, row, NUMPY, "float32", ulps=ulps)
+
+
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_kl_of_close_rows_keeps_its_digits(size):
     """KL is of second order in the difference; the plain sum of p (log p - log q) keeps none of it at 1e-4."""

@@ -157,25 +157,31 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
 
 def _class_weights(problem: Problem, rows: _Rows) -> tuple[Array, Array]:
     """w, and W with NaN in a sample whose label names no class."""
-    xp, numbers, arrays = problem.xp, problem.numbers, problem.arrays
+    xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
         w = _teacher_weights(problem, rows)
         return w, xp.sum(w, axis=-1)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
     if arrays.labels is None:
-        w = xp.where(rows.counts, _power(prior, numbers.gamma), 0.0)
+        w = xp.where(rows.counts, _prior_weights(problem, prior), 0.0)
         return w, xp.sum(w, axis=-1)
     known = named_class(arrays.labels, prior.shape[0])
     index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
     # The smaller of the table and the batch's rows is raised to gamma.
     raise_table = math.prod(arrays.labels.shape) > prior.shape[0]
     if raise_table:
-        prior = _power(prior, numbers.gamma)
+        prior = _prior_weights(problem, prior)
     w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), rows.d.shape)
     if not raise_table:
-        w = _power(w, numbers.gamma)
+        w = _prior_weights(problem, w)
     w = xp.where(rows.counts, w, 0.0)
     return w, xp.where(known | (rows.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
+
+
+def _prior_weights(problem: Problem, prior: Array) -> Array:
+    """prior^gamma, NaN where the prior is negative (which only an array nobody read can still be)."""
+    prior, gamma = problem.xp.where(prior >= 0, prior, problem.xp.nan), problem.numbers.gamma
+    return prior if isinstance(gamma, float) and gamma == 1.0 else prior**gamma
 
 
 def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
@@ -310,7 +316,3 @@ def _is_zero(x: Number) -> bool:
 
 def _same(x: Number, y: Number) -> bool:
     return x is y or (isinstance(x, float) and isinstance(y, float) and x == y)
-
-
-def _power(x: Array, exponent: Number) -> Array:
-    return x if isinstance(exponent, float) and exponent == 1.0 else x**exponent
