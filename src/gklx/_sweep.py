@@ -199,7 +199,7 @@ def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
     log_p = divided(rows.z_teacher, tau) - as_column(xp, at_tau.log_normalizer)
-    lowest = float(xp.finfo(problem.dtype).min)
+    lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
     log_p = xp.where(log_p < lowest, lowest, log_p)
     return xp.where(rows.counts, xp.exp(numbers.gamma * log_p), 0.0)
 
