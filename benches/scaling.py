@@ -114,29 +114,30 @@ that each page of it is faulted in and zeroed at each use. If that is it, the st
 the next array (`MALLOC_MMAP_MAX_=0`, `MALLOC_TRIM_THRESHOLD_` large), and k is 1 there."""
 
 LEARNT = """\
-Of the run of 2026-11-23 and two full runs just before it, on one two-core machine with other work beside them:
+Of four full runs on one two-core machine, the first three with other work beside them, the last, which is the one
+shown, without:
 
-- **The work is linear in C.** Where freed memory is kept, k is 1 within its error or two of them: 0.99 ± 0.02 on
-  NumPy and 0.97 ± 0.02 on PyTorch, and 1.04 ± 0.04 and 1.01 ± 0.03 in the run before. A logit costs about the same at
-  C = 3,000 and at 250,000.
-- **What exceeds 1 at B = 64 is page faults, not the algorithm and hardly the caches.** As a process comes, k was
-  1.09, 1.26 and 1.13 on NumPy in the three runs, 1.16, 1.24 and 1.11 on PyTorch: above 1 each time. The
-  prediction blamed the caches and was wrong. The step lies mostly between 100,000 and 250,000, where arrays pass
+- **The work is linear in C.** Where freed memory is kept, k was 1.04, 0.99 and 0.94 on NumPy and 1.01, 0.97 and 0.92 on
+  PyTorch in the last three runs, with errors of 0.02 to 0.04. A logit costs about the same at C = 3,000 and at 250,000;
+  in the last run C = 1,000 alone is slower, which is what pulls k below 1.
+- **What exceeds 1 at B = 64 is page faults, not the algorithm and hardly the caches.** As a process comes, k was 1.09,
+  1.26, 1.13 and 1.18 on NumPy, 1.16, 1.24, 1.11 and 1.19 on PyTorch: above 1 each time, by one to three of its errors.
+  The prediction blamed the caches and was wrong. The step lies mostly between 100,000 and 250,000, where arrays pass
   32 MiB, and goes when freed memory is kept: at 250,000 a call is then 2.6 to 4.3 times faster. Who runs such arrays
   on a CPU can have that from `MALLOC_MMAP_MAX_=0` and a large `MALLOC_TRIM_THRESHOLD_`.
-- **The control at constant B * C came out a little under 1**: 0.98, 0.91 and 0.96 on NumPy, 0.98, 0.89 and 0.97 on
-  PyTorch. Its first size, with B = 16,000, is the slow one. Its 64 MB arrays all meet the page faults, whose price
-  varied most of all; whether many rows cost something of their own was not found out.
+- **The control at constant B * C** gave 0.98, 0.91, 0.96 and 0.96 on NumPy, 0.98, 0.89, 0.97 and 1.02 on PyTorch. Its
+  first size, with B = 16,000, is the slow one on NumPy. Its 64 MB arrays all meet the page faults, whose price varied
+  most of all; whether many rows cost something of their own was not found out.
 - **Memory was predicted about right** (11 arrays, 11.5 found), and is the same multiple of one [B, C] array at every
   large C and in both libraries.
 - **Small C belongs to the pairs**, as predicted: at C = 10 they take about 0.4 of gklx's time on NumPy and 0.6 on
   PyTorch, since gklx makes many small calls. They draw level at about thirty classes; at a hundred gklx is 4 to 5
   times faster.
-- **Pairs at C = 1,000 swing with the page faults too**: NumPy's were 234, 1,057 and 735 times slower than gklx,
-  PyTorch's 1,015, 819 and 737 times. Their exponent between 100 and 1,000 comes out above 2, up to 3, presumably
-  for the same reason; no control was run on them.
-- The rows at C = 300 of the last run were disturbed by another program, as their quartiles show. Standard errors come
-  from the residuals of three to six sizes: read them as the size of the noise, not as confidence limits."""
+- **Pairs at C = 1,000 swing with the page faults too**: NumPy's were 234, 1,057, 735 and 232 times slower than gklx,
+  PyTorch's 1,015, 819, 737 and 1,133 times. PyTorch's exponent between 100 and 1,000 comes out near 3, presumably for
+  the same reason; no control was run on the pairs.
+- Standard errors come from the residuals of three to six sizes: read them as the size of the noise, not as confidence
+  limits."""
 
 # Read by glibc when a process starts: no array gets a mapping of its own, and nothing freed is given back.
 _KEPT_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
