@@ -141,6 +141,8 @@ BACKENDS = (
     Backend("cupy", BY_BACKEND["cupy"], _cupy),
 )
 
+BY_NAME = {each.name: each for each in BACKENDS}
+
 REQUIRED = tuple(filter(None, os.environ.get("GKLX_BACKENDS", "").split(",")))
 
 

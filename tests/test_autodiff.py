@@ -7,11 +7,10 @@ import pytest
 
 import backends
 import gklx
-from cases import CASES, call, loss_of
+from backends import BY_NAME
+from cases import CASES, call, loss_of, on
 from closeness import assert_close, assert_near
 from gklx._autodiff import value_and_gradients
-
-BY_NAME = {each.name: each for each in backends.BACKENDS}
 
 
 @pytest.fixture
@@ -28,9 +27,7 @@ def jax():
 
 
 def arguments(name, case, mask="none", dtype="float64"):
-    s, t, given = call(case, mask)
-    backend = BY_NAME[name]
-    return backend.array(s, dtype), backend.array(t, dtype), {key: backend.array(x) for key, x in given.items()}
+    return on(BY_NAME[name], dtype, *call(case, mask))
 
 
 @pytest.mark.parametrize("mask", ["none", "elements", "samples", "absent"])

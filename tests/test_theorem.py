@@ -1,6 +1,8 @@
 """KL and DKL have the same gradients, for student and teacher, at every (s, t) and T: stated of the definitions, then
 of the package. The package computes both by one formula, so the definitions are what the theorem is tested on."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 import gklx
 import oracle
-from cases import Case, call
+from cases import Case, call, on
 from closeness import assert_close, assert_near
 
 LOGITS = arrays("float64", (2, 3, 5), elements=st.floats(-30, 30))
@@ -40,19 +42,13 @@ def test_package_against_the_definition_of_the_other(logits, temperature):
 @pytest.mark.parametrize("mask", ["none", "elements", "samples", "absent"])
 def test_every_backend(backend, mask, temperature):
     s, t, masks = call(Case("", "kl", {}), mask)
-    given_ = {name: backend.array(x) for name, x in masks.items()}
+    s, t, given_ = on(backend, "float64", s, t, masks)
     of_kl, of_dkl = (
-        backend.wrap(gklx.grad(lambda_of(loss, temperature), (0, 1)))(backend.array(s), backend.array(t), **given_)
+        backend.wrap(gklx.grad(partial(loss, temperature=temperature), (0, 1)))(s, t, **given_)
         for loss in (gklx.kl, gklx.dkl)
     )
     for one, other in zip(of_kl, of_dkl, strict=True):
         assert_close(other, backend.numpy(one), backend, "float64", ulps=16)
-
-
-def lambda_of(loss, temperature):
-    from functools import partial
-
-    return partial(loss, temperature=temperature)
 
 
 def test_values_differ():

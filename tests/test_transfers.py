@@ -8,7 +8,7 @@ import pytest
 
 import backends
 import gklx
-from cases import CASES, call, loss_of
+from cases import CASES, call, loss_of, on
 
 OTHERS = ("torch", "jax", "cupy", "dask", "array_api_strict", "rich", "scipy")
 
@@ -63,9 +63,7 @@ def test_dask_computes_nothing(case):
     backends.needs("dask")
     import dask
 
-    backend = next(each for each in backends.BACKENDS if each.name == "dask")
-    s, t, given = call(case, "samples")
-    s, t, given = backend.array(s), backend.array(t), {name: backend.array(x) for name, x in given.items()}
+    s, t, given = on(backends.BY_NAME["dask"], "float64", *call(case, "samples"))
 
     def refuse(graph, keys, **_):
         raise AssertionError("a Dask array was computed")
@@ -87,9 +85,7 @@ def test_jax_moves_nothing(case):
     backends.needs("jax")
     import jax
 
-    backend = next(each for each in backends.BACKENDS if each.name == "jax")
-    s, t, given = call(case, "samples")
-    s, t, given = backend.array(s), backend.array(t), {name: backend.array(x) for name, x in given.items()}
+    s, t, given = on(backends.BY_NAME["jax"], "float64", *call(case, "samples"))
     run = jax.jit(gklx.value_and_grad(loss_of(case), (0, 1)))
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(run(s, t, **given))

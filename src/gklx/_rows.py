@@ -60,7 +60,10 @@ def softmax(xp: ModuleType, z: Array, temperature: Number, counts: Array, any_co
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:
-    """V [...]: 0 in a sample that does not count, NaN where negative (only an array nobody read can still be)."""
+    """The sample weights v, [...]: 0 in a sample that does not count.
+
+    NaN where negative, which only an array nobody read can still be.
+    """
     if sample_weight is None:
         return xp.astype(any_counts, dtype)
     return xp.where(any_counts, xp.where(sample_weight >= 0, sample_weight, xp.nan), 0.0)

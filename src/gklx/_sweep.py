@@ -48,6 +48,7 @@ class Sweep(NamedTuple):
 
 class _Rows(NamedTuple):
     counts: Array  # [..., C], boolean
+    any_counts: Array  # [...], boolean
     sample_weight: Array  # [...]
     z_student: Array  # [..., C], logits less their maximum
     z_teacher: Array
@@ -125,6 +126,7 @@ def _row_statistics(problem: Problem) -> _Rows:
     d = z_teacher - z_student
     return _Rows(
         counts=counts,
+        any_counts=any_counts,
         sample_weight=effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype),
         z_student=z_student,
         z_teacher=z_teacher,
@@ -191,9 +193,8 @@ def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
     same = _same(numbers.weight_temperature, numbers.temperature)
     if plain and same:
         return rows.p.probabilities
-    any_counts = xp.any(rows.counts, axis=-1)
     tau = numbers.weight_temperature
-    at_tau = rows.p if same else softmax(xp, rows.z_teacher, tau, rows.counts, any_counts)
+    at_tau = rows.p if same else softmax(xp, rows.z_teacher, tau, rows.counts, rows.any_counts)
     if plain:
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
@@ -205,7 +206,7 @@ def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
 
 
 def _probability_gap(problem: Problem, rows: _Rows) -> Array:
-    """Q - p, which sums to 0 over the classes.
+    """The difference q - p, which sums to 0 over the classes.
 
     The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
     keeps the digits where both rows are confident of one class, or close to each other.
@@ -276,7 +277,7 @@ def _value(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> A
 
 
 def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
-    """Weight * x, and 0 where the weight is 0 though x be infinite."""
+    """The product weight * x, and 0 where the weight is 0 though x be infinite."""
     xp = problem.xp
     if isinstance(weight, float):
         return xp.zeros_like(x) if weight == 0.0 else weight * x
@@ -298,7 +299,7 @@ def _share(problem: Problem, v: Array) -> Array:
 
 
 def _batch_ratio(problem: Problem, v: Array, mass: Array) -> Array:
-    """Sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
+    """The ratio sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
     xp = problem.xp
     normalizer = xp.sum(v * mass * mass)
     return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)

@@ -64,7 +64,6 @@ def class_sums(
     counts = counting(xp, (x,), None, sample_weight)
     any_counts = xp.any(counts, axis=-1)
     p = softmax(xp, below_maximum(xp, x, counts, any_counts), temperature, counts, any_counts).probabilities
-    p = xp.where(as_column(xp, any_counts), p, 0.0)
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
     classes = xp.arange(num_classes, dtype=labels.dtype, device=None if library.lazy else device_of(labels))
