@@ -1,12 +1,24 @@
 """KL, DKL, IKL and GKL divergence losses with analytic gradients, on every array library.
 
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
-parts; `class_sums` and `ClassPrior` make the class prior of IKL and GKL.
+parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL.
 """
 
 from .losses import dkl, gkl, ikl, kl
-from .prior import ClassPrior, class_sums
+from .prior import ClassPrior, ClassPriorState, class_sums
 from .transforms import Terms, grad, terms, value_and_grad
 
-__all__ = ["ClassPrior", "Terms", "class_sums", "dkl", "gkl", "grad", "ikl", "kl", "terms", "value_and_grad"]
+__all__ = [
+    "ClassPrior",
+    "ClassPriorState",
+    "Terms",
+    "class_sums",
+    "dkl",
+    "gkl",
+    "grad",
+    "ikl",
+    "kl",
+    "terms",
+    "value_and_grad",
+]
 __version__ = "0.1.0"

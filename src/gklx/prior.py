@@ -1,13 +1,13 @@
 """The class prior of IKL and GKL: the mean of the teacher's softmax over the samples of each class."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from ._arguments import class_count, computed_in, labelled_logits, positive_number
-from ._libraries import Library, device_of, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
+from ._libraries import Library, device_of, dtype_name, exact_matmul, from_numpy, library_of, namespace, to_numpy
 from ._problem import Array
 from ._rows import as_column, below_maximum, counting, effective_weight, named_class, softmax
 
@@ -74,6 +74,69 @@ def class_sums(
         return xp.matmul(xp.matrix_transpose(member), weighted)
 
 
+class ClassPriorState(NamedTuple):
+    """The class prior as a value: two arrays and two functions that return a new state.
+
+    A named tuple, hence a pytree: it lives inside `jax.jit` and `jax.lax.scan`, and `torch.func` and `torch.compile`
+    take it as well. `ClassPrior` is an object that holds one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gklx
+    >>> teacher, labels = np.log(np.asarray([[0.25, 0.75], [0.75, 0.25]])), np.asarray([1, 1])
+    >>> state = gklx.ClassPriorState.uniform(2, like=teacher)
+    >>> state.update(teacher, labels).advance().table
+    array([[0.5, 0.5],
+           [0.5, 0.5]])
+    """
+
+    table: Array
+    """[C, C]: row y is the mean softmax of class y up to the last `advance`."""
+    sums: Array
+    """[C, C]: the class sums since then, of the table's dtype."""
+
+    @classmethod
+    def uniform(cls, num_classes: int, *, like: Array) -> "ClassPriorState":
+        """The state before the first epoch: 1/C everywhere, in the library, device and dtype computed in of `like`.
+
+        Parameters
+        ----------
+        num_classes : int
+            C.
+        like : array, floating
+            The logits, or an array like them; under tracing it may be traced.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Bad `num_classes`; `like` is no floating array of a known library.
+        """
+        num_classes = class_count(num_classes)
+        library = library_of(like)
+        if library is None:
+            raise TypeError(f"like must be an array of a known library, got {type(like).__name__}")
+        xp = namespace(library)
+        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": None if library.lazy else device_of(like)}
+        shape = (num_classes, num_classes)
+        return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
+
+    def update(
+        self, logits: Array, labels: Array, *, temperature: float = 1.0, sample_weight: Array | None = None
+    ) -> "ClassPriorState":
+        """The state with a batch added to its sums; arguments and errors as in `class_sums`."""
+        sums = class_sums(logits, labels, self.sums.shape[0], temperature=temperature, sample_weight=sample_weight)
+        return self._replace(sums=self.sums + array_namespace(sums).astype(sums, self.sums.dtype, copy=False))
+
+    def advance(self) -> "ClassPriorState":
+        """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
+        xp = array_namespace(self.table)
+        totals = as_column(xp, xp.sum(self.sums, axis=-1))
+        seen = totals != 0
+        table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
+        return ClassPriorState(table, xp.zeros_like(self.sums))
+
+
 class ClassPrior:
     """Keeps the class prior over epochs: collects sums while one runs, and turns them into the table after it.
 
@@ -113,9 +176,7 @@ class ClassPrior:
         self._library: Library | None = None
         self._device: Any = None
         self._settled = False  # the dtype is chosen
-        uniform = 1.0 / self.num_classes
-        self._table: Array = np.full((self.num_classes, self.num_classes), uniform)
-        self._sums: Array = np.zeros((self.num_classes, self.num_classes))
+        self._state = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
         if like is not None:
             library = library_of(like)
             if library is None:
@@ -125,7 +186,7 @@ class ClassPrior:
     @property
     def table(self) -> Array:
         """[C, C]: row y is the mean softmax of class y up to the last `advance`, uniform 1/C before the first."""
-        return self._table
+        return self._state.table
 
     def update(self, logits: Array, labels: Array, sample_weight: Array | None = None) -> None:
         """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is."""
@@ -137,11 +198,7 @@ class ClassPrior:
 
         A class not seen since then keeps its previous row.
         """
-        xp = array_namespace(self._table)
-        totals = as_column(xp, xp.sum(self._sums, axis=-1))
-        seen = totals != 0
-        self._table = xp.where(seen, self._sums / xp.where(seen, totals, 1.0), self._table)
-        self._sums = xp.zeros_like(self._sums)
+        self._state = self._state.advance()
 
     def merge(self, other: "ClassPrior") -> None:
         """Adds the sums of another shard's prior, which stays as it is.
@@ -155,7 +212,7 @@ class ClassPrior:
             if own != others:
                 raise ValueError(f"other must have {name} {own}, got {others}")
         if other._settled:
-            self._add("other", other._sums)
+            self._add("other", other._state.sums)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as NumPy arrays and plain numbers."""
@@ -163,8 +220,8 @@ class ClassPrior:
             "num_classes": self.num_classes,
             "temperature": self.temperature,
             "settled": int(self._settled),
-            "table": to_numpy(self._table).copy(),
-            "sums": to_numpy(self._sums).copy(),
+            "table": to_numpy(self._state.table).copy(),
+            "sums": to_numpy(self._state.sums).copy(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,9 +240,9 @@ class ClassPrior:
         for name, x in found.items():
             if x.shape != square or x.dtype not in (np.float32, np.float64):
                 raise ValueError(f"state must hold {name} as float32 or float64 {square}, got {x.dtype} {x.shape}")
-        dtype = dtype_name(found["sums"].dtype if state["settled"] else self._table.dtype)
+        dtype = dtype_name(found["sums"].dtype if state["settled"] else self._state.table.dtype)
         self._settled = self._settled or bool(state["settled"])
-        self._table, self._sums = found["table"], found["sums"]
+        self._state = ClassPriorState(found["table"], found["sums"])
         if self._library is not None:
             self._place(dtype)
 
@@ -193,13 +250,14 @@ class ClassPrior:
         library = library_of(sums)
         assert library is not None
         if self._library is None:
-            self._move(library, sums, dtype_name(self._table.dtype if self._settled else sums.dtype))
+            self._move(library, sums, dtype_name(self._state.table.dtype if self._settled else sums.dtype))
         elif library is not self._library:
             raise TypeError(f"{name} must be of this prior's library, {self._library.name}, got {library.name}")
         elif device_of(sums) != self._device:
             raise ValueError(f"{name} must be on this prior's device, {self._device}, got {device_of(sums)}")
-        xp = array_namespace(sums)
-        self._sums = self._sums + xp.astype(sums, self._sums.dtype, copy=False)
+        own = self._state.sums
+        total = own + array_namespace(sums).astype(sums, own.dtype, copy=False)
+        self._state = self._state._replace(sums=total)
 
     def _move(self, library: Library, like: Array, dtype: str) -> None:
         self._library, self._device, self._settled = library, device_of(like), True
@@ -207,5 +265,5 @@ class ClassPrior:
 
     def _place(self, dtype: str) -> None:
         assert self._library is not None
-        self._table = from_numpy(self._library, self._table.astype(dtype), self._device)
-        self._sums = from_numpy(self._library, self._sums.astype(dtype), self._device)
+        place = (from_numpy(self._library, x.astype(dtype), self._device) for x in self._state)
+        self._state = ClassPriorState(*place)
