@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gklx._libraries import LIBRARIES, Library, namespace
+from gklx._libraries import LIBRARIES, Library
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 
@@ -33,7 +33,7 @@ class Backend:
 
     @property
     def xp(self) -> ModuleType:
-        return namespace(self.library)
+        return self.library.namespace()
 
     @property
     def dtypes(self) -> tuple[str, ...]:

@@ -118,16 +118,16 @@ def test_torch_value_of_value_and_grad_is_differentiated_by_the_analytic_gradien
 
 
 def test_torch_forward_makes_the_gradients_that_are_asked_for_and_no_other(torch, monkeypatch):
-    from gklx._autodiff import _torch
+    from gklx import _blocks
 
     asked = []
-    true_sweep = _torch.sweep
+    true_sweep = _blocks.sweep
 
-    def spy(problem, **wanted):
+    def spy(problem, *of_batch, **wanted):
         asked.append(wanted)
-        return true_sweep(problem, **wanted)
+        return true_sweep(problem, *of_batch, **wanted)
 
-    monkeypatch.setattr(_torch, "sweep", spy)
+    monkeypatch.setattr(_blocks, "sweep", spy)
     s, t, _ = arguments("torch", CASES[0])
     gklx.gkl(s.requires_grad_(), t).backward()
     assert asked == [{"value": True, "student": True, "teacher": False}]

@@ -9,7 +9,7 @@ import numbers as python_numbers
 from types import ModuleType
 from typing import Any
 
-from ._libraries import LIBRARIES, Library, device_of, dtype_name, library_of, namespace
+from ._libraries import LIBRARIES, Library, dtype_name, library_of
 from ._problem import Array, Arrays, Formula, Number, Numbers, Problem
 from ._rows import counting, named_class
 
@@ -45,7 +45,7 @@ def problem_of(
     library = _one_library(present)
     to_read = sample_weight is not None or prior is not None
     readable = to_read and all(library.readable(x) for x in present.values())
-    xp = namespace(library)
+    xp = library.namespace()
     dtype = _logits(xp, {"student_logits": student_logits, "teacher_logits": teacher_logits})
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
@@ -85,7 +85,7 @@ def problem_of(
     )
     if readable and prior is not None:
         _values(xp, arrays, prior)
-    return Problem(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays)
+    return Problem(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=None)
 
 
 def labelled_logits(
@@ -96,7 +96,7 @@ def labelled_logits(
     present = {name: x for name, x in named.items() if x is not None}
     library = _one_library(present)
     readable = all(library.readable(x) for x in present.values())
-    xp = namespace(library)
+    xp = library.namespace()
     dtype = _logits(xp, {"logits": logits})
     if logits.shape[-1] != num_classes:
         raise ValueError(f"logits must have num_classes = {num_classes} classes on the last axis, got {_shape(logits)}")
@@ -150,9 +150,9 @@ def _one_library(named: dict[str, Any]) -> Library:
                 f"{name} must be an array of the library of {first_name}, {library.name}, got one of {found.name}"
             )
     assert library is not None
-    device = device_of(first)
+    device = library.device(first)
     for name, x in named.items():
-        other = device_of(x)
+        other = library.device(x)
         if device is not None and other is not None and other != device:
             raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {other}")
     return library
@@ -235,7 +235,8 @@ def _python_number(name: str, value: Any, *, above_zero: bool = False, below_zer
     if isinstance(value, bool) or not isinstance(value, python_numbers.Real):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     number = float(value)
-    if not math.isfinite(number) or (above_zero and number <= 0) or (not below_zero and number < 0):
+    # By comparisons, which a compiler follows for a number that it keeps open.
+    if not -math.inf < number < math.inf or (above_zero and number <= 0) or (not below_zero and number < 0):
         kind = "above 0" if above_zero else "finite" if below_zero else "at least 0"
         raise ValueError(f"{name} must be {kind}, got {value!r}")
     return number

@@ -14,6 +14,9 @@ import array_api_compat as compat
 
 from ._problem import Array
 
+_BLOCK_ON_CPU = 2**20
+_BLOCK_ON_GPU = 2**28
+
 
 class Library(NamedTuple):
     """One array library and what gklx promises on it."""
@@ -22,18 +25,24 @@ class Library(NamedTuple):
     """As people write it."""
     backend: str
     """As `--backend` and the extras spell it."""
-    module: str
-    """The namespace to import, array-api-compat's where it has one."""
+    namespace: Callable[[], ModuleType]
+    """Imports and returns its array-API namespace, array-api-compat's where it has one."""
     recognises: Callable[[Any], bool]
     """Whether an array is this library's; imports nothing."""
     readable: Callable[[Array], bool]
     """Whether reading a value of this array costs neither a device sync nor a compilation."""
     to_numpy: Callable[[Array], Any]
     """A NumPy copy on the host; never called inside a loss or a gradient."""
+    device: Callable[[Array], Any] = compat.device
+    """The device of an array; None where it has none to tell, as under tracing or over several devices."""
+    block: Callable[[Array], int] = lambda x: 0
+    """How many bytes of one array a block of rows may hold; 0 where all rows are to be worked off at once."""
+    sizes_known: Callable[[], bool] = lambda: True
+    """Whether a choice may be made by the sizes of arrays; a compiler that keeps them open would fix them there."""
     constant: Callable[[Array], Array] = lambda x: x
     """The array cut from any autodiff graph."""
-    autodiff: str | None = None
-    """The module under `gklx._autodiff` that registers the analytic gradient."""
+    differentiates: bool = False
+    """Whether the library has autodiff; a module under `gklx._autodiff` then registers the analytic gradient."""
     number: Callable[[Any], bool] = lambda x: False
     """Whether a 0-d array of this library may stand for a hyper-parameter."""
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
@@ -42,16 +51,59 @@ class Library(NamedTuple):
     lazy: bool = False
 
 
+# Imports by statement: a compiler that follows these functions takes no other.
+
+
+def _import_numpy() -> ModuleType:
+    import array_api_compat.numpy as xp
+
+    return xp
+
+
+def _import_torch() -> ModuleType:
+    import array_api_compat.torch as xp
+
+    return xp
+
+
+def _import_jax() -> ModuleType:
+    import jax.numpy as xp
+
+    return xp
+
+
+def _import_cupy() -> ModuleType:
+    import array_api_compat.cupy as xp
+
+    return xp
+
+
+def _import_dask() -> ModuleType:
+    import array_api_compat.dask.array as xp
+
+    return xp
+
+
+def _import_strict() -> ModuleType:
+    import array_api_strict as xp
+
+    return xp
+
+
 def _numpy(x: Any) -> Any:
     return sys.modules["numpy"].asarray(x)
 
 
+# These two by the type alone: a compiler follows them without a word, and array-api-compat's with a warning each.
 def _is_plain_numpy(x: Any) -> bool:
     """NumPy arrays but for the subclasses that change what arithmetic means."""
-    if not compat.is_numpy_array(x):
-        return False
     np = sys.modules["numpy"]
-    return not isinstance(x, (np.ma.MaskedArray, np.matrix))
+    return isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
+
+
+def _is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, getattr(torch, "Tensor", ()))
 
 
 def _is_strict(x: Any) -> bool:
@@ -73,6 +125,22 @@ def _torch_readable(x: Array) -> bool:
     )
 
 
+def _torch_block(x: Array) -> int:
+    torch = sys.modules["torch"]
+    if (
+        torch.compiler.is_compiling()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    ):
+        return 0
+    return _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK_ON_GPU
+
+
+def _jax_device(x: Array) -> Any:
+    device = compat.device(x)
+    return device if hasattr(device, "platform") else None
+
+
 def _jax_readable(x: Array) -> bool:
     jax = sys.modules["jax"]
     if isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices()):
@@ -85,32 +153,37 @@ LIBRARIES: tuple[Library, ...] = (
     Library(
         name="NumPy",
         backend="numpy",
-        module="array_api_compat.numpy",
+        namespace=_import_numpy,
         recognises=_is_plain_numpy,
         readable=lambda x: True,
         to_numpy=_numpy,
+        block=lambda x: _BLOCK_ON_CPU,
     ),
     Library(
         name="PyTorch",
         backend="torch",
-        module="array_api_compat.torch",
-        recognises=compat.is_torch_array,
+        namespace=_import_torch,
+        recognises=_is_torch,
         readable=_torch_readable,
         to_numpy=lambda x: x.detach().cpu().numpy(),
+        device=lambda x: x.device,
+        block=_torch_block,
+        sizes_known=lambda: not sys.modules["torch"].compiler.is_compiling(),
         constant=lambda x: x.detach(),
-        autodiff="_torch",
+        differentiates=True,
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices="CPU, CUDA",
     ),
     Library(
         name="JAX",
         backend="jax",
-        module="jax.numpy",
+        namespace=_import_jax,
         recognises=compat.is_jax_array,
         readable=_jax_readable,
         to_numpy=_numpy,
+        device=_jax_device,
         constant=lambda x: sys.modules["jax"].lax.stop_gradient(x),
-        autodiff="_jax",
+        differentiates=True,
         number=lambda x: compat.is_jax_array(x) and x.shape == (),
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices="CPU, CUDA",
@@ -119,16 +192,17 @@ LIBRARIES: tuple[Library, ...] = (
     Library(
         name="CuPy",
         backend="cupy",
-        module="array_api_compat.cupy",
+        namespace=_import_cupy,
         recognises=compat.is_cupy_array,
         readable=lambda x: False,
         to_numpy=lambda x: x.get(),
+        block=lambda x: _BLOCK_ON_GPU,
         devices="CUDA",
     ),
     Library(
         name="Dask",
         backend="dask",
-        module="array_api_compat.dask.array",
+        namespace=_import_dask,
         recognises=compat.is_dask_array,
         readable=lambda x: False,
         to_numpy=lambda x: x.compute(),
@@ -137,9 +211,10 @@ LIBRARIES: tuple[Library, ...] = (
     Library(
         name="array-api-strict",
         backend="array_api_strict",
-        module="array_api_strict",
+        namespace=_import_strict,
         recognises=_is_strict,
         readable=_strict_on_cpu,
+        block=lambda x: _BLOCK_ON_CPU,
         to_numpy=lambda x: _numpy(x.to_device(sys.modules["array_api_strict"].Device("CPU_DEVICE"))),
         dtypes=("float32", "float64"),
     ),
@@ -152,21 +227,6 @@ def library_of(x: Any) -> Library | None:
         if library.recognises(x):
             return library
     return None
-
-
-def namespace(library: Library) -> ModuleType:
-    """The array-API namespace of a library; imports it where nobody has."""
-    import importlib
-
-    return importlib.import_module(library.module)
-
-
-def device_of(x: Array) -> Any:
-    """The device of an array; None where it has none to tell, as under tracing or over several devices."""
-    device = compat.device(x)
-    if compat.is_jax_array(x) and not hasattr(device, "platform"):
-        return None
-    return device
 
 
 def dtype_name(dtype: Any) -> str:
@@ -185,15 +245,17 @@ def from_numpy(library: Library, x: Any, device: Any = None) -> Array:
     """An array of a library, on a device of its own kind or its default one."""
     if library.backend == "numpy":
         return x
-    return namespace(library).asarray(x, device=device)
+    return library.namespace().asarray(x, device=device)
 
 
-def exact_matmul(library: Library) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products at the arrays' own precision; JAX would take less on an accelerator."""
+def exact_matmul(library: Library, x: Array) -> contextlib.AbstractContextManager[Any]:
+    """Products of matrices like x at their own precision: JAX takes less on an accelerator, PyTorch under autocast."""
+    manager: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if library.backend == "jax":
-        manager: contextlib.AbstractContextManager[Any] = sys.modules["jax"].default_matmul_precision("highest")
-        return manager
-    return contextlib.nullcontext()
+        manager = sys.modules["jax"].default_matmul_precision("highest")
+    elif library.backend == "torch" and sys.modules["torch"].amp.is_autocast_available(x.device.type):
+        manager = sys.modules["torch"].autocast(x.device.type, enabled=False)
+    return manager
 
 
 def support_table() -> str:
@@ -204,7 +266,8 @@ def support_table() -> str:
     ]
     for x in LIBRARIES:
         lines.append(
-            f"| {x.name} | `{x.backend}` | {', '.join(x.dtypes)} | {x.devices} | {'yes' if x.autodiff else '–'} | yes "
+            f"| {x.name} | `{x.backend}` | {', '.join(x.dtypes)} | {x.devices} "
+            f"| {'yes' if x.differentiates else '–'} | yes "
             f"| {f'`{x.jit}`' if x.jit else '–'} | {'yes' if x.lazy else '–'} |"
         )
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """What one call asks for: a formula, its numbers and its arrays, already checked."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,14 @@ class Arrays(NamedTuple):
     where: Array | None
 
 
+class Ranks(NamedTuple):
+    """The processes or devices over which one batch is spread."""
+
+    size: int
+    total: Callable[[Array], Array]
+    """The sum of an array over the ranks; every rank gets it."""
+
+
 class Problem(NamedTuple):
     """A checked call, ready to be computed."""
 
@@ -56,3 +65,5 @@ class Problem(NamedTuple):
     reduction: Reduction
     numbers: Numbers
     arrays: Arrays
+    ranks: Ranks | None
+    """None where this batch is all there is."""

@@ -44,17 +44,27 @@ class Sweep(NamedTuple):
     value: Array | None
     student: Array | None
     teacher: Array | None
+    of_batch: Array | None
+    """As from `totals`."""
+
+
+class _Counted(NamedTuple):
+    counts: Array  # [..., C], boolean
+    any_counts: Array  # [...], boolean
+    sample_weight: Array  # [...], 0 where nothing counts
+
+
+class _Teacher(NamedTuple):
+    z: Array  # [..., C], logits less their maximum
+    p: Softmax
 
 
 class _Rows(NamedTuple):
-    counts: Array  # [..., C], boolean
-    any_counts: Array  # [...], boolean
-    sample_weight: Array  # [...]
+    counted: _Counted
+    teacher: _Teacher
     z_student: Array  # [..., C], logits less their maximum
-    z_teacher: Array
-    p: Softmax
     q: Softmax
-    d: Array  # [..., C], z_teacher - z_student
+    d: Array  # [..., C], teacher.z - z_student
     infinite: Array  # [..., C], boolean: d is
     undefined: Array  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit
 
@@ -65,25 +75,56 @@ class _Spread(NamedTuple):
     centred: Array  # [..., C], d - mu; 0 where w is
 
 
-def sweep(problem: Problem, *, value: bool = False, student: bool = False, teacher: bool = False) -> Sweep:
+def totals(problem: Problem) -> Array | None:
+    """The sums of v and of v W^2 over all samples, [2]: all that the rows of a batch share.
+
+    None where the reduction asks for neither. Over the ranks' samples too, unless a part of a batch says otherwise.
+    """
+    if not _shares(problem):
+        return None
+    counted = _counted(problem)
+    mass = None
+    if _mass_matters(problem):
+        teacher = _teacher(problem, counted) if problem.arrays.prior is None else None
+        _, mass = _class_weights(problem, counted, teacher)
+    return _totals(problem, counted, mass)
+
+
+def sweep(
+    problem: Problem,
+    of_batch: Array | None = None,
+    *,
+    value: bool = False,
+    student: bool = False,
+    teacher: bool = False,
+    upstream: Array | None = None,
+) -> Sweep:
     """Value and gradients of a problem, as asked for.
 
-    Under the reduction "none" the gradients are those of each sample's own entry.
+    `of_batch` is what `totals` gives for the batch, where it is known. The gradients, in the dtype computed in, are
+    those of each sample's own entry under the reduction "none"; they are multiplied by `upstream`, of the value's
+    shape.
     """
     xp, formula, numbers = problem.xp, problem.formula, problem.numbers
     rows = _row_statistics(problem)
     mse_to_student = student and formula.symmetric
-    mse_matters = not _is_zero(numbers.mse_weight)
     spread = None
-    if mse_matters and (teacher or mse_to_student or (value and formula.decomposed)):
+    if not _is_zero(numbers.mse_weight) and (teacher or mse_to_student or (value and formula.decomposed)):
         spread = _spread(problem, rows)
-    share = _share(problem, rows.sample_weight)
+    if of_batch is None and _shares(problem):
+        mass = None
+        if _mass_matters(problem):
+            mass = _class_weights(problem, rows.counted, rows.teacher)[1] if spread is None else spread.mass
+        of_batch = _totals(problem, rows.counted, mass)
+    share = _share(problem, rows.counted.sample_weight, of_batch)
     mse_weight = numbers.mse_weight
     if spread is not None and formula.batch_normalized:
-        mse_weight = mse_weight * _batch_ratio(problem, rows.sample_weight, spread.mass)
+        mse_weight = mse_weight * _batch_ratio(problem, of_batch)
 
     loss = _value(problem, _samples(problem, rows, spread), mse_weight, share) if value else None
 
+    if upstream is not None:
+        share = share * upstream
     to_teacher = None
     if spread is not None and (teacher or mse_to_student):
         rate = share * (mse_weight * spread.mass)
@@ -101,6 +142,7 @@ def sweep(problem: Problem, *, value: bool = False, student: bool = False, teach
         loss,
         _exact_zero_outside(problem, rows, to_student) if student else None,
         _exact_zero_outside(problem, rows, to_teacher) if teacher else None,
+        of_batch,
     )
 
 
@@ -110,38 +152,55 @@ def samples(problem: Problem) -> Samples:
     return _samples(problem, rows, _spread(problem, rows) if problem.formula.decomposed else None)
 
 
+def prior_raised(problem: Problem) -> Problem:
+    """The same problem with gamma already in the prior, where labels choose more rows of the table than it has."""
+    arrays = problem.arrays
+    if arrays.prior is None or arrays.labels is None or math.prod(arrays.labels.shape) <= arrays.prior.shape[0]:
+        return problem
+    prior = _prior_weights(problem, problem.xp.astype(arrays.prior, problem.dtype, copy=False))
+    return problem._replace(arrays=arrays._replace(prior=prior), numbers=problem.numbers._replace(gamma=1.0))
+
+
 # --- row statistics ---------------------------------------------------------------------------------------------------
 
 
-def _row_statistics(problem: Problem) -> _Rows:
-    xp, arrays, temperature = problem.xp, problem.arrays, problem.numbers.temperature
-    s = xp.astype(arrays.student, problem.dtype, copy=False)
-    t = xp.astype(arrays.teacher, problem.dtype, copy=False)
-    counts = counting(xp, (s, t), arrays.where, arrays.sample_weight)
+def _counted(problem: Problem) -> _Counted:
+    xp, arrays = problem.xp, problem.arrays
+    counts = counting(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
     any_counts = xp.any(counts, axis=-1)
-    z_student = below_maximum(xp, s, counts, any_counts)
-    z_teacher = below_maximum(xp, t, counts, any_counts)
-    p = softmax(xp, z_teacher, temperature, counts, any_counts)
-    q = softmax(xp, z_student, temperature, counts, any_counts)
-    d = z_teacher - z_student
+    return _Counted(counts, any_counts, effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype))
+
+
+def _teacher(problem: Problem, counted: _Counted) -> _Teacher:
+    xp = problem.xp
+    t = xp.astype(problem.arrays.teacher, problem.dtype, copy=False)
+    z = below_maximum(xp, t, counted.counts, counted.any_counts)
+    return _Teacher(z, softmax(xp, z, problem.numbers.temperature, counted.counts, counted.any_counts))
+
+
+def _row_statistics(problem: Problem) -> _Rows:
+    xp = problem.xp
+    counted = _counted(problem)
+    teacher = _teacher(problem, counted)
+    s = xp.astype(problem.arrays.student, problem.dtype, copy=False)
+    z_student = below_maximum(xp, s, counted.counts, counted.any_counts)
+    q = softmax(xp, z_student, problem.numbers.temperature, counted.counts, counted.any_counts)
+    d = teacher.z - z_student
     return _Rows(
-        counts=counts,
-        any_counts=any_counts,
-        sample_weight=effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype),
+        counted=counted,
+        teacher=teacher,
         z_student=z_student,
-        z_teacher=z_teacher,
-        p=p,
         q=q,
         d=d,
         infinite=xp.isinf(d),
-        undefined=xp.isnan(p.log_normalizer + q.log_normalizer),
+        undefined=xp.isnan(teacher.p.log_normalizer + q.log_normalizer),
     )
 
 
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
     """The differences d about their weighted mean."""
     xp = problem.xp
-    w, mass = _class_weights(problem, rows)
+    w, mass = _class_weights(problem, rows.counted, rows.teacher)
     weightless = w == 0
     d = xp.where(weightless | rows.infinite, 0.0, rows.d)
     outliers = xp.where(rows.infinite & ~weightless, rows.d, 0.0)
@@ -157,27 +216,22 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     return _Spread(w, mass, xp.where(outliers == 0, centred, outliers))
 
 
-def _class_weights(problem: Problem, rows: _Rows) -> tuple[Array, Array]:
-    """w, and W with NaN in a sample whose label names no class."""
+def _class_weights(problem: Problem, counted: _Counted, teacher: _Teacher | None) -> tuple[Array, Array]:
+    """w, and W with NaN in a sample whose label names no class; `teacher` may be None where a prior is given."""
     xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
-        w = _teacher_weights(problem, rows)
+        assert teacher is not None
+        w = _teacher_weights(problem, counted, teacher)
         return w, xp.sum(w, axis=-1)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
     if arrays.labels is None:
-        w = xp.where(rows.counts, _prior_weights(problem, prior), 0.0)
+        w = xp.where(counted.counts, _prior_weights(problem, prior), 0.0)
         return w, xp.sum(w, axis=-1)
     known = named_class(arrays.labels, prior.shape[0])
     index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
-    # The smaller of the table and the batch's rows is raised to gamma.
-    raise_table = math.prod(arrays.labels.shape) > prior.shape[0]
-    if raise_table:
-        prior = _prior_weights(problem, prior)
-    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), rows.d.shape)
-    if not raise_table:
-        w = _prior_weights(problem, w)
-    w = xp.where(rows.counts, w, 0.0)
-    return w, xp.where(known | (rows.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
+    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), counted.counts.shape)
+    w = xp.where(counted.counts, _prior_weights(problem, w), 0.0)
+    return w, xp.where(known | (counted.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
 
 
 def _prior_weights(problem: Problem, prior: Array) -> Array:
@@ -186,23 +240,23 @@ def _prior_weights(problem: Problem, prior: Array) -> Array:
     return prior if isinstance(gamma, float) and gamma == 1.0 else prior**gamma
 
 
-def _teacher_weights(problem: Problem, rows: _Rows) -> Array:
+def _teacher_weights(problem: Problem, counted: _Counted, teacher: _Teacher) -> Array:
     """softmax(t / weight_temperature)^gamma."""
     xp, numbers = problem.xp, problem.numbers
     plain = isinstance(numbers.gamma, float) and numbers.gamma == 1.0
     same = _same(numbers.weight_temperature, numbers.temperature)
     if plain and same:
-        return rows.p.probabilities
+        return teacher.p.probabilities
     tau = numbers.weight_temperature
-    at_tau = rows.p if same else softmax(xp, rows.z_teacher, tau, rows.counts, rows.any_counts)
+    at_tau = teacher.p if same else softmax(xp, teacher.z, tau, counted.counts, counted.any_counts)
     if plain:
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
-    log_p = divided(rows.z_teacher, tau) - as_column(xp, at_tau.log_normalizer)
+    log_p = divided(teacher.z, tau) - as_column(xp, at_tau.log_normalizer)
     lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
     log_p = xp.where(log_p < lowest, lowest, log_p)
-    return xp.where(rows.counts, xp.exp(numbers.gamma * log_p), 0.0)
+    return xp.where(counted.counts, xp.exp(numbers.gamma * log_p), 0.0)
 
 
 def _probability_gap(problem: Problem, rows: _Rows) -> Array:
@@ -211,7 +265,7 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
     keeps the digits where both rows are confident of one class, or close to each other.
     """
-    xp, p = problem.xp, rows.p.probabilities
+    xp, p = problem.xp, rows.teacher.p.probabilities
     gap = rows.q.probabilities - p
     return gap - p * as_column(xp, xp.sum(gap, axis=-1))
 
@@ -238,7 +292,7 @@ def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
 def _ce(problem: Problem, rows: _Rows) -> Array:
     xp = problem.xp
     z = xp.where(rows.z_student == -xp.inf, 0.0, rows.z_student)
-    mean = divided(xp.sum(rows.p.probabilities * z, axis=-1), problem.numbers.temperature)
+    mean = divided(xp.sum(rows.teacher.p.probabilities * z, axis=-1), problem.numbers.temperature)
     return _infinite_if_unreachable(problem, rows, rows.q.log_normalizer - mean)
 
 
@@ -249,14 +303,14 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     nothing of the KL of two close rows.
     """
     xp = problem.xp
-    p, q = rows.p.probabilities, rows.q.probabilities
-    normalizers = as_column(xp, rows.p.log_normalizer - rows.q.log_normalizer)
+    p, q = rows.teacher.p.probabilities, rows.q.probabilities
+    normalizers = as_column(xp, rows.teacher.p.log_normalizer - rows.q.log_normalizer)
     ratio = divided(xp.where(rows.infinite, 0.0, rows.d), problem.numbers.temperature) - normalizers
     close = (abs(ratio) < 1) & ~rows.infinite
     small = xp.where(close, ratio, 0.0)
     far = xp.where(rows.infinite, 0.0, p * ratio) + (q - p)
     summand = xp.where(close, p * (small + xp.expm1(-small)), far)
-    kl = xp.sum(xp.where(rows.counts, summand, 0.0), axis=-1)
+    kl = xp.sum(xp.where(rows.counted.counts, summand, 0.0), axis=-1)
     return _infinite_if_unreachable(problem, rows, kl)
 
 
@@ -284,31 +338,50 @@ def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
     return weight * xp.where(weight == 0, 0.0, x)
 
 
-# --- weights of samples and parts -------------------------------------------------------------------------------------
+# --- what the rows of a batch share -----------------------------------------------------------------------------------
 
 
-def _share(problem: Problem, v: Array) -> Array:
-    """What a sample's entry counts for in the reduced value."""
+def _mass_matters(problem: Problem) -> bool:
+    """Whether the batch's sum of v W^2 is in the loss."""
+    return problem.formula.batch_normalized and not _is_zero(problem.numbers.mse_weight)
+
+
+def _shares(problem: Problem) -> bool:
+    return problem.reduction == "mean" or _mass_matters(problem)
+
+
+def _totals(problem: Problem, counted: _Counted, mass: Array | None) -> Array:
+    xp, v = problem.xp, counted.sample_weight
+    weight = xp.sum(v)
+    both = xp.stack([weight, xp.zeros_like(weight) if mass is None else xp.sum(v * mass * mass)])
+    return both if problem.ranks is None else problem.ranks.total(both)
+
+
+def _share(problem: Problem, v: Array, of_batch: Array | None) -> Array:
+    """What a sample's entry counts for in the reduced value.
+
+    Over several ranks the mean of their values, like the mean of their gradients, is that of the whole batch.
+    """
     xp = problem.xp
     if problem.reduction == "sum":
         return v
     if problem.reduction == "none":
         return v / xp.where(v == 0, 1.0, v)
-    total = xp.sum(v)
-    return v / xp.where(total == 0, 1.0, total)
+    assert of_batch is not None
+    share = v / xp.where(of_batch[0] == 0, 1.0, of_batch[0])
+    return share if problem.ranks is None else problem.ranks.size * share
 
 
-def _batch_ratio(problem: Problem, v: Array, mass: Array) -> Array:
+def _batch_ratio(problem: Problem, of_batch: Array | None) -> Array:
     """The ratio sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
-    xp = problem.xp
-    normalizer = xp.sum(v * mass * mass)
-    return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)
+    assert of_batch is not None
+    return of_batch[0] / problem.xp.where(of_batch[1] == 0, 1.0, of_batch[1])
 
 
 def _exact_zero_outside(problem: Problem, rows: _Rows, gradient: Array | None) -> Array:
     if gradient is None:
         return problem.xp.zeros_like(rows.d)
-    return problem.xp.where(rows.counts, gradient, 0.0)
+    return problem.xp.where(rows.counted.counts, gradient, 0.0)
 
 
 def _is_zero(x: Number) -> bool:

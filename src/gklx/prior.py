@@ -1,13 +1,13 @@
 """The class prior of IKL and GKL: the mean of the teacher's softmax over the samples of each class."""
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from ._arguments import class_count, computed_in, labelled_logits, positive_number
-from ._libraries import Library, device_of, dtype_name, exact_matmul, from_numpy, library_of, namespace, to_numpy
+from ._libraries import Library, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._problem import Array
 from ._rows import as_column, below_maximum, counting, effective_weight, named_class, softmax
 
@@ -66,11 +66,11 @@ def class_sums(
     p = softmax(xp, below_maximum(xp, x, counts, any_counts), temperature, counts, any_counts).probabilities
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
-    classes = xp.arange(num_classes, dtype=labels.dtype, device=None if library.lazy else device_of(labels))
+    classes = xp.arange(num_classes, dtype=labels.dtype, device=None if library.lazy else library.device(labels))
     member = xp.astype(as_column(xp, labels) == classes, dtype)
     member = xp.reshape(member, (-1, num_classes))
     weighted = xp.reshape(p * as_column(xp, v), (-1, num_classes))
-    with exact_matmul(library):
+    with exact_matmul(library, weighted):
         return xp.matmul(xp.matrix_transpose(member), weighted)
 
 
@@ -116,8 +116,11 @@ class ClassPriorState(NamedTuple):
         library = library_of(like)
         if library is None:
             raise TypeError(f"like must be an array of a known library, got {type(like).__name__}")
-        xp = namespace(library)
-        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": None if library.lazy else device_of(like)}
+        xp = library.namespace()
+        kind = {
+            "dtype": getattr(xp, computed_in("like", like)),
+            "device": None if library.lazy else library.device(like),
+        }
         shape = (num_classes, num_classes)
         return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
 
@@ -126,11 +129,11 @@ class ClassPriorState(NamedTuple):
     ) -> "ClassPriorState":
         """The state with a batch added to its sums; arguments and errors as in `class_sums`."""
         sums = class_sums(logits, labels, self.sums.shape[0], temperature=temperature, sample_weight=sample_weight)
-        return self._replace(sums=self.sums + array_namespace(sums).astype(sums, self.sums.dtype, copy=False))
+        return self._replace(sums=self.sums + _namespace(sums).astype(sums, self.sums.dtype, copy=False))
 
     def advance(self) -> "ClassPriorState":
         """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
-        xp = array_namespace(self.table)
+        xp = _namespace(self.table)
         totals = as_column(xp, xp.sum(self.sums, axis=-1))
         seen = totals != 0
         table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
@@ -253,17 +256,23 @@ class ClassPrior:
             self._move(library, sums, dtype_name(self._state.table.dtype if self._settled else sums.dtype))
         elif library is not self._library:
             raise TypeError(f"{name} must be of this prior's library, {self._library.name}, got {library.name}")
-        elif device_of(sums) != self._device:
-            raise ValueError(f"{name} must be on this prior's device, {self._device}, got {device_of(sums)}")
+        elif library.device(sums) != self._device:
+            raise ValueError(f"{name} must be on this prior's device, {self._device}, got {library.device(sums)}")
         own = self._state.sums
-        total = own + array_namespace(sums).astype(sums, own.dtype, copy=False)
+        total = own + _namespace(sums).astype(sums, own.dtype, copy=False)
         self._state = self._state._replace(sums=total)
 
     def _move(self, library: Library, like: Array, dtype: str) -> None:
-        self._library, self._device, self._settled = library, device_of(like), True
+        self._library, self._device, self._settled = library, library.device(like), True
         self._place(dtype)
 
     def _place(self, dtype: str) -> None:
         assert self._library is not None
         place = (from_numpy(self._library, x.astype(dtype), self._device) for x in self._state)
         self._state = ClassPriorState(*place)
+
+
+def _namespace(x: Array) -> ModuleType:
+    library = library_of(x)
+    assert library is not None
+    return library.namespace()

@@ -6,12 +6,12 @@ Each module offers two functions:
     attach(problem) -> value    the loss, with the sweep's gradients registered as its derivative
 """
 
-import importlib
 from types import ModuleType
 
+from .._blocks import sweep
 from .._libraries import Library, library_of
 from .._problem import Array, Problem
-from .._sweep import Sweep, sweep
+from .._sweep import Sweep
 
 
 def value(problem: Problem) -> Array:
@@ -33,6 +33,12 @@ def value_and_gradients(problem: Problem, *, student: bool, teacher: bool, value
 
 
 def _adapter(library: Library | None) -> ModuleType | None:
-    if library is None or library.autodiff is None:
+    if library is None or not library.differentiates:
         return None
-    return importlib.import_module(f".{library.autodiff}", __name__)
+    if library.backend == "torch":
+        from . import _torch
+
+        return _torch
+    from . import _jax
+
+    return _jax

@@ -22,17 +22,17 @@ def attach(problem: Problem) -> Array:
     for x in problem.numbers:
         static.append(x if isinstance(x, float) else None)
         traced.append(None if isinstance(x, float) else x)
-    plan = (problem.dtype, problem.formula, problem.reduction, Numbers(*static))
+    plan = (problem.dtype, problem.formula, problem.reduction, Numbers(*static), problem.ranks)
     arrays = problem.arrays
     rest = (arrays._replace(student=None, teacher=None), Numbers(*traced))
     return _loss(plan, arrays.student, arrays.teacher, rest)
 
 
 def _problem(plan: tuple[Any, ...], student: Array, teacher: Array, rest: tuple[Arrays, Numbers]) -> Problem:
-    dtype, formula, reduction, static = plan
+    dtype, formula, reduction, static, ranks = plan
     arrays, traced = rest
     numbers = Numbers(*(b if a is None else a for a, b in zip(static, traced, strict=True)))
-    return Problem(jnp, dtype, formula, reduction, numbers, arrays._replace(student=student, teacher=teacher))
+    return Problem(jnp, dtype, formula, reduction, numbers, arrays._replace(student=student, teacher=teacher), ranks)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,57 +1,132 @@
-"""The analytic gradient as a `torch.autograd.Function`."""
+"""The analytic gradient as a `torch.autograd.Function`, which PyTorch's transforms and compiler take as well."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from .._problem import Problem
-from .._sweep import Sweep, sweep
+from .. import _blocks
+from .._problem import Array, Arrays, Problem
 
 
 def tracks(problem: Problem) -> bool:
-    """Whether autograd records either logits."""
-    return torch.is_grad_enabled() and (problem.arrays.student.requires_grad or problem.arrays.teacher.requires_grad)
+    """Whether autograd, forward-mode AD or a transform of `torch.func` may be looking at the logits."""
+    if _records(problem.arrays.student) or _records(problem.arrays.teacher):
+        return True
+    return not torch.compiler.is_compiling() and (_transformed() or forward_ad._current_level >= 0)
 
 
 def attach(problem: Problem) -> torch.Tensor:
-    """The loss; its backward pass multiplies gradients that the forward pass already made."""
-    student, teacher = problem.arrays.student, problem.arrays.teacher
-    wanted = student.requires_grad, teacher.requires_grad
-    value: torch.Tensor = _Loss.apply(student, teacher, problem, wanted)[0]  # type: ignore[no-untyped-call]
+    """The loss; its derivatives are those of the sweep."""
+    arrays = problem.arrays
+    logits = arrays.student, arrays.teacher
+    plan = _Plan(
+        problem._replace(arrays=Arrays(*[None] * len(arrays))),
+        # Made beforehand only where the backward pass need but multiply them: half precisions would be rounded
+        # twice (and underflow before a loss scale reaches them), and a compiler or a transform decides for itself.
+        *(_records(x) and x.dtype == problem.dtype and not _left_to_others(x) for x in logits),
+    )
+    function = _Loss if torch.compiler.is_compiling() else _TransformableLoss
+    value: torch.Tensor = function.apply(plan, *arrays)[0]  # type: ignore[no-untyped-call]
     return value
 
 
-def _swept(problem: Problem, student: Any, teacher: Any, wanted: tuple[bool, bool], value: bool) -> Sweep:
-    """The sweep at the tensors autograd handed over, which need not be the problem's own."""
-    at = problem._replace(arrays=problem.arrays._replace(student=student, teacher=teacher))
-    return sweep(at, value=value, student=wanted[0], teacher=wanted[1])
+@dataclass(frozen=True)
+class _Plan:
+    """What is no tensor: a problem without arrays, and which gradients the forward pass makes.
+
+    No tuple, which PyTorch would take apart as a tree of tensors.
+    """
+
+    problem: Problem
+    student_ahead: bool
+    teacher_ahead: bool
+
+    def on(self, arrays: tuple[Any, ...]) -> Problem:
+        """The problem at the tensors that autograd handed over, which need not be the caller's own."""
+        return self.problem._replace(arrays=Arrays(*arrays))
 
 
 class _Loss(torch.autograd.Function):
-    """Keeps, beyond its inputs, one tensor of the logits' size for each input that is differentiated."""
+    """Keeps its inputs and, for each differentiated input of the dtype computed in, its gradient."""
 
     @staticmethod
-    def forward(student: Any, teacher: Any, problem: Problem, wanted: tuple[bool, bool]) -> Any:
-        return tuple(_swept(problem, student, teacher, wanted, value=True))
+    def forward(plan: _Plan, *arrays: Any) -> Any:
+        problem = plan.on(arrays)
+        found = _blocks.sweep(problem, value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
+        return found.value, found.of_batch, found.student, found.teacher
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        student, teacher, ctx.problem, ctx.wanted = inputs
-        gradients = output[1:]
-        ctx.mark_non_differentiable(*(g for g in gradients if g is not None))
-        ctx.save_for_backward(student, teacher, *gradients)
+        ctx.plan, *arrays = inputs
+        _, *rest = output
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        ctx.save_for_backward(*arrays, *rest)
+        ctx.save_for_forward(*arrays, *rest)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
-        student, teacher, *gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # Someone will differentiate this again: redo the sweep where autograd sees it. What it then finds is
+        plan, count = ctx.plan, len(Arrays._fields)
+        saved = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
+        arrays, (of_batch, *ahead) = saved[:count], saved[count:]
+        wanted = ctx.needs_input_grad[1:3]
+        given: list[Any]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Someone may differentiate this again: redo the sweep where autograd sees it. What it then finds is
             # the derivative of the gradient field, which for DKL is KL's Hessian.
-            gradients = list(_swept(ctx.problem, student, teacher, ctx.wanted, value=False)[1:])
-        if ctx.problem.reduction == "none":
-            upstream = upstream.unsqueeze(-1)
-        given = [
-            None if g is None else (g * upstream).to(x.dtype)
-            for g, x in zip(gradients, (student, teacher), strict=True)
-        ]
-        return *given, None, None
+            given = _gradients(plan.on(arrays), None, wanted, upstream)
+        elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
+            if plan.problem.reduction == "none":
+                upstream = upstream.unsqueeze(-1)
+            given = [None if x is None else x * upstream for x in ahead]
+        else:
+            given = _gradients(plan.on(arrays), of_batch, wanted, upstream)
+        return None, *given, None, None, None, None
+
+
+class _TransformableLoss(_Loss):
+    """With forward mode and `vmap`, which the compiler does not take (and has no use for)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, student: Any, teacher: Any, *__: Any) -> Any:
+        plan = ctx.plan
+        with forward_ad._set_fwd_grad_enabled(True):
+            # PyTorch turns forward mode off in here; without it a second forward derivative would silently be 0.
+            arrays = [x if x is None else _primal(x) for x in ctx.saved_tensors[: len(Arrays._fields)]]
+            wanted = student is not None, teacher is not None
+            gradients = _gradients(plan.on(arrays), None, wanted, None)
+            axes = -1 if plan.problem.reduction == "none" else None
+            tangent = None
+            for gradient, direction in zip(gradients, (student, teacher), strict=True):
+                if direction is not None:
+                    product = (gradient * direction).sum(axes)
+                    tangent = product if tangent is None else tangent + product
+        return tangent, None, None, None
+
+
+def _primal(x: torch.Tensor) -> torch.Tensor:
+    primal: torch.Tensor = forward_ad.unpack_dual(x).primal  # type: ignore[no-untyped-call]
+    return primal
+
+
+def _gradients(
+    problem: Problem, of_batch: Array | None, wanted: tuple[bool, bool], upstream: Array | None
+) -> list[Any]:
+    """The gradients that are asked for, in their logits' dtypes."""
+    found = _blocks.sweep(problem, of_batch, student=wanted[0], teacher=wanted[1], upstream=upstream)
+    return [found.student, found.teacher]
+
+
+def _records(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _left_to_others(x: torch.Tensor) -> bool:
+    return torch.compiler.is_compiling() or _transformed()
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None

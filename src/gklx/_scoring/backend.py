@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._libraries import LIBRARIES, Library, device_of, namespace
+from .._libraries import LIBRARIES, Library, library_of
 from .._problem import Array
 
 
@@ -41,7 +41,7 @@ def backend(name: str, device: str | None) -> Iterator[Backend]:
     """
     library = next(each for each in LIBRARIES if each.backend == name)
     try:
-        xp = namespace(library)
+        xp = library.namespace()
     except Exception as error:  # a broken installation may raise anything
         raise ValueError(f"--backend {name}: {library.name} cannot be imported here ({error})") from None
     with contextlib.ExitStack() as stack:
@@ -95,7 +95,9 @@ def _device(library: Library, text: str) -> Any:
 
 
 def _name(x: Array) -> str:
-    device = device_of(x)
+    library = library_of(x)
+    assert library is not None
+    device = library.device(x)
     if hasattr(device, "platform"):
         return f"{device.platform}:{device.id}"
     if type(device).__module__.startswith("cupy"):

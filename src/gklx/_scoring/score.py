@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import losses
+from .._blocks import samples
 from .._problem import Array
-from .._sweep import samples
 from ..losses import problem_builder
 from ..prior import class_sums
 from .backend import Backend
