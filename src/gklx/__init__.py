@@ -1,9 +1,11 @@
 """KL, DKL, IKL and GKL divergence losses with analytic gradients, on every array library.
 
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
-parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL.
+parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL;
+`global_batch` spreads one batch over many devices.
 """
 
+from ._global_batch import global_batch
 from .losses import dkl, gkl, ikl, kl
 from .prior import ClassPrior, ClassPriorState, class_sums
 from .transforms import Terms, grad, terms, value_and_grad
@@ -15,6 +17,7 @@ __all__ = [
     "class_sums",
     "dkl",
     "gkl",
+    "global_batch",
     "grad",
     "ikl",
     "kl",

@@ -9,6 +9,7 @@ import numbers as python_numbers
 from types import ModuleType
 from typing import Any
 
+from ._global_batch import ranks_of
 from ._libraries import LIBRARIES, Library, dtype_name, library_of
 from ._problem import Array, Arrays, Formula, Number, Numbers, Problem
 from ._rows import counting, named_class
@@ -43,6 +44,7 @@ def problem_of(
     }
     present = {name: x for name, x in named.items() if x is not None}
     library = _one_library(present)
+    ranks = ranks_of(library)
     to_read = sample_weight is not None or prior is not None
     readable = to_read and all(library.readable(x) for x in present.values())
     xp = library.namespace()
@@ -85,7 +87,9 @@ def problem_of(
     )
     if readable and prior is not None:
         _values(xp, arrays, prior)
-    return Problem(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=None)
+    return Problem(
+        xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=ranks
+    )
 
 
 def labelled_logits(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._arguments import class_count, computed_in, labelled_logits, positive_number
+from ._global_batch import ranks_of
 from ._libraries import Library, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._problem import Array
 from ._rows import as_column, below_maximum, counting, effective_weight, named_class, softmax
@@ -41,7 +42,7 @@ def class_sums(
     -------
     array, shape [C, C]
         Row y is the sum over class y, and its own sum the weight of the samples seen; float32, or float64 for float64
-        logits. Built by one matrix product, B·C² multiplications.
+        logits. Built by one matrix product, B·C² multiplications. Within `global_batch` over the samples of all ranks.
 
     Raises
     ------
@@ -71,7 +72,9 @@ def class_sums(
     member = xp.reshape(member, (-1, num_classes))
     weighted = xp.reshape(p * as_column(xp, v), (-1, num_classes))
     with exact_matmul(library, weighted):
-        return xp.matmul(xp.matrix_transpose(member), weighted)
+        sums = xp.matmul(xp.matrix_transpose(member), weighted)
+    ranks = ranks_of(library)
+    return sums if ranks is None else ranks.total(sums)
 
 
 class ClassPriorState(NamedTuple):
