@@ -127,7 +127,7 @@ def _slices(batch: tuple[int, ...], rows: int) -> Iterator[_Block]:
     if inner <= rows:
         step = rows // inner
         for start in range(0, batch[0], step):
-            yield (slice(start, start + step), ...)
+            yield (slice(start, min(start + step, batch[0])), ...)
         return
     for i in range(batch[0]):
         for rest in _slices(batch[1:], rows):

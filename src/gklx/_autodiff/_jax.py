@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .._problem import Array, Arrays, Numbers, Problem
-from .._sweep import sweep
+from .._sweep import prior_raised, sweep
 
 
 def tracks(problem: Problem) -> bool:
@@ -32,7 +32,8 @@ def _problem(plan: tuple[Any, ...], student: Array, teacher: Array, rest: tuple[
     dtype, formula, reduction, static, ranks = plan
     arrays, traced = rest
     numbers = Numbers(*(b if a is None else a for a, b in zip(static, traced, strict=True)))
-    return Problem(jnp, dtype, formula, reduction, numbers, arrays._replace(student=student, teacher=teacher), ranks)
+    arrays = arrays._replace(student=student, teacher=teacher)
+    return prior_raised(Problem(jnp, dtype, formula, reduction, numbers, arrays, ranks))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

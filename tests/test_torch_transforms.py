@@ -1,0 +1,458 @@
+"""PyTorch's transforms, compiler, mixed precision and layouts, each against the analytic gradient of `gklx.grad`."""
+
+import shutil
+import warnings
+from functools import partial
+
+import pytest
+
+import backends
+import gklx
+from backends import BY_NAME
+from cases import CASES, call, loss_of, on
+from closeness import assert_close
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+SMALL = ("kl", "dkl-T", "ikl", "gkl", "gkl-0", "gkl-tau", "gkl-prior", "gkl-rows", "gkl-asymmetric")
+EACH = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
+EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def supports(row):
+    return pytest.mark.supports(row, "PyTorch")
+
+
+@pytest.fixture(autouse=True)
+def _torch_is_wanted():
+    backends.needs("torch")
+
+
+def same(actual, expected, ulps=16, dtype="float64", **more):
+    assert_close(actual.detach(), expected.detach().double().numpy(), BY_NAME["torch"], dtype, ulps=ulps, **more)
+
+
+def given(case, mask="none", dtype="float64", **more):
+    """The loss with its keyword arrays bound, and the logits."""
+    s, t, arrays = on(BY_NAME["torch"], dtype, *call(case, mask, **more))
+    return partial(loss_of(case), **arrays), s, t
+
+
+def directions(s):
+    d = torch.linspace(-1, 1, s.numel(), dtype=s.dtype).reshape(s.shape)
+    return d, (3 * d).cos()
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+@supports("second derivatives")
+@EVERY
+def test_gradgradcheck(case):
+    """Of every loss to both arguments: reverse over reverse, forward over reverse."""
+    loss, s, t = given(case, batch=(2,), classes=4)
+    s, t = s.requires_grad_(), t.requires_grad_()
+    assert torch.autograd.gradgradcheck(loss, (s, t), check_fwd_over_rev=True)
+
+
+@supports("gradients by the library's own autodiff")
+@pytest.mark.parametrize("mask", ["none", "elements", "samples"])
+@pytest.mark.parametrize(
+    "case", [x for x in CASES if x.loss != "dkl" and x.settings.get("symmetric", True)], ids=lambda case: case.id
+)
+def test_gradcheck_where_the_gradient_is_the_value_s_own(case, mask):
+    """That is KL, and the student of IKL and of symmetric GKL; elsewhere a gradient stops on purpose."""
+    loss, s, t = given(case, mask, batch=(3,), classes=4)
+    s, t = torch.nan_to_num(s), torch.nan_to_num(t, posinf=0.0)  # finite differences cannot step from NaN
+    s.requires_grad_()
+    t.requires_grad_(case.loss == "kl")
+    assert torch.autograd.gradcheck(loss, (s, t), check_forward_ad=True)
+
+
+def stopped_dkl(s, t):
+    """DKL written with `detach`: right once differentiated, wrong twice."""
+    p = torch.softmax(t, -1).detach()
+    d = t - s.detach()
+    mse = 0.5 * (p * (d - (p * d).sum(-1, keepdim=True)) ** 2).sum(-1)
+    ce = -(p * torch.log_softmax(s, -1)).sum(-1)
+    return (mse + ce).mean()
+
+
+@supports("second derivatives")
+def test_a_stop_gradient_expression_gets_the_second_derivative_of_dkl_wrong_and_dkl_does_not():
+    _, s, t = given(CASES[0], batch=(2,), classes=4)
+
+    def second(loss):
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        first = torch.autograd.grad(loss(a, b), (a, b), create_graph=True)
+        return first, torch.autograd.grad(sum((g * d).sum() for g, d in zip(first, directions(s), strict=True)), (a, b))
+
+    (ours, of_ours), (kl, of_kl), (stopped, of_stopped) = (second(loss) for loss in (gklx.dkl, gklx.kl, stopped_dkl))
+    for i in (0, 1):
+        same(stopped[i], kl[i], ulps=64)
+        same(ours[i], kl[i], ulps=64)
+        same(of_ours[i], of_kl[i], ulps=256)
+        assert (of_stopped[i] - of_kl[i]).abs().max() > 0.1 * of_kl[i].abs().max()
+
+
+@supports("gradients by the library's own autodiff")
+@EACH
+def test_func_grad_and_jacobians(case):
+    loss, s, t = given(case, "samples")
+    exact = gklx.grad(loss, (0, 1))(s, t)
+    for found, expected in zip(torch.func.grad(loss, (0, 1))(s, t), exact, strict=True):
+        same(found, expected)
+    unreduced = partial(loss, reduction="none")
+    for i in (0, 1):
+        same(torch.func.jacrev(loss, i)(s, t), exact[i])
+        same(torch.func.jacfwd(loss, i)(s, t), exact[i])
+        rows = torch.func.jacrev(unreduced, i)(s, t)
+        same(torch.func.jacfwd(unreduced, i)(s, t), rows)
+        exact_rows = gklx.grad(partial(loss, reduction="sum"), i)(s, t)
+        weights = loss.keywords["sample_weight"]
+        same((weights[:, None, None] * rows).sum(0), exact_rows)
+
+
+@supports("forward mode")
+@EACH
+def test_forward_mode(case):
+    loss, s, t = given(case, "elements")
+    u, v = directions(s)
+    to_s, to_t = gklx.grad(loss, (0, 1))(s, t)
+    expected = (to_s * u).sum() + (to_t * v).sum()
+    scale = float((to_s * u).abs().max())
+    same(torch.func.jvp(loss, (s, t), (u, v))[1], expected, scale=scale)
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(s, u), forward_ad.make_dual(t, v))
+        same(forward_ad.unpack_dual(dual).tangent, expected, scale=scale)
+        one = loss(s, forward_ad.make_dual(t, v))
+        same(forward_ad.unpack_dual(one).tangent, (to_t * v).sum(), scale=scale)
+
+
+@supports("second derivatives")
+@EACH
+def test_second_derivatives_however_they_are_taken(case):
+    """Forward or reverse over either, and reverse over the analytic gradient, to the third."""
+    loss, s, t = given(case, batch=(2,), classes=3)
+    fwd, rev = torch.func.jacfwd, torch.func.jacrev
+    for i in (0, 1):
+        field = rev(gklx.grad(loss, i), i)(s, t)
+        assert field.abs().max() > 0 or (case.settings.get("symmetric") is False and i == 0)
+        for outer, inner in ((fwd, rev), (rev, rev), (rev, fwd), (fwd, fwd)):
+            same(outer(inner(loss, i), i)(s, t), field, ulps=64, scale=0.1)
+    third = fwd(field_of := rev(gklx.grad(loss, 1), 1), 1)(s, t)
+    same(rev(fwd(fwd(loss, 1), 1), 1)(s, t), third, ulps=256, scale=0.1)
+    assert field_of(s, t).shape == (*t.shape, *t.shape)
+
+
+@supports("vmap")
+@EACH
+def test_vmap_with_and_around_grad(case):
+    loss, s, t = given(case)
+    batches = torch.stack([s, 2 * s, t.flip(0)])
+    exact = [gklx.grad(loss, (0, 1))(x, t) for x in batches]
+    same(torch.func.vmap(loss, (0, None))(batches, t), torch.stack([loss(x, t) for x in batches]))
+    per_batch = torch.func.vmap(torch.func.grad(loss, (0, 1)), (0, None))(batches, t)
+    around = torch.func.grad(lambda x: torch.func.vmap(loss, (0, None))(x, t).sum())(batches)
+    for i in (0, 1):
+        same(per_batch[i], torch.stack([each[i] for each in exact]))
+    same(around, torch.stack([each[0] for each in exact]))
+
+
+@supports("vmap")
+def test_vmap_over_every_array_argument():
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    loss, s, t = given(case, "samples")
+    arrays = loss.keywords
+    several = {name: torch.stack([x, x.flip(0)]) for name, x in arrays.items() if isinstance(x, torch.Tensor)}
+    several["where"] = torch.stack([s.isfinite(), t.isfinite()])
+
+    def of(s, t, several):
+        return loss_of(case)(s, t, **several)
+
+    found = torch.func.vmap(torch.func.grad(of), (None, None, 0))(s, t, several)
+    for i in (0, 1):
+        one = {name: x[i] for name, x in several.items()}
+        same(found[i], gklx.grad(loss_of(case))(s, t, **one))
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["student", "teacher", "both"])
+def test_kept_for_the_backward_pass_is_at_most_one_tensor_a_differentiated_input(wanted, dtype):
+    s, t = torch.randn(2, 64, 100).to(getattr(torch, dtype))
+    s.requires_grad_(wanted[0]), t.requires_grad_(wanted[1])
+    kept = {}
+
+    def pack(x):
+        kept[x.data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        gklx.gkl(s, t)
+    for x in (s, t):
+        kept.pop(x.data_ptr())
+    half = dtype in ("float16", "bfloat16")
+    one = s.numel() * s.element_size()
+    assert sum(kept.values()) <= (0 if half else sum(wanted)) * one + 64
+
+
+def test_inputs_that_change_before_the_backward_pass_are_an_error_and_not_a_wrong_gradient():
+    s, t = torch.randn(2, 4, 5)
+    s.requires_grad_()
+    value = gklx.gkl(s, t)
+    t.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_retained_graph_gives_the_same_gradient_again(times):
+    s, t = torch.randn(2, 4, 5)
+    s.requires_grad_()
+    value = gklx.gkl(s, t)
+    for _ in range(times):
+        (found,) = torch.autograd.grad(value, s, retain_graph=True)
+        same(found, gklx.grad(gklx.gkl)(s.detach(), t), dtype="float32")
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A compiler's backend that counts how often it was asked to compile."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture
+def compiled():
+    torch.compiler.reset()
+    counter = Counted()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Online softmax is disabled")
+        yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": counter, **options}), counter
+    torch.compiler.reset()
+
+
+@supports("compiler")
+@pytest.mark.parametrize("mask", ["none", "elements", "samples"])
+@EACH
+def test_compiled_without_a_graph_break(compiled, case, mask):
+    compile_, counter = compiled
+    loss, s, t = given(case, mask)
+    expected = gklx.grad(loss, (0, 1))(s, t)
+    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    value = compile_(loss)(a, b)
+    same(value, loss(s, t))
+    (3 * value).backward()
+    same(a.grad, 3 * expected[0], ulps=64)
+    same(b.grad, 3 * expected[1], ulps=64)
+    assert counter.graphs == 1
+
+
+@supports("compiler")
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor")
+def test_compiled_by_the_default_compiler(compiled):
+    compile_, _ = compiled
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    loss, s, t = given(case, "samples", dtype="float32")
+    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    value = compile_(loss, backend="inductor")(a, b)
+    value.backward()
+    same(value, loss(s, t), dtype="float32")
+    for found, expected in zip((a.grad, b.grad), gklx.grad(loss, (0, 1))(s, t), strict=True):
+        same(found, expected, dtype="float32", ulps=64)
+
+
+@supports("batch size left open")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_any_batch_size(compiled, dynamic):
+    """Two graphs at most for all sizes above 1: one for the first size, one for any."""
+    compile_, counter = compiled
+    loss = compile_(partial(gklx.gkl, gamma=0.5), dynamic=dynamic)
+    for batch in (5, 3, 17, 64, 33, 7, 128):
+        s, t = torch.randn(2, batch, 7, dtype=torch.float64)
+        s.requires_grad_()
+        labels, prior = torch.randint(0, 7, (batch,)), torch.rand(7, 7, dtype=torch.float64)
+        loss(s, t, prior=prior, labels=labels).backward()
+        exact = gklx.grad(partial(gklx.gkl, gamma=0.5))(s.detach(), t, prior=prior, labels=labels)
+        same(s.grad, exact, ulps=64)
+    assert counter.graphs <= 2
+
+
+@supports("hyper-parameters that change without compiling again")
+def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled):
+    compile_, counter = compiled
+    loss = compile_(gklx.gkl)
+    s, t = torch.randn(2, 5, 7, dtype=torch.float64)
+    for weight in (0.1, 0.2, 0.35, 0.4, 0.55, 0.6, 0.7):
+        settings = {"mse_weight": weight, "gamma": 1.5 * weight, "ce_weight": 2 * weight}
+        same(loss(s, t, **settings), gklx.gkl(s, t, **settings))
+    assert counter.graphs <= 3
+
+
+@supports("compiler")
+def test_other_functions_are_compiled_too(compiled):
+    compile_, _ = compiled
+    s, t = torch.randn(2, 5, 7, dtype=torch.float64)
+    value, (to_s, to_t) = compile_(gklx.value_and_grad(gklx.gkl, (0, 1)))(s, t)
+    same(value, gklx.gkl(s, t))
+    for found, expected in zip((to_s, to_t), gklx.grad(gklx.gkl, (0, 1))(s, t), strict=True):
+        same(found, expected)
+    same(compile_(gklx.terms(gklx.ikl))(s, t).mse, gklx.terms(gklx.ikl)(s, t).mse)
+    same(compile_(torch.func.grad(gklx.gkl))(s, t), to_s)
+    same(compile_(torch.func.vmap(gklx.gkl))(s, t), torch.func.vmap(gklx.gkl)(s, t))
+
+
+@supports("class prior inside a compiled step")
+def test_class_prior_in_a_compiled_step(compiled):
+    compile_, _ = compiled
+    t, labels = torch.randn(5, 7, dtype=torch.float64), torch.tensor([1, 2, 2, 0, 6])
+    state = gklx.ClassPriorState.uniform(7, like=t)
+
+    def step(state, t, labels):
+        state = state.update(t, labels, temperature=2.0).advance()
+        return state, gklx.gkl(t.flip(0), t, prior=state.table, labels=labels)
+
+    found, value = compile_(step)(state, t, labels)
+    expected, exact = step(state, t, labels)
+    same(found.table, expected.table)
+    same(value, exact)
+
+
+class Distilled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 7)
+
+    def forward(self, x, teacher, labels, weight):
+        prior = torch.full((7, 7), 1 / 7)
+        return gklx.gkl(self.layer(x), teacher, prior=prior, labels=labels, sample_weight=weight, gamma=0.5)
+
+
+@supports("export")
+@supports("batch size left open")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_for_any_batch_size(strict):
+    def inputs(batch):
+        return torch.randn(batch, 4), torch.randn(batch, 7), torch.randint(0, 7, (batch,)), torch.rand(batch)
+
+    torch.compiler.reset()
+    model, batch = Distilled(), torch.export.Dim("batch", min=2, max=4096)
+    program = torch.export.export(model, inputs(6), dynamic_shapes=({0: batch},) * 4, strict=strict).module()
+    for size in (2, 9, 300):
+        arguments = inputs(size)
+        same(program(*arguments), model(*arguments), dtype="float32")
+
+
+# --- mixed precision --------------------------------------------------------------------------------------------------
+
+
+@supports("mixed precision")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_autocast(dtype):
+    """The loss is computed in float32 though the layers give halves, and the class sums too."""
+    layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
+    labels = torch.randint(0, 7, (64,))
+    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+        s = layer(x)
+        s.retain_grad()
+        value = gklx.gkl(s, t, gamma=0.5)
+        sums = gklx.class_sums(t, labels, 7)
+    assert str(s.dtype) == f"torch.{dtype}"
+    value.backward()
+    wide = s.detach().double()
+    same(value, gklx.gkl(wide, t.double(), gamma=0.5), dtype="float32")
+    exact = gklx.grad(partial(gklx.gkl, gamma=0.5))(wide, t.double())
+    assert_close(s.grad, exact.numpy(), BY_NAME["torch"], dtype, ulps=1)
+    same(sums, gklx.class_sums(t.double(), labels, 7), dtype="float32")
+
+
+@supports("mixed precision")
+def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
+    """With a small share a sample the unscaled gradients are below float16: they are made times the scale."""
+    s, t = torch.randn(2, 4096, 100).to(torch.float16)
+    s.requires_grad_()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    scaler.scale(gklx.gkl(s, t)).backward()
+    exact = 2.0**14 * gklx.grad(gklx.gkl)(s.detach().double(), t.double())
+    assert_close(s.grad, exact.numpy(), BY_NAME["torch"], "float16", ulps=1)
+    assert (gklx.grad(gklx.gkl)(s.detach(), t) == 0).double().mean() > 100 * (s.grad == 0).double().mean()
+
+
+@supports("mixed precision")
+def test_grad_scaler_steps():
+    layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.5), torch.amp.GradScaler("cpu")
+    values = []
+    for _ in range(20):
+        with torch.autocast("cpu", dtype=torch.float16):
+            value = gklx.gkl(layer(x), t)
+        optimizer.zero_grad()
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.9 * values[0]
+
+
+# --- layouts and memory -----------------------------------------------------------------------------------------------
+
+
+@supports("checkpoint")
+@pytest.mark.parametrize("reentrant", [True, False])
+@EACH
+def test_checkpoint(case, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    loss, s, t = given(case)
+    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    checkpoint(loss, a, b, use_reentrant=reentrant).backward()
+    for found, expected in zip((a.grad, b.grad), gklx.grad(loss, (0, 1))(s, t), strict=True):
+        same(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 1)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_zero_size(shape, reduction):
+    s, t = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    value = gklx.gkl(s, t, reduction=reduction)
+    value.sum().backward()
+    assert value.shape == (shape[:-1] if reduction == "none" else ())
+    assert value.sum() == 0
+    assert s.grad.shape == t.grad.shape == shape
+
+
+@EACH
+def test_transposed_strided_and_expanded(case):
+    loss, s, t = given(case)
+    exact = gklx.grad(loss, (0, 1))(s, t)
+    wide = torch.zeros(2, 14, 5, dtype=torch.float64)
+    wide[:, ::2] = torch.stack([s.T, t.T])
+    views = wide.requires_grad_()[:, ::2].mT
+    loss(views[0], views[1]).backward()
+    for i in (0, 1):
+        same(wide.grad[i, ::2].T, exact[i])
+    row = t[0].clone().requires_grad_()
+    loss(s, row.expand(5, 7)).backward()
+    same(row.grad, gklx.grad(loss, 1)(s, t[:1].repeat(5, 1)).sum(0), scale=float(exact[1].abs().max()))
+
+
+def test_meta_tensors_need_no_value():
+    s, t = (torch.empty(4, 5, device="meta", requires_grad=True) for _ in range(2))
+    gklx.gkl(
+        s, t, prior=torch.empty(5, 5, device="meta"), labels=torch.empty(4, dtype=torch.int64, device="meta")
+    ).backward()
+    assert s.grad.shape == t.grad.shape == (4, 5)
