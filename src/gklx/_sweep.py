@@ -155,7 +155,10 @@ def samples(problem: Problem) -> Samples:
 def prior_raised(problem: Problem) -> Problem:
     """The same problem with gamma already in the prior, where labels choose more rows of the table than it has."""
     arrays = problem.arrays
-    if arrays.prior is None or arrays.labels is None or math.prod(arrays.labels.shape) <= arrays.prior.shape[0]:
+    if arrays.prior is None or arrays.labels is None:
+        return problem
+    rows = math.prod(arrays.labels.shape)
+    if not isinstance(rows, int) or rows <= arrays.prior.shape[0]:  # a size left open for export is no int
         return problem
     prior = _prior_weights(problem, problem.xp.astype(arrays.prior, problem.dtype, copy=False))
     return problem._replace(arrays=arrays._replace(prior=prior), numbers=problem.numbers._replace(gamma=1.0))
