@@ -1,9 +1,14 @@
 """Runs a test on every backend that takes part, and in every dtype that the backend is tested in."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 import backends
+
+# Eight virtual devices of the host for JAX; read when JAX starts, and nothing to the other libraries.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 settings.register_profile(
     "gklx",

@@ -229,6 +229,15 @@ def library_of(x: Any) -> Library | None:
     return None
 
 
+def beside(library: Library, x: Array) -> Any:
+    """The device to name when an array is made to meet x; None where its library would bind it more than x is bound.
+
+    JAX moves arrays that nobody put anywhere to those that somebody did, and compiles anew where that changes.
+    """
+    device = None if library.lazy else library.device(x)
+    return None if device is None or not getattr(x, "committed", True) else device
+
+
 def dtype_name(dtype: Any) -> str:
     """'float32' of any library's float32."""
     return str(getattr(dtype, "name", dtype)).rpartition(".")[2]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ._arguments import class_count, computed_in, labelled_logits, positive_number
 from ._global_batch import ranks_of
-from ._libraries import Library, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
+from ._libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._problem import Array
 from ._rows import as_column, below_maximum, counting, effective_weight, named_class, softmax
 
@@ -67,7 +67,7 @@ def class_sums(
     p = softmax(xp, below_maximum(xp, x, counts, any_counts), temperature, counts, any_counts).probabilities
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
-    classes = xp.arange(num_classes, dtype=labels.dtype, device=None if library.lazy else library.device(labels))
+    classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
     member = xp.astype(as_column(xp, labels) == classes, dtype)
     member = xp.reshape(member, (-1, num_classes))
     weighted = xp.reshape(p * as_column(xp, v), (-1, num_classes))
@@ -120,10 +120,7 @@ class ClassPriorState(NamedTuple):
         if library is None:
             raise TypeError(f"like must be an array of a known library, got {type(like).__name__}")
         xp = library.namespace()
-        kind = {
-            "dtype": getattr(xp, computed_in("like", like)),
-            "device": None if library.lazy else library.device(like),
-        }
+        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": beside(library, like)}
         shape = (num_classes, num_classes)
         return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
 
