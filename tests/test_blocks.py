@@ -71,6 +71,25 @@ def test_one_row_may_be_larger_than_a_block(blocks_of):
     assert gklx.grad(gklx.gkl)(s[0], t[0]).shape == (7,)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_half_gradients_take_the_upstream_gradient_of_their_block(dtype, reduction, blocks_of):
+    """They are made in the backward pass: times the upstream gradient, then rounded once."""
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    s, t, given = on(BY_NAME["torch"], dtype, *call(case, "none", batch=(3, 4)))
+    blocks_of(2 * 7 * 4)
+    upstream = torch.linspace(0.3, 3.0, 12).reshape(3, 4) if reduction == "none" else torch.tensor(2.9)
+    student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
+    loss_of(case, reduction=reduction)(student, teacher, **given).backward(upstream)
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    a, b = s.double().requires_grad_(), t.double().requires_grad_()
+    loss_of(case, reduction=reduction)(a, b, **wide).backward(upstream.double())
+    assert_close(student.grad, a.grad.numpy(), BY_NAME["torch"], dtype, ulps=1)
+    assert_close(teacher.grad, b.grad.numpy(), BY_NAME["torch"], dtype, ulps=1)
+
+
 # --- vocabulary-size logits -------------------------------------------------------------------------------------------
 
 VOCABULARY = 150_000

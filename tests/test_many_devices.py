@@ -74,7 +74,10 @@ def total(x):
 def every_loss(rank, size):
     import torch
 
-    for case in SOME:
+    from gklx import _libraries
+
+    for number, case in enumerate(SOME):
+        _libraries._BLOCK_ON_CPU = 2**20 if number % 2 else 2 * C * 8  # all rows at once, or two at a time
         # With the mask the weights differ, and rank 0 has a sample of weight 0 that holds NaN and a bad label.
         for mask in ("none", "samples"):
             s, t, arrays = whole("torch", case, mask)
@@ -259,6 +262,47 @@ def distributed_data_parallel(rank, size):
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()
         same(one, other, ulps=64)
+
+
+def module_inside(rank, size):
+    """The criterion as a part of the wrapped model: its buffers, which DDP takes from rank 0, are the same on all."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    import gklx.torch
+
+    class Model(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.criterion = layer, gklx.torch.GKLLoss(C, gamma=0.5, warmup_epochs=2)
+
+        def forward(self, x, t, labels):
+            return self.criterion(self.layer(x), t, labels)
+
+    def train(model, inner, data, rows):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+        for _ in range(3):
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(data.x[rows], data.t[rows], data.labels[rows]).backward()
+                optimizer.step()
+            inner.criterion.advance()
+        return [x.detach().double() for x in inner.state_dict().values()]
+
+    alone, split = Student(), Student()
+    model = Model(alone.layer)
+    expected = train(model, model, alone, slice(None))
+    model = Model(split.layer)
+    with gklx.global_batch():
+        rows = slice(CUTS[size][rank], CUTS[size][rank + 1])
+        found = train(DistributedDataParallel(model), model, split, rows)
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one.numpy(), other.numpy(), "float32", ulps=64)
+
+
+@pytest.mark.supports("batch split over devices", "PyTorch")
+def test_torch_criterion_within_a_wrapped_model(tmp_path):
+    on_ranks(4, module_inside, tmp_path)
 
 
 @pytest.mark.supports("batch split over devices", "PyTorch")

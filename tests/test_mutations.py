@@ -12,7 +12,7 @@ HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "gklx"
 
 MUTATIONS = {
-    "gradient zeroed": ("_sweep.py", "problem.xp.where(rows.counts, gradient, 0.0)", "0.0 * gradient"),
+    "gradient zeroed": ("_sweep.py", "problem.xp.where(rows.counted.counts, gradient, 0.0)", "0.0 * gradient"),
     "mse sign": ("_sweep.py", "to_student - to_teacher", "to_student + to_teacher"),
     "gap sign": ("_sweep.py", "gap = rows.q.probabilities - p", "gap = p - rows.q.probabilities"),
     "gradient scaled by 2": ("_sweep.py", "rate = share * (mse_weight * spread.mass)", "rate = 2.0 * share * (mse_weight * spread.mass)"),
@@ -21,17 +21,17 @@ MUTATIONS = {
     "temperature once": ("_sweep.py", "divided(divided(rate, numbers.temperature), numbers.temperature)", "divided(rate, numbers.temperature)"),
     "CE temperature": ("_sweep.py", "rate = share * divided(numbers.ce_weight, numbers.temperature)", "rate = share * numbers.ce_weight"),
     "axis swapped": ("_rows.py", "total = xp.where(any_counts, xp.sum(e, axis=-1), 1.0)", "total = xp.where(any_counts, xp.sum(e), 1.0)"),
-    "batch normaliser dropped": ("_sweep.py", "return xp.sum(v) / xp.where(normalizer == 0, 1.0, normalizer)", "return xp.sum(v) / xp.where(xp.sum(v) == 0, 1.0, xp.sum(v))"),
+    "batch normaliser dropped": ("_sweep.py", "return of_batch[0] / problem.xp.where(of_batch[1] == 0, 1.0, of_batch[1])", "return problem.xp.ones_like(of_batch[0])"),
     "W not squared": ("_sweep.py", "xp.sum(v * mass * mass)", "xp.sum(v * mass)"),
     "mean not centred": ("_sweep.py", "d = d - as_column(xp, xp.sum(w * d, axis=-1) / safe_mass)\n    rest = xp.sum(w * d, axis=-1) / safe_mass", "rest = xp.zeros_like(mass)"),
-    "teacher and student swapped": ("_sweep.py", "d = z_teacher - z_student", "d = z_student - z_teacher"),
+    "teacher and student swapped": ("_sweep.py", "    d = teacher.z - z_student", "    d = z_student - teacher.z"),
     "gamma forgotten": ("_sweep.py", "xp.exp(numbers.gamma * log_p)", "xp.exp(log_p)"),
     "prior transposed": ("_sweep.py", "xp.take(prior, xp.reshape(index, (-1,)), axis=0)", "xp.take(xp.matrix_transpose(prior), xp.reshape(index, (-1,)), axis=0)"),
     "weight temperature forgotten": ("_sweep.py", "tau = numbers.weight_temperature", "tau = numbers.temperature"),
     "KL without its linear term": ("_sweep.py", "(q - p)\n    summand", "0.0 * (q - p)\n    summand"),
-    "CE of the wrong normaliser": ("_sweep.py", "rows.q.log_normalizer - mean)", "rows.p.log_normalizer - mean)"),
-    "masked classes weigh": ("_sweep.py", "    w = xp.where(rows.counts, w, 0.0)\n    return w, xp.where(known", "    return w, xp.where(known"),
-    "sample weights ignored": ("_sweep.py", "return v / xp.where(total == 0, 1.0, total)", "return xp.ones_like(v) / xp.where(total == 0, 1.0, total)"),
+    "CE of the wrong normaliser": ("_sweep.py", "rows.q.log_normalizer - mean)", "rows.teacher.p.log_normalizer - mean)"),
+    "masked classes weigh": ("_sweep.py", "    w = xp.where(counted.counts, _prior_weights(problem, w), 0.0)\n    return w, xp.where(known", "    w = _prior_weights(problem, w)\n    return w, xp.where(known"),
+    "sample weights ignored": ("_sweep.py", "share = v / xp.where(of_batch[0] == 0, 1.0, of_batch[0])", "share = xp.ones_like(v) / xp.where(of_batch[0] == 0, 1.0, of_batch[0])"),
 }  # fmt: skip
 
 

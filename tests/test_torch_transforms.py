@@ -317,6 +317,26 @@ def test_other_functions_are_compiled_too(compiled):
 
 
 @supports("class prior inside a compiled step")
+def test_compiled_module_over_epochs(compiled):
+    """One graph for training over all epochs, and one for evaluation."""
+    import gklx.torch
+
+    compile_, counter = compiled
+    modules = [gklx.torch.GKLLoss(7, gamma=0.5, warmup_epochs=3) for _ in range(2)]
+    run = compile_(modules[0])
+    for epoch in range(3):
+        s, t = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(epoch))
+        labels = torch.tensor([1, 2, 2, 0, 6])
+        same(run(s, t, labels), modules[1](s, t, labels), dtype="float32")
+        for module in modules:
+            module.advance()
+        same(modules[0].prior, modules[1].prior, dtype="float32")
+    modules[0].eval()
+    run(s, t, labels)
+    assert counter.graphs == 2
+
+
+@supports("class prior inside a compiled step")
 def test_class_prior_in_a_compiled_step(compiled):
     compile_, _ = compiled
     t, labels = torch.randn(5, 7, dtype=torch.float64), torch.tensor([1, 2, 2, 0, 6])
