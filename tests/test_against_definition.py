@@ -8,6 +8,8 @@ from cases import CASES, MASKS, call, loss_of, on, rounded
 from closeness import assert_close, ulps_of
 
 
+@pytest.mark.supports("analytic gradients", "PyTorch", "JAX", "NumPy", "Dask")
+@pytest.mark.supports("mixed precision", "NumPy", "Dask")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_value_and_gradients(backend, dtype, case, mask):

@@ -160,6 +160,7 @@ def test_jax_grad(jax, case, mask):
             assert_close(gradient, np.asarray(exact), BY_NAME["jax"], "float64", ulps=16)
 
 
+@pytest.mark.supports("mixed precision", "JAX")
 def test_jax_grad_without_jit_and_in_half(jax):
     s, t, _ = arguments("jax", CASES[0], dtype="bfloat16")
     value, (to_s, to_t) = jax.value_and_grad(gklx.gkl, (0, 1))(s, t)
@@ -169,6 +170,7 @@ def test_jax_grad_without_jit_and_in_half(jax):
     assert_close(to_t, np.asarray(exact[1]), BY_NAME["jax"], "bfloat16", ulps=1)
 
 
+@pytest.mark.supports("forward mode", "JAX")
 @pytest.mark.parametrize("loss", [gklx.dkl, gklx.gkl], ids=["dkl", "gkl"])
 def test_jax_forward_mode_and_second_derivatives(jax, loss):
     s, t, _ = arguments("jax", CASES[0])
@@ -188,6 +190,7 @@ def test_jax_forward_mode_and_second_derivatives(jax, loss):
                 np.testing.assert_allclose(hessian[i][j], of_kl[i][j], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.supports("hyper-parameters that change without compiling again", "JAX")
 def test_jax_hyper_parameters_may_be_traced(jax):
     s, t, _ = arguments("jax", CASES[0])
 

@@ -165,6 +165,7 @@ def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(wanted):
     assert 0 < ratio < 1
 
 
+@pytest.mark.supports("memory of a few row blocks", "NumPy")
 def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks():
     rng = np.random.default_rng(0)
     s, t = (rng.standard_normal((2, 16, VOCABULARY), dtype=np.float32).astype(np.float16) for _ in range(2))

@@ -166,10 +166,12 @@ def test_the_gradient_of_a_hyper_parameter_is_an_error_and_never_a_silent_zero(n
 @supports("export")
 @supports("batch size left open")
 def test_export_for_any_batch_size():
+    from jax import export
+
     step = jax.jit(jax.value_and_grad(partial(gklx.gkl, gamma=0.5)))
-    (batch,) = jax.export.symbolic_shape("batch")
+    (batch,) = export.symbolic_shape("batch")
     open_logits = jax.ShapeDtypeStruct((batch, 7), "float64")
-    program = jax.export.export(step)(open_logits, open_logits)
+    program = export.export(step)(open_logits, open_logits)
     for size in (1, 5, 30):
         s, t = jax.random.normal(jax.random.key(size), (2, size, 7))
         value, gradient = program.call(s, t)
@@ -182,9 +184,11 @@ def test_export_for_any_batch_size_with_a_class_prior():
     def step(s, t, prior, labels):
         return gklx.gkl(s, t, prior=prior, labels=labels, gamma=0.5)
 
-    (batch,) = jax.export.symbolic_shape("batch")
+    from jax import export
+
+    (batch,) = export.symbolic_shape("batch")
     logits, table = jax.ShapeDtypeStruct((batch, 7), "float64"), jax.ShapeDtypeStruct((7, 7), "float64")
-    program = jax.export.export(jax.jit(step))(logits, logits, table, jax.ShapeDtypeStruct((batch,), "int32"))
+    program = export.export(jax.jit(step))(logits, logits, table, jax.ShapeDtypeStruct((batch,), "int32"))
     for size in (1, 30):
         s, t = jax.random.normal(jax.random.key(size), (2, size, 7))
         prior, labels = jax.nn.softmax(jax.random.normal(jax.random.key(0), (7, 7))), jax.numpy.arange(size) % 7

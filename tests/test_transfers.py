@@ -58,6 +58,7 @@ def test_class_sums_on_meta_tensors():
     assert sums.shape == (7, 7)
 
 
+@pytest.mark.supports("lazy", "Dask")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_dask_computes_nothing(case):
     backends.needs("dask")

@@ -125,7 +125,7 @@ def _of_jax(over: _Over) -> Ranks | None:
         raise TypeError(f"global_batch must have an axis_name for JAX, got process_group {over.process_group!r}")
     lax = sys.modules["jax"].lax
     try:
-        size = lax.axis_size(over.axis_name)
+        size = lax.psum(1, over.axis_name)  # a Python number: JAX knows it when it traces
     except NameError as error:
         raise ValueError(f"axis_name must name an axis that is being mapped, got {over.axis_name!r}") from error
     return Ranks(size, lambda x: lax.psum(x, over.axis_name))
