@@ -13,14 +13,15 @@ import nox
 
 PYTHONS = ("3.11", "3.12", "3.13")
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
-# What a library's session installs beside gklx, and which backends then must be there. The constraints file keeps
-# pip from fetching a newer PyTorch with gigabytes of CUDA where a build that fits is at hand.
+# What a library's session installs beside gklx: extras, and what the examples need; and which backends then must be
+# there. The constraints file keeps pip from fetching a newer PyTorch with gigabytes of CUDA where a build that fits is
+# at hand.
 LIBRARIES = {
-    "numpy": ([], "numpy"),
-    "strict": (["strict"], "numpy,array_api_strict"),
-    "torch": (["torch"], "numpy,torch"),
-    "jax": (["jax"], "numpy,jax"),
-    "dask": (["dask"], "numpy,dask"),
+    "numpy": ([], [], "numpy"),
+    "strict": (["strict"], [], "numpy,array_api_strict"),
+    "torch": (["torch"], ["scikit-learn>=1.5"], "numpy,torch"),
+    "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "numpy,jax"),
+    "dask": (["dask"], [], "numpy,dask"),
 }
 
 # pyenv shows the interpreters it holds only where asked to.
@@ -58,8 +59,8 @@ def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
 def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations and the command line."""
-    extras, backends = LIBRARIES[library]
-    _install(session, extras)
+    extras, more, backends = LIBRARIES[library]
+    _install(session, extras, *more)
     # Beside NumPy a library runs what concerns arrays; the rest is the same in every session.
     once = ["--ignore=tests/test_mutations.py", "--ignore=tests/test_benches.py"] if library != "numpy" else []
     _pytest(session, *once, backends=backends)

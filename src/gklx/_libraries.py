@@ -173,6 +173,7 @@ LIBRARIES: tuple[Library, ...] = (
         differentiates=True,
         dtypes=("bfloat16", "float16", "float32", "float64"),
         devices="CPU, CUDA",
+        jit="torch.compile",
     ),
     Library(
         name="JAX",

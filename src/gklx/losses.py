@@ -75,6 +75,10 @@ def kl(
     ∂/∂s = (q − p)/T and ∂/∂t = p_j ((log p_j − log q_j) − KL)/T a sample. `torch.nn.functional.kl_div(input, target)`
     with ``reduction="batchmean"`` is this for ``input = log q`` and ``target = p``.
 
+    PyTorch and JAX differentiate this and the other losses by the analytic gradient, to any order. For the backward
+    pass PyTorch keeps, beyond its inputs, one tensor of the logits' size for each differentiated input, and none for
+    one in half precision: its gradient is made in the backward pass, in float32, and rounded once.
+
     Examples
     --------
     >>> import numpy as np
@@ -133,6 +137,11 @@ def dkl(
     ------
     TypeError, ValueError
         As in `kl`.
+
+    Notes
+    -----
+    The gradient stops on purpose, so it is not that of the value: finite differences, `torch.autograd.gradcheck` among
+    them, find another. Further derivatives are those of the gradient, and so KL's.
 
     References
     ----------
