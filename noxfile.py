@@ -107,7 +107,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    session.install(".[torch,jax]", "mypy>=1.13", "-c", "tests/constraints.txt")
+    session.install(".[torch,jax,strict]", "mypy>=1.13", "-c", "tests/constraints.txt")
     session.run("mypy", *session.posargs)
 
 
