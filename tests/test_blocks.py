@@ -177,3 +177,14 @@ def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks():
     tracemalloc.stop()
     assert math.isfinite(value)
     assert to_student.nbytes < most < to_student.nbytes + 24 * VOCABULARY * 4
+
+
+def test_jax_vocabulary_size_bfloat16_takes_what_the_page_says():
+    """XLA plans it, and row blocks in a loop did not change it: bytes beyond inputs and gradient, on the CPU."""
+    backends.needs("jax")
+    jax = pytest.importorskip("jax")
+    logits = jax.ShapeDtypeStruct((8, 16, VOCABULARY), jax.numpy.bfloat16)
+    weight = jax.ShapeDtypeStruct((8, 16), jax.numpy.float32)
+    compiled = jax.jit(jax.value_and_grad(partial(gklx.gkl, gamma=0.5))).lower(logits, logits, sample_weight=weight)
+    taken = compiled.compile().memory_analysis().temp_size_in_bytes
+    assert taken < 30 * logits.size
