@@ -2,12 +2,13 @@
 
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
 parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL;
-`global_batch` spreads one batch over many devices.
+`global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches.
 """
 
 from ._global_batch import global_batch
 from .losses import dkl, gkl, ikl, kl
 from .prior import ClassPrior, ClassPriorState, class_sums
+from .scoring import score
 from .transforms import Terms, grad, terms, value_and_grad
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "grad",
     "ikl",
     "kl",
+    "score",
     "terms",
     "value_and_grad",
 ]

@@ -10,8 +10,7 @@ from types import EllipsisType
 
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Samples, Sweep, prior_raised
-from ._sweep import samples as samples_of_rows
+from ._sweep import Sweep, prior_raised
 from ._sweep import sweep as sweep_rows
 from ._sweep import totals as totals_of_rows
 
@@ -70,11 +69,6 @@ def sweep(
         if to_teacher is not None:
             to_teacher[block] = xp.astype(found.teacher, to_teacher.dtype, copy=False)
     return Sweep(_joined(problem, values) if value else None, to_student, to_teacher, of_batch)
-
-
-def samples(problem: Problem) -> Samples:
-    """As `_sweep.samples`, which are an array a sample: no need for blocks."""
-    return samples_of_rows(_divided(problem)[0])
 
 
 def _joined(problem: Problem, values: list[Array]) -> Array:

@@ -22,6 +22,7 @@ a result that is mathematically infinite is then infinite and never inf - inf.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ._problem import Array, Number, Problem
@@ -36,6 +37,20 @@ class Samples(NamedTuple):
     ce: Array | None
     mass: Array | None
     """W; None where there is no wMSE."""
+
+
+class Scored(NamedTuple):
+    """What is known of each sample, all [...], whatever it weighs."""
+
+    losses: tuple[Samples, ...]
+    """Of each problem asked for, in its order."""
+    student: Array
+    """The largest probability of softmax(s/T)."""
+    teacher: Array
+    counts: Array
+    """Boolean: some class is in the softmax."""
+    undefined: Array
+    """Boolean: a logit that counts is NaN, or a softmax has no finite logit."""
 
 
 class Sweep(NamedTuple):
@@ -146,10 +161,20 @@ def sweep(
     )
 
 
-def samples(problem: Problem) -> Samples:
-    """Each sample's own KL, or wMSE and CE, unweighted and not yet normalised."""
-    rows = _row_statistics(problem)
-    return _samples(problem, rows, _spread(problem, rows) if problem.formula.decomposed else None)
+def samples(problems: Sequence[Problem]) -> Scored:
+    """Each sample's own KL, or wMSE and CE, unweighted and not yet normalised.
+
+    Of problems that differ in formula, gamma or prior alone: their softmaxes are taken once.
+    """
+    xp, rows = problems[0].xp, _row_statistics(problems[0])
+    ce = _ce(problems[0], rows) if any(each.formula.decomposed for each in problems) else None
+    return Scored(
+        tuple(_samples(each, rows, _spread(each, rows) if each.formula.decomposed else None, ce) for each in problems),
+        xp.exp(-rows.q.log_normalizer),  # the largest logit is 0 by now
+        xp.exp(-rows.teacher.p.log_normalizer),
+        rows.counted.any_counts,
+        rows.undefined,
+    )
 
 
 def prior_raised(problem: Problem) -> Problem:
@@ -276,11 +301,11 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _samples(problem: Problem, rows: _Rows, spread: _Spread | None) -> Samples:
+def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | None = None) -> Samples:
     if not problem.formula.decomposed:
         return Samples(_kl(problem, rows), None, None, None)
     mse = None if spread is None else _mse(problem, rows, spread)
-    return Samples(None, mse, _ce(problem, rows), None if spread is None else spread.mass)
+    return Samples(None, mse, _ce(problem, rows) if ce is None else ce, None if spread is None else spread.mass)
 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:

@@ -1,5 +1,6 @@
-"""Scoring logits in files.
+"""Scoring logits at any size: what `gklx.score` and the command `gklx score` do.
 
-`logit_files` opens and checks them, `backend` says where to compute, `score` computes, `report` prints. Only the
-command imports this; `import gklx` does not.
+`files` (with `file_formats`) and `arrays` hold the rows, `inputs` cuts them into chunks, `pools` has them worked off on
+a `backend` (what a sample comes to is in `samples`), `run` collects the records in a `work_file`. `statistics` makes
+the score of them; `report`, `sample_files` and `plot` write it down. `import gklx` imports none of this.
 """

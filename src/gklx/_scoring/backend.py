@@ -1,18 +1,24 @@
-"""Where the command computes: a library and a device by their names, and the way there and back."""
+"""Where to compute: a library and a device by their names, and the way there and back."""
 
 import contextlib
+import functools
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .._libraries import LIBRARIES, Library, library_of
 from .._problem import Array
 
+_BLOCK_ON_CPU, _BLOCK_OF_COMPILER, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
 
-class Backend(NamedTuple):
+
+@dataclass(frozen=True)
+class Backend:
     """A library and one of its devices."""
 
     library: Library
@@ -20,43 +26,116 @@ class Backend(NamedTuple):
     device: Any
     """As the library has it; None for its default."""
     device_name: str
+    on_gpu: bool
+
+    @property
+    def block_bytes(self) -> int:
+        """How many bytes of one logits array a block should hold: what stays in the cache, or keeps a GPU busy."""
+        if self.on_gpu:
+            return _BLOCK_ON_GPU
+        return _BLOCK_OF_COMPILER if self.library.backend in ("jax", "torch") else _BLOCK_ON_CPU
+
+    @property
+    def threads(self) -> int:
+        """How many blocks to work on at once: NumPy uses one core each; elsewhere one is read while one is computed."""
+        return _cores() if self.library.backend == "numpy" else 2
 
     def put(self, x: Any) -> Array:
-        """A host array on the device."""
+        """An array on the device: the library's own as it is where no device was asked for, another by the host."""
+        own = library_of(x)
+        if own is self.library and self.device is None:
+            return x
+        if own is not None and own is not self.library and own.backend != "numpy":
+            x = own.to_numpy(x)
+        if self.on_gpu and own is not self.library:
+            return self._put_pinned(x)
         return self.xp.asarray(x, device=self.device)
 
     def get(self, x: Array) -> Any:
-        """An array of the library, as float64 on the host."""
-        return np.asarray(self.library.to_numpy(x), dtype=np.float64)
+        """An array of the library on the host, in its own dtype."""
+        return np.asarray(self.library.to_numpy(x))
+
+    def compiled(self, f: Callable[..., Array], *fixed: Any) -> Callable[..., Array]:
+        """The function with its first arguments fixed, compiled where the library would else be slow."""
+        return _jitted(f, fixed) if self.library.backend == "jax" else functools.partial(f, *fixed)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """What a thread enters around each block: its own stream on a GPU, and silence about infinities."""
+        with contextlib.ExitStack() as stack:
+            # NumPy warns of every inf - inf on the way to an infinity or NaN that is counted and shown.
+            stack.enter_context(np.errstate(all="ignore"))
+            if self.library.backend == "torch":
+                torch = sys.modules["torch"]
+                stack.enter_context(torch.no_grad())
+                if self.on_gpu:
+                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
+            elif self.library.backend == "cupy":
+                cupy = sys.modules["cupy"]
+                if self.device is not None:
+                    stack.enter_context(self.device)  # CuPy allocates on its current device
+                stack.enter_context(cupy.cuda.Stream(non_blocking=True))
+            yield
+
+    def _put_pinned(self, x: Any) -> Array:
+        """By page-locked memory, from which the GPU reads on its own while this thread goes on."""
+        if self.library.backend == "torch":
+            return self.xp.asarray(x).pin_memory().to(self.device or "cuda", non_blocking=True)
+        if self.library.backend == "cupy":
+            pinned = sys.modules["cupyx"].empty_pinned(x.shape, dtype=x.dtype)
+            pinned[...] = x
+            on_device = self.xp.empty(x.shape, dtype=x.dtype)
+            on_device.set(pinned)
+            return on_device
+        return self.xp.asarray(x, device=self.device)
 
 
 @contextlib.contextmanager
-def backend(name: str, device: str | None) -> Iterator[Backend]:
+def backend(name: str, device: str | None, like: Array = None) -> Iterator[Backend]:
     """The backend of a name as in `LIBRARIES` and a device as the library spells it, for one `with` block.
+
+    Without a device it is that of `like`, where that is an array of this library.
 
     Raises
     ------
     ValueError
-        The library cannot be imported, or has no such device.
+        The library is not known or cannot be imported, or has no such device.
     """
-    library = next(each for each in LIBRARIES if each.backend == name)
+    library = next((each for each in LIBRARIES if each.backend == name), None)
+    if library is None:
+        raise ValueError(f"backend must be one of {', '.join(each.backend for each in LIBRARIES)}, got {name!r}")
     try:
         xp = library.namespace()
     except Exception as error:  # a broken installation may raise anything
-        raise ValueError(f"--backend {name}: {library.name} cannot be imported here ({error})") from None
+        raise ValueError(f"backend {name}: {library.name} cannot be imported here ({error})") from None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_double_precision(library))
         try:
             place = None if device is None else _device(library, device)
-            if library.backend == "cupy" and place is not None:
-                stack.enter_context(place)  # CuPy allocates on its current device
-            found = Backend(library, xp, place, "")
-            probe = found.put(np.zeros(1))
-            found.get(probe + 0)
+            if place is None and library_of(like) is library:
+                place = library.device(like)
+            found = Backend(library, xp, place, "", False)
+            with found.working():
+                probe = found.put(np.zeros(1))
+                found.get(probe + 0)
         except Exception as error:  # each library has its own for a device it has not
-            which = "the default device" if device is None else f"--device {device}"
+            which = "the default device" if device is None else f"device {device}"
             raise ValueError(f"{which}: {library.name} cannot compute there ({error})") from None
-        yield found._replace(device_name=_name(probe))
+        where = _name(probe)
+        yield replace(found, device_name=where, on_gpu=where.startswith(("cuda", "gpu", "rocm")))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(f: Callable[..., Array], fixed: tuple[Any, ...]) -> Callable[..., Array]:
+    compiled: Callable[..., Array] = sys.modules["jax"].jit(functools.partial(f, *fixed))
+    return compiled
+
+
+def _cores() -> int:
+    """The cores this process may use, fewer where OMP_NUM_THREADS says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from .score import Score
+from .statistics import Score
 
 _ROWS = (
     ("mean", "mean"),
@@ -33,9 +33,11 @@ def as_json(score: Score) -> str:
     found: dict[str, object] = {
         "samples": score.samples,
         "skipped": score.skipped,
+        "undefined": score.undefined,
         "classes": score.classes,
         "backend": score.backend,
         "device": score.device,
+        "quantiles": score.quantiles,
         "parameters": {**score.parameters._asdict(), "weights": score.weights},
         "top1_agreement": score.top1_agreement,
         "losses": {
@@ -74,7 +76,10 @@ def as_table(score: Score) -> str:
 
 def _title(score: Score) -> Text:
     numbers = score.parameters
-    skipped = f", {score.skipped:,} skipped (every class -inf)" if score.skipped else ""
+    left_out = f", {score.skipped:,} skipped (every class -inf)" if score.skipped else ""
+    left_out += f", {score.undefined:,} undefined (NaN)" if score.undefined else ""
+    p, n = score.top1_agreement, score.samples
+    error = f" ± {math.sqrt(p * (1 - p) / (n - 1)):.2%}" if n > 1 else ""
     losses = score.losses.keys()
     settings = [f"temperature {numbers.temperature:g}"]
     if losses & {"ikl", "gkl"}:
@@ -88,11 +93,11 @@ def _title(score: Score) -> Text:
         settings.append(f"wMSE × {numbers.mse_weight:g} + CE × {numbers.ce_weight:g}")
     return Text.assemble(
         (f"{score.samples:,} samples", "bold"),
-        f"{skipped} · {score.classes:,} classes · {score.backend} on {score.device}\n",
+        f"{left_out} · {score.classes:,} classes · {score.backend} on {score.device}\n",
         " · ".join(settings) + "\n",
         "top-1 agreement ",
         (f"{score.top1_agreement:.2%}", "bold"),
-        "\n",
+        f"{error}\n",
     )
 
 
@@ -107,9 +112,10 @@ def _losses(score: Score) -> Table:
     for at, (title, key) in enumerate(_ROWS):
         if all(getattr(summary, key) is None for summary in score.losses.values()):
             continue
-        table.add_row(title, *(column[at] for column in columns), style="bold" if key == "mean" else "")
-    if any(summary.nonfinite for summary in score.losses.values()):
-        table.add_row("samples not finite", *(f"{x.nonfinite:,}" for x in score.losses.values()), style="red")
+        about = " (t-digest)" if score.quantiles != "exact" and key in ("median", "p90", "p95", "p99") else ""
+        table.add_row(title + about, *(column[at] for column in columns), style="bold" if key == "mean" else "")
+    if any(summary.infinite for summary in score.losses.values()):
+        table.add_row("samples infinite", *(f"{x.infinite:,}" for x in score.losses.values()), style="red")
     return table
 
 

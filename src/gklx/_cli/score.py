@@ -1,0 +1,159 @@
+"""`gklx score`: its arguments, and a score as a report."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from .._libraries import LIBRARIES
+from . import arguments as kinds
+
+_DESCRIPTION = """\
+Compares a student's logits with a teacher's: mean, standard error and quantiles of each loss over the samples, its
+wMSE and CE parts, and how often both name the same class. Files of any size are read block by block; the result does
+not depend on blocks or shards: GKL's normaliser and the class prior are those of all samples.
+"""
+
+_NOTES = """\
+files:
+  STUDENT and TEACHER hold logits of one shape, [samples, classes] or with more leading axes, float16, bfloat16, float32
+  or float64: FILE.npy, FILE.npz::key, FILE.safetensors::tensor, a Zarr array DIR.zarr or DIR.zarr::array, or shards by
+  a pattern in quotes, 'logits-*.npy', joined in natural order. LABELS are integers in [0, classes), one a sample. With
+  labels the weights of ikl and gkl are the class prior, the mean of softmax(teacher / weight temperature) over the
+  samples of a class; without, each sample's own softmax(teacher / weight temperature). Samples with every class at -inf
+  in both files are skipped. Those with NaN, or with no finite logit, are left out and counted as undefined.
+
+progress:
+  A run keeps its progress in a folder under --work-dir until it is done. One that was killed, interrupted or ran out of
+  disk goes on with the same command, and gives the same numbers.
+
+json:
+  samples, skipped, undefined, classes, backend, device, quantiles, parameters, top1_agreement,
+  losses.NAME.{mean, stderr, median, p90, p95, p99, max, mse, ce, infinite}, and with labels worst_classes.
+  mse and ce are the weighted parts of the mean (null for kl). A number that is infinite or undefined is null;
+  infinite counts the samples whose loss is.
+
+exit status:
+  0 done, 1 trouble (a full disk, too little memory), 2 wrong input, 130 interrupted.
+
+examples:
+  gklx score student.npy teacher.npy
+  gklx score student.npy teacher.npy --labels labels.npy --gamma 0.5 --mse-weight 4
+  gklx score 'student-*.safetensors::logits' 'teacher-*.safetensors::logits' --memory 2GB --plot report.html
+  gklx score student.npy teacher.npy --loss gkl --backend torch --device cuda --format json --output score.json
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Adds the command."""
+    score = commands.add_parser(
+        "score",
+        help="score a student's logits against a teacher's",
+        description=_DESCRIPTION,
+        epilog=_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    score.set_defaults(run=_run)
+    score.add_argument("student", metavar="STUDENT", help="the student's logits")
+    score.add_argument("teacher", metavar="TEACHER", help="the teacher's logits")
+    score.add_argument("--labels", metavar="FILE", help="the class of each sample")
+    names = ["kl", "dkl", "ikl", "gkl"]
+    score.add_argument(
+        "--loss",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help="kl, dkl, ikl, gkl; the first orders the worst classes (default: all four)",
+    )
+    score.add_argument("--strict", action="store_true", help="a sample with NaN is an error")
+    out = score.add_argument_group("what to write")
+    out.add_argument("--format", choices=["table", "json"], default="table", help="default: %(default)s")
+    out.add_argument("--output", metavar="FILE", help="the report, in place of the standard output")
+    out.add_argument("--per-sample", metavar="FILE", help="the values of every sample, .npy or .parquet")
+    out.add_argument("--plot", metavar="FILE", help="a picture of them, .svg, .png or .html")
+    where = score.add_argument_group("where to compute")
+    where.add_argument(
+        "--backend",
+        choices=[library.backend for library in LIBRARIES],
+        default="numpy",
+        metavar="NAME",
+        help=f"{', '.join(library.backend for library in LIBRARIES)} (default: %(default)s); "
+        "dask: in NumPy on a cluster's workers",
+    )
+    where.add_argument("--device", help="as the library spells it: cpu, cuda:0 (default: the library's own)")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="of the Dask cluster (default: one on this machine)")
+    where.add_argument(
+        "--memory",
+        type=_size,
+        metavar="SIZE",
+        help="a bound on the process, such as 2GB (default: half of what is free)",
+    )
+    where.add_argument(
+        "--batch-size",
+        type=kinds.whole,
+        metavar="ROWS",
+        help="samples a block; changes memory and speed alone (default: what suits library and memory)",
+    )
+    where.add_argument("--work-dir", metavar="DIR", help="keeps the progress (default: gklx in the user's cache)")
+    numbers = score.add_argument_group("hyper-parameters")
+    _number(numbers, "--temperature", kinds.above_zero, "of the softmaxes of kl, dkl and the CE parts")
+    _number(numbers, "--weight-temperature", kinds.above_zero, "of the teacher's softmax in the weights of ikl and gkl")
+    _number(numbers, "--gamma", kinds.not_negative, "gkl's weights are raised to it")
+    _number(numbers, "--mse-weight", kinds.finite, "of the wMSE part")
+    _number(numbers, "--ce-weight", kinds.finite, "of the CE part")
+
+
+def _run(arguments: argparse.Namespace) -> tuple[str, int]:
+    from .._scoring.atomic import check_writable, replacing
+    from .._scoring.report import as_json, as_table
+    from .._scoring.work_file import default_parent
+    from ..scoring import score
+
+    if arguments.output is not None:
+        check_writable(arguments.output)
+    found = score(
+        arguments.student,
+        arguments.teacher,
+        arguments.labels,
+        losses=arguments.loss,
+        progress=True,
+        strict=arguments.strict,
+        work_dir=arguments.work_dir or default_parent(),
+        **{name: getattr(arguments, name) for name in _PASSED_ON},
+    )
+    report = as_json(found) if arguments.format == "json" else as_table(found)
+    if arguments.output is None:
+        return report, 0
+    with replacing(arguments.output) as path, open(path, "w", encoding="utf-8") as file:
+        file.write(report)
+    return "", 0
+
+
+_PASSED_ON = (
+    "temperature",
+    "weight_temperature",
+    "gamma",
+    "mse_weight",
+    "ce_weight",
+    "backend",
+    "device",
+    "scheduler",
+    "memory",
+    "batch_size",
+    "per_sample",
+    "plot",
+)
+
+
+def _number(group: Any, option: str, kind: Callable[[str], float], text: str) -> None:
+    group.add_argument(option, type=kind, default=1.0, metavar="X", help=f"{text} (default: %(default)g)")
+
+
+def _size(text: str) -> int:
+    from .._scoring.memory import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a size such as 2GB or 500MiB, got {text}") from None

@@ -1,0 +1,87 @@
+"""Logits and labels that are arrays already, of any library."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._libraries import dtype_name, library_of
+
+_LOGITS = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """An array as rows; what a read gives is of the array's own library, Dask's excepted."""
+
+    name: str
+    array: Any
+    axes: int
+    """How many of its last axes make a row: 1 for logits, 0 for labels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the array's."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The array's dtype by name."""
+        return dtype_name(self.array.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Nothing is read from a file."""
+        return 0
+
+    def read(self, start: int, stop: int) -> Any:
+        """Rows of the flattened leading axes: half precisions widened to float32, labels to int64 on the host."""
+        x = self.array
+        library = library_of(x)
+        assert library is not None
+        if x.ndim > 1 + self.axes:
+            if library.backend == "numpy":
+                x = x[np.unravel_index(np.arange(start, stop), self.shape[: x.ndim - self.axes])]
+            else:
+                x = library.namespace().reshape(x, (-1, *self.shape[x.ndim - self.axes :]))[start:stop, ...]
+        else:
+            x = x[start:stop, ...]
+        x = library.constant(x)
+        if self.axes == 0:
+            return np.asarray(library.to_numpy(x)).astype(np.int64)
+        if library.lazy:
+            x = library.to_numpy(x)
+        if self.dtype in ("float16", "bfloat16"):
+            xp = library.namespace() if not library.lazy else np
+            x = xp.astype(x, xp.float32)
+        return x
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """No file stands behind it."""
+        return ()
+
+
+def logits_rows(name: str, x: Any) -> ArrayRows:
+    """An array of logits [..., C], checked; TypeError or ValueError otherwise."""
+    found = ArrayRows(name, _known(name, x), 1)
+    if found.dtype not in _LOGITS:
+        raise TypeError(f"{name} must be floating logits, got {found.dtype}")
+    if len(found.shape) < 2:
+        raise ValueError(f"{name} must have shape [samples, classes] or more axes, got {list(found.shape)}")
+    return found
+
+
+def label_rows(name: str, x: Any) -> ArrayRows:
+    """An array of labels [...], checked; TypeError otherwise."""
+    found = ArrayRows(name, _known(name, x), 0)
+    if not found.dtype.startswith(("int", "uint")):
+        raise TypeError(f"{name} must be integer labels, got {found.dtype}")
+    return found
+
+
+def _known(name: str, x: Any) -> Any:
+    if library_of(x) is None:
+        raise TypeError(
+            f"{name} must be a path, an array of a known library or batches of them, got {type(x).__name__}"
+        )
+    return x

@@ -1,0 +1,163 @@
+"""Logits and labels in files: finds the format, joins shards, checks what came.
+
+Every fault is a ValueError of one sentence that names the file.
+"""
+
+import glob
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .file_formats.npy import MAGIC, open_npy
+from .file_formats.npz import open_npz
+from .file_formats.rows import Rows, text
+from .file_formats.safetensors import open_safetensors
+from .file_formats.zarr import open_zarr
+
+_LOGITS = ("float16", "bfloat16", "float32", "float64")
+
+What = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Several arrays, joined along the first axis."""
+
+    name: str
+    parts: tuple[Rows, ...]
+    ends: tuple[int, ...]
+    """The number of rows up to and with each part."""
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self, start: int, stop: int) -> Any:
+        """Rows across the parts, in the widest of their dtypes."""
+        found, at = [], start
+        while at < stop:
+            i = bisect_right(self.ends, at)
+            before = self.ends[i - 1] if i else 0
+            last = min(stop, self.ends[i])
+            found.append(self.parts[i].read(at - before, last - before))
+            at = last
+        x = found[0] if len(found) == 1 else np.concatenate(found)
+        return x.astype(np.float64, copy=False) if self.dtype == "float64" else x
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """Of all parts."""
+        return tuple(each for part in self.parts for each in part.stamps())
+
+
+def open_logits(what: What) -> Rows:
+    """Logits [..., C] in a file, or in shards by a pattern or a sequence of paths."""
+    return _joined(what, 1, _check_logits)
+
+
+def open_labels(what: What) -> Rows:
+    """Labels [...], likewise."""
+    return _joined(what, 0, _check_labels)
+
+
+def check_together(student: Rows, teacher: Rows, labels: Rows | None) -> None:
+    """ValueError where they do not hold the same samples or classes."""
+    s, t = student.shape, teacher.shape
+    if s != t:
+        what = "vocabulary mismatch" if s[-1] != t[-1] else "they do not hold the same samples"
+        raise ValueError(f"{what}: {student.name} has shape {text(s)} and {teacher.name} has shape {text(t)}")
+    if labels is not None and labels.shape != s[:-1]:
+        raise ValueError(
+            f"{labels.name}: labels must have one label a sample, shape {text(s[:-1])} as in {student.name}, "
+            f"got {text(labels.shape)}"
+        )
+
+
+def _joined(what: What, axes: int, check: Any) -> Rows:
+    if isinstance(what, (str, os.PathLike)):
+        name = os.fspath(what)
+        found = _matching(name)
+    else:
+        found = [os.fspath(each) for each in what]
+        name = f"{found[0]}, …" if found else "shards"
+    if not found:
+        raise ValueError(f"{name}: No such file or directory")
+    parts = tuple(_opened(each, axes) for each in found)
+    for part in parts:
+        check(part)
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    for part in parts[1:]:
+        if part.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"{part.name}: must have shape [..., {text(first.shape[1:])[1:]} as {first.name} has, "
+                f"got {text(part.shape)}"
+            )
+    inner = int(np.prod(first.shape[1 : len(first.shape) - axes], dtype=np.int64))
+    ends = np.cumsum([part.shape[0] * inner for part in parts]).tolist()
+    dtype = first.dtype if axes == 0 else max((part.dtype for part in parts), key=_LOGITS.index)
+    return Shards(name, parts, tuple(ends), (sum(part.shape[0] for part in parts), *first.shape[1:]), dtype)
+
+
+def _matching(name: str) -> list[str]:
+    """The paths that a name stands for: itself where it is there, else those that match it, in natural order."""
+    path, key = _split(name)
+    if not glob.has_magic(path) or os.path.lexists(path):
+        return [name]
+    return [each + key for each in sorted(glob.glob(path, recursive=True), key=_natural)]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A name as its path and the rest, `::key` or nothing."""
+    path, mark, key = name.partition("::")
+    return path, mark + key
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Orders shard-2 before shard-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path) if part]
+
+
+def _opened(name: str, axes: int) -> Rows:
+    path, rest = _split(name)
+    key = rest.removeprefix("::") or None
+    try:
+        if path.rstrip("/").endswith(".zarr"):
+            if not os.path.isdir(path):
+                raise ValueError(f"{name}: No such Zarr array")
+            return open_zarr(name, path, key, axes)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{name}: {'is a directory' if os.path.isdir(path) else 'is not a regular file'}")
+        if path.endswith(".safetensors") and os.path.exists(path):
+            return open_safetensors(name, path, key, axes)
+        with Path(path).open("rb") as file:
+            start = file.read(len(MAGIC))
+        if not start:
+            raise ValueError(f"{name}: the file is empty")
+        if start.startswith(b"PK"):
+            return open_npz(name, path, key, axes)
+        if start != MAGIC:
+            raise ValueError(f"{name}: not a NumPy .npy or .npz file, nor .safetensors or .zarr by its name")
+        if key is not None:
+            raise ValueError(f"{name}: an .npy file holds one array without a name, got the key {key!r}")
+        return open_npy(name, path, axes)
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from None
+
+
+def _check_logits(rows: Rows) -> None:
+    if rows.dtype not in _LOGITS:
+        raise ValueError(f"{rows.name}: logits must be float16, bfloat16, float32 or float64, got {rows.dtype}")
+    if len(rows.shape) < 2:
+        raise ValueError(f"{rows.name}: logits must have shape [samples, classes] or more axes, got {text(rows.shape)}")
+
+
+def _check_labels(rows: Rows) -> None:
+    if not rows.dtype.startswith(("int", "uint")):
+        raise ValueError(f"{rows.name}: labels must be integers, got {rows.dtype}")
+    if not rows.shape:
+        raise ValueError(f"{rows.name}: labels must have one label a sample, got a single number")

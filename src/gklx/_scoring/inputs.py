@@ -1,0 +1,193 @@
+"""What is scored: files or arrays as a whole, or batches that come one after another; either as chunks of rows."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from .._libraries import library_of
+from .arrays import label_rows, logits_rows
+from .file_formats.rows import Rows
+from .files import check_together, open_labels, open_logits
+
+
+class Chunk(NamedTuple):
+    """Consecutive rows, still to be read."""
+
+    student: Rows
+    teacher: Rows
+    labels: Rows | None
+    start: int
+    stop: int
+    first: int
+    """The number of its first sample among all."""
+
+
+class Inputs(Protocol):
+    """All that is to be scored."""
+
+    classes: int
+    computed_in: str
+    """float32 or float64."""
+    samples: int | None
+    """None where only the end will tell."""
+    labelled: bool
+    repeatable: bool
+    """Whether the chunks can be gone through twice."""
+
+    like: Any
+    """An array of those to be scored, None for files."""
+
+    def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
+        """From the sample `start` on, so many rows a chunk."""
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...] | None:
+        """The files as they are now; None where other things are scored, which a later run cannot recognise."""
+
+
+def inputs_of(student: Any, teacher: Any, labels: Any) -> Inputs:
+    """The inputs behind the arguments of `gklx.score`; TypeError or ValueError for anything else."""
+    if teacher is None:
+        if labels is not None:
+            raise TypeError("labels must come with the batches where teacher is None: (student, teacher, labels)")
+        return Batches(student)
+    given = [x for x in (student, teacher, labels) if x is not None]
+    if any(_is_batches(x) for x in given):
+        if not all(_is_batches(x) for x in given):
+            raise TypeError("student, teacher and labels must all be batches where one of them is")
+        return Batches(_Zipped(given))
+    rows = (
+        _logits("student", student),
+        _logits("teacher", teacher),
+        None if labels is None else _labels("labels", labels),
+    )
+    return Whole(*rows)
+
+
+class Whole:
+    """Files or arrays."""
+
+    repeatable = True
+
+    def __init__(self, student: Rows, teacher: Rows, labels: Rows | None) -> None:
+        check_together(student, teacher, labels)
+        if 0 in student.shape:
+            raise ValueError(f"{student.name}: there are no logits in it, its shape is {list(student.shape)}")
+        self._rows = student, teacher, labels
+        self.like = getattr(student, "array", None)
+        self.classes = student.shape[-1]
+        self.samples: int | None = _product(student.shape[:-1])
+        self.labelled = labels is not None
+        self.computed_in = _computed_in(student, teacher)
+
+    def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
+        """Windows of the same sources."""
+        count = self.samples or 0
+        for at in range(start, count, rows):
+            yield Chunk(*self._rows, at, min(at + rows, count), at)
+
+    def stamps(self) -> tuple[tuple[str, int, int], ...] | None:
+        """Of all files; None where an array is among them."""
+        found = [x.stamps() for x in self._rows if x is not None]
+        return None if not all(found) else tuple(itertools.chain(*found))
+
+
+class Batches:
+    """Batches (student, teacher) or (student, teacher, labels): from an iterable, or a function that returns one."""
+
+    samples: int | None = None
+    computed_in = "float64"  # of the records: a later batch may be of another dtype than the first
+
+    def __init__(self, batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
+        if not (callable(batches) or isinstance(batches, Iterable)):
+            raise TypeError(
+                "student must be a path, an array, or, where teacher is None, an iterable of batches "
+                f"(student, teacher), got {type(batches).__name__}"
+            )
+        self.repeatable = callable(batches) or not isinstance(batches, Iterator)
+        if isinstance(batches, _Zipped):
+            self.repeatable = batches.repeatable
+        self._batches = batches
+        started = iter(self._again())
+        first = next(started, None)
+        if first is None:
+            raise ValueError("student must hold at least one batch, got none")
+        chunk = self._chunk(first, 0)
+        self.classes, self.labelled = chunk.student.shape[-1], chunk.labels is not None
+        self.like = getattr(chunk.student, "array", None)
+        self._started: Iterable[Any] | None = itertools.chain([first], started)
+
+    def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
+        """A chunk a batch, in pieces where it has more rows than asked for; the first run goes on from the look."""
+        batches, self._started, seen = self._started or self._again(), None, 0
+        for batch in batches:
+            whole = self._chunk(batch, seen)
+            if whole.student.shape[-1] != self.classes or (whole.labels is not None) != self.labelled:
+                raise ValueError(
+                    f"the batch from sample {seen} on must have {self.classes} classes and labels as the first, "
+                    f"got shape {list(whole.student.shape)} and {'no ' if whole.labels is None else ''}labels"
+                )
+            for at in range(0, whole.stop, rows):
+                yield whole._replace(start=at, stop=min(at + rows, whole.stop), first=seen + at)
+            seen += whole.stop
+
+    def stamps(self) -> None:
+        """A later run cannot know whether the same batches come."""
+
+    def _again(self) -> Iterable[Any]:
+        return self._batches() if callable(self._batches) else self._batches
+
+    def _chunk(self, batch: Any, first: int) -> Chunk:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            raise TypeError(f"a batch must be (student, teacher) or (student, teacher, labels), got {_kind(batch)}")
+        student, teacher = logits_rows("student", batch[0]), logits_rows("teacher", batch[1])
+        labels = label_rows("labels", batch[2]) if len(batch) == 3 and batch[2] is not None else None
+        check_together(student, teacher, labels)
+        return Chunk(student, teacher, labels, 0, _product(student.shape[:-1]), first)
+
+
+class _Zipped:
+    """Batches that come from an iterable each."""
+
+    def __init__(self, each: list[Any]) -> None:
+        self._each = each
+        self.repeatable = not any(isinstance(x, Iterator) for x in each)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return zip(*self._each, strict=True)
+
+
+def _is_batches(x: Any) -> bool:
+    """Whether it is an iterable of arrays; a list of paths is not."""
+    if isinstance(x, (str, os.PathLike)) or library_of(x) is not None:
+        return False
+    if isinstance(x, (list, tuple)):
+        return bool(x) and not isinstance(x[0], (str, os.PathLike))
+    return isinstance(x, Iterable)
+
+
+def _is_path(x: Any) -> bool:
+    return isinstance(x, (str, os.PathLike, list, tuple))
+
+
+def _logits(name: str, x: Any) -> Rows:
+    return open_logits(x) if _is_path(x) else logits_rows(name, x)
+
+
+def _labels(name: str, x: Any) -> Rows:
+    return open_labels(x) if _is_path(x) else label_rows(name, x)
+
+
+def _computed_in(*rows: Rows) -> str:
+    return "float64" if any(x.dtype == "float64" for x in rows) else "float32"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    found = 1
+    for size in shape:
+        found *= size
+    return found
+
+
+def _kind(x: Any) -> str:
+    return f"{len(x)} entries" if isinstance(x, (tuple, list)) else type(x).__name__

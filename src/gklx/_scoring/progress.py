@@ -1,0 +1,55 @@
+"""A progress bar on the standard error stream, or nothing."""
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+
+class Progress:
+    """What the run tells about itself, on a terminal."""
+
+    def __init__(self, samples: int | None, *, shown: bool) -> None:
+        self._samples, self._shown = samples, shown
+        console = Console(file=sys.stderr, highlight=False)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def at(self, stage: str, samples: int) -> None:
+        """So many samples are through a stage."""
+        if stage not in self._tasks:
+            # A resumed run starts where it is, so that its rate is of what it did itself.
+            self._tasks[stage] = self._bar.add_task(stage, total=self._samples, completed=samples)
+        self._bar.update(self._tasks[stage], completed=samples)
+
+    def note(self, text: str) -> None:
+        """A line that stays, in a pipe too."""
+        if self._shown:
+            print(f"gklx: {text}", file=sys.stderr)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        """Samples a second."""
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s")

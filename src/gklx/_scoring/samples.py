@@ -1,0 +1,140 @@
+"""What is computed of each sample, on whatever library and device: the numbers from which every statistic follows.
+
+They are raw: not yet weighted, nor divided by GKL's normaliser, which needs all samples. So they do not depend on what
+else is in the block, in the shard or in the order.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import losses
+from .._libraries import library_of
+from .._problem import Array
+from .._sweep import samples
+from ..losses import problem_builder
+from ..prior import class_sums
+from .backend import Backend
+
+LOSSES: dict[str, Callable[..., Array]] = {name: getattr(losses, name) for name in ("kl", "dkl", "ikl", "gkl")}
+
+SKIPPED, SCORED, UNDEFINED = range(3)
+"""A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit."""
+
+
+class Parameters(NamedTuple):
+    """The hyper-parameters; each loss takes those it has."""
+
+    temperature: float = 1.0
+    weight_temperature: float = 1.0
+    gamma: float = 1.0
+    mse_weight: float = 1.0
+    ce_weight: float = 1.0
+
+
+class RowsOfBlock(NamedTuple):
+    """Consecutive samples, on the host or on the device."""
+
+    student: Any
+    """[n, C], float32 or float64."""
+    teacher: Any
+    labels: Any | None
+    """[n], int64 in [0, C)."""
+
+
+def checked(names: tuple[str, ...], parameters: Parameters) -> None:
+    """TypeError or ValueError, in the losses' own words, for hyper-parameters that they do not take."""
+    tiny = np.zeros((1, 1), dtype=np.float32)
+    for name in names:
+        weights = {} if name == "kl" else {key: getattr(parameters, key) for key in ("mse_weight", "ce_weight")}
+        problem_builder(LOSSES[name])(tiny, tiny, **_takes(name, parameters), **weights)
+
+
+def record_dtype(names: tuple[str, ...], computed_in: Any) -> np.dtype[Any]:
+    """The fields of one sample's record, `label` -1 where there is none."""
+    real = np.dtype(computed_in).newbyteorder("<").str
+    fields = [*_reals(names), "student_confidence", "teacher_confidence"]
+    whole = [("student_class", "<i4"), ("teacher_class", "<i4"), ("label", "<i4"), ("state", "u1")]
+    return np.dtype([(field, real) for field in fields] + whole)
+
+
+def scored(
+    place: Backend,
+    names: tuple[str, ...],
+    parameters: Parameters,
+    rows: RowsOfBlock,
+    prior: Array | None,
+) -> Any:
+    """The records of some rows; `prior` [C, C] may be on the device already."""
+    given = [place.put(rows.student), place.put(rows.teacher)]
+    if prior is not None:
+        given += [place.put(prior), place.put(rows.labels)]
+    found = place.get(place.compiled(_raw, names, parameters)(*given))
+    records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype))
+    fields = [*_reals(names), "student_confidence", "teacher_confidence", "student_class", "teacher_class", "state"]
+    for field, values in zip(fields, found, strict=True):
+        records[field] = values
+    records["label"] = -1 if rows.labels is None else rows.labels
+    return records
+
+
+def prior_sums(place: Backend, temperature: float, teacher: Any, labels: Any) -> Any:
+    """`class_sums` of some rows in float64, [C, C] on the host: logits [n, C], labels [n].
+
+    A sample without a softmax (NaN or +inf in the teacher's row) is left out: it spoils its own loss, not its class's.
+    """
+    t = place.put(teacher)
+    xp = _namespace(t)
+    t = xp.astype(t, xp.float64)
+    usable = xp.max(t, axis=-1) < xp.inf
+    return place.get(class_sums(t, place.put(labels), t.shape[-1], temperature=temperature, sample_weight=usable))
+
+
+def _reals(names: tuple[str, ...]) -> list[str]:
+    """The fields that hold a loss's raw parts: CE is common to the three that have one."""
+    found = ["kl"] if "kl" in names else []
+    with_parts = [name for name in names if name != "kl"]
+    found += ["ce"] if with_parts else []
+    found += [f"{name}_mse" for name in with_parts]
+    return found + (["gkl_mass"] if "gkl" in names else [])
+
+
+def _raw(
+    names: tuple[str, ...], parameters: Parameters, s: Array, t: Array, prior: Array = None, labels: Array = None
+) -> Array:
+    """All numbers of some samples as one array, hence one transfer: float32 holds class numbers to 16 million."""
+    weights: dict[str, dict[str, Array]] = {name: {} for name in names}
+    if prior is not None:
+        own = _namespace(s).take(prior, labels, axis=0)  # a row a sample: cheaper to check than the whole table
+        weights |= {name: {"prior": own} for name in names if name in ("ikl", "gkl")}
+    problems = {}
+    for name in names:
+        problems[name] = problem_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
+    first = next(iter(problems.values()))
+    xp, found = first.xp, samples(list(problems.values()))
+    of = dict(zip(names, found.losses, strict=True))
+    columns = [of["kl"].kl] if "kl" in names else []
+    with_parts = [name for name in names if name != "kl"]
+    columns += [of[with_parts[0]].ce] if with_parts else []
+    columns += [of[name].mse for name in with_parts]
+    columns += [of["gkl"].mass] if "gkl" in names else []
+    columns += [found.student, found.teacher]
+    columns += [xp.astype(xp.argmax(x, axis=-1), first.dtype) for x in (s, t)]
+    columns.append(xp.astype(found.counts, first.dtype) + xp.astype(found.counts & found.undefined, first.dtype))
+    return xp.stack(columns)
+
+
+def _namespace(x: Array) -> Any:
+    library = library_of(x)
+    assert library is not None
+    return library.namespace()
+
+
+def _takes(name: str, parameters: Parameters) -> dict[str, Any]:
+    takes = {"temperature": parameters.temperature}
+    if name in ("ikl", "gkl"):
+        takes["weight_temperature"] = parameters.weight_temperature
+    if name == "gkl":
+        takes["gamma"] = parameters.gamma
+    return takes

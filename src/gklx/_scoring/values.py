@@ -1,0 +1,43 @@
+"""What is known of every sample once all of them are scored: passed on in blocks, since there may be very many."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+
+class Parts(NamedTuple):
+    """A loss of each sample, [n] float64: its weighted parts, or the loss alone."""
+
+    loss: Any
+    mse: Any | None
+    ce: Any | None
+
+
+class ValueBlock(NamedTuple):
+    """Some consecutive samples, [n] each."""
+
+    losses: dict[str, Parts]
+    """By the loss's name, in the order asked for."""
+    student_class: Any
+    """int64, the student's top class; the first of several."""
+    teacher_class: Any
+    student_confidence: Any
+    """float64, the largest probability of softmax(student / temperature)."""
+    teacher_confidence: Any
+    label: Any | None
+    """int64; None where no labels were given."""
+    scored: Any
+    """bool: False for a sample left out (every class -inf), or undefined (NaN among its logits). The other
+    fields of such a sample mean nothing."""
+
+
+class SampleValues(Protocol):
+    """All samples, in the order of the input; may be gone through any number of times."""
+
+    names: tuple[str, ...]
+    """The losses."""
+    samples: int
+    """N, those not scored included."""
+    classes: int
+
+    def blocks(self) -> Iterator[ValueBlock]:
+        """All samples, a block at a time (some hundred thousand)."""
