@@ -17,12 +17,27 @@ TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 # there. The constraints file keeps pip from fetching a newer PyTorch with gigabytes of CUDA where a build that fits is
 # at hand.
 LIBRARIES = {
-    "numpy": ([], [], "numpy"),
+    "numpy": (["score"], ["scipy>=1.14"], "numpy"),
     "strict": (["strict"], [], "numpy,array_api_strict"),
     "torch": (["torch"], ["scikit-learn>=1.5"], "numpy,torch"),
     "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "numpy,jax"),
     "dask": (["dask"], [], "numpy,dask"),
 }
+# What concerns files, processes and pictures runs with NumPy, and with all libraries together where more take part.
+ONCE = tuple(
+    f"--ignore=tests/test_{name}.py"
+    for name in (
+        "atomic",
+        "benches",
+        "memory",
+        "mutations",
+        "plot",
+        "progress",
+        "sample_files",
+        "score_runs",
+        "files",
+    )
+)
 
 # pyenv shows the interpreters it holds only where asked to.
 if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
@@ -58,23 +73,26 @@ def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
 def library(session: nox.Session, library: str) -> None:
-    """All tests that one library can run; NumPy's include the mutations and the command line."""
+    """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    # Beside NumPy a library runs what concerns arrays; the rest is the same in every session.
-    once = ["--ignore=tests/test_mutations.py", "--ignore=tests/test_benches.py"] if library != "numpy" else []
-    _pytest(session, *once, backends=backends)
+    _pytest(session, *(ONCE if library != "numpy" else ()), backends=backends)
 
 
 @nox.session(python=PYTHONS[0])
 def together(session: nox.Session) -> None:
     """All libraries in one process: that they agree with each other, and that mixing them is an error."""
-    _install(session, ["torch", "jax", "dask", "strict"])
+    _install(session, ["torch", "jax", "dask", "strict", "score"], "scipy>=1.14")
     _pytest(
         session,
         "tests/test_agreement.py",
         "tests/test_errors.py",
         "tests/test_score.py",
+        "tests/test_score_inputs.py",
+        "tests/test_score_peers.py",
+        "tests/test_score_runs.py",
+        "tests/test_testing.py",
+        "tests/test_verify.py",
         "tests/test_readme.py",
         backends="numpy,torch,jax,dask,array_api_strict",
     )
@@ -84,7 +102,7 @@ def together(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, "--ignore=tests/test_mutations.py", "--ignore=tests/test_benches.py", backends="numpy")
+    _pytest(session, *ONCE, backends="numpy")
 
 
 @nox.session(python=PYTHONS[0])
@@ -93,7 +111,7 @@ def cupy(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
     _install(session, ["cupy"])
-    _pytest(session, "--ignore=tests/test_mutations.py", backends="numpy,cupy")
+    _pytest(session, *ONCE, backends="numpy,cupy")
 
 
 @nox.session(python=PYTHONS[0])
@@ -107,7 +125,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    session.install(".[torch,jax,strict]", "mypy>=1.13", "-c", "tests/constraints.txt")
+    session.install(".[torch,jax,dask,strict,score]", "mypy>=1.13", "-c", "tests/constraints.txt")
     session.run("mypy", *session.posargs)
 
 

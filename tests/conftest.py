@@ -31,6 +31,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", chosen, ids=[each.name for each in chosen], indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """The command keeps its progress in the user's cache: a folder of the test's own, for its processes too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def backend(request):
     backends.needs(request.param.library.backend)

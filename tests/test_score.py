@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import backends
+import gklx
 from gklx._cli import main
 from gklx._libraries import LIBRARIES
-from gklx._scoring.backend import backend
-from gklx._scoring.logit_files import open_logit_files
-from gklx._scoring.score import LOSSES, Parameters, Score, score
+from gklx._scoring.samples import LOSSES, Parameters
+from gklx._scoring.statistics import Score
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 STUDENT, TEACHER, LABELS = (DIGITS / f"{name}.npy" for name in ("student", "teacher", "labels"))
@@ -37,14 +37,12 @@ def digits():
 def computed(
     student=STUDENT, teacher=TEACHER, labels=LABELS, *, names=NAMES, numbers=NUMBERS, on="numpy", batch_size=None
 ) -> Score:
-    files = open_logit_files(str(student), str(teacher), None if labels is None else str(labels))
-    with np.errstate(all="ignore"), backend(on, None) as where:
-        return score(files, names, numbers, where, batch_size)
+    return gklx.score(student, teacher, labels, losses=names, **numbers._asdict(), backend=on, batch_size=batch_size)
 
 
 def numbers_of(found: Score) -> dict[str, float]:
     """Every number of a score by its place, whatever the backend."""
-    flat = {"samples": found.samples, "skipped": found.skipped, "top1": found.top1_agreement}
+    flat = {name: getattr(found, name) for name in ("samples", "skipped", "undefined", "top1_agreement")}
     for name, summary in found.losses.items():
         flat |= {f"{name}.{key}": value for key, value in summary._asdict().items() if value is not None}
     for at, each in enumerate(found.worst_classes or []):
@@ -117,7 +115,7 @@ def test_every_number_matches_a_computation_by_hand(digits, save, labelled):
             "max": x.max(),
             "mse": None if ce is None else mse.mean(),
             "ce": None if ce is None else ce.mean(),
-            "nonfinite": 0,
+            "infinite": 0,
         }
         got = found.losses[name]._asdict()
         assert (got["mse"] is None, got["ce"] is None) == (name == "kl",) * 2
@@ -139,8 +137,6 @@ def test_every_number_matches_a_computation_by_hand(digits, save, labelled):
 
 
 def test_means_are_those_of_the_losses(digits):
-    import gklx
-
     s, t, labels = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in digits)
     prior = gklx.ClassPrior(10)
     prior.update(t, labels)
@@ -236,27 +232,25 @@ def test_an_infinite_sample_leaves_the_quantiles(save):
     t[:, 0] = np.arange(20) / 10
     s[4, 0] = -np.inf
     found = computed(save("s", s), save("t", t), None, names=["kl", "gkl"]).losses["kl"]
-    assert (found.mean, found.max, found.nonfinite) == (np.inf, np.inf, 1)
+    assert (found.mean, found.max, found.infinite) == (np.inf, np.inf, 1)
     assert np.isfinite([found.median, found.p90]).all()
     assert (found.p95, found.p99) == (np.inf, np.inf)  # the 95 % point lies just above the largest finite loss
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_sample_is_counted_and_spoils_no_other(digits, save, bad, labelled):
+def test_an_undefined_sample_is_counted_and_left_out(digits, save, bad, labelled):
     s, t, labels = (x[:60].copy() for x in digits)
     t[7, 2] = bad
     files = save("s", s), save("t", t), save("y", labels) if labelled else None
     found = computed(*files)
-    assert {name: each.nonfinite for name, each in found.losses.items()} == dict.fromkeys(NAMES, 1)
-    assert np.isnan(found.losses["kl"].mean)
-    if labelled:
-        means = {each.label: each.means["gkl"] for each in found.worst_classes}
-        assert found.worst_classes[0].label == labels[7]
-        assert np.isnan(means.pop(labels[7]))
-        assert np.isfinite(list(means.values())).all()
-    if labelled:
-        assert_same(computed(*files, batch_size=1), found, rel=2e-6)
+    assert (found.samples, found.undefined) == (59, 1)
+    assert_same(computed(*files, batch_size=1), found, rel=2e-6)
+    good = np.arange(60) != 7
+    clean = save("s1", s[good]), save("t1", t[good]), save("y1", labels[good]) if labelled else None
+    assert_same(found._replace(undefined=0), computed(*clean), rel=2e-6)
+    with pytest.raises(ValueError, match=r"^strict: sample 7 has a NaN among its logits, or no finite one$"):
+        gklx.score(*files, strict=True)
 
 
 def test_samples_without_classes_are_skipped(digits, save):
@@ -272,7 +266,10 @@ def test_samples_without_classes_are_skipped(digits, save):
 
 def test_nan_names_no_class(save):
     x = np.asarray([[0.0, 1.0], [np.nan, 1.0], [2.0, 1.0]])
-    assert computed(save("s", x), save("t", x), None, names=["kl"]).top1_agreement == pytest.approx(2 / 3)
+    found = computed(save("s", x), save("t", x), None, names=["kl"])
+    assert (found.samples, found.undefined, found.top1_agreement) == (2, 1, 1.0)
+    with pytest.raises(ValueError, match=r"^nothing to score: .* in 1 a logit is NaN"):
+        computed(save("s1", x[1:2]), save("t1", x[1:2]), None)
 
 
 def test_a_part_of_weight_zero_is_not_there(save):
@@ -289,4 +286,4 @@ def test_one_sample_has_no_standard_error(digits, save, capsys):
     assert main(["score", student, teacher, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["losses"]["kl"]["stderr"] is None
-    assert found["losses"]["kl"]["nonfinite"] == 0
+    assert found["losses"]["kl"]["infinite"] == 0

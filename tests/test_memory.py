@@ -1,0 +1,40 @@
+"""Rows a block under a bound on memory."""
+
+import psutil
+import pytest
+
+from gklx._scoring.memory import parse_size, rows_and_threads
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GB", 2e9), ("1.5G", 1.5e9), ("500 MiB", 500 * 2**20), ("500mb", 5e8), ("4096", 4096), ("1KiB", 1024)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 apples", "0", "1e9", "2GBB", "nan"])
+def test_no_sizes(text):
+    with pytest.raises(ValueError, match=r"^memory must be a size such as 2GB or 500MiB"):
+        parse_size(text)
+
+
+def used():
+    return psutil.Process().memory_info().rss
+
+
+def test_a_block_is_no_larger_than_the_library_wants():
+    assert rows_and_threads(1000, 4, 2**20, 2, None, 0) == (262, 2)
+
+
+def test_a_bound_makes_blocks_smaller_then_threads_fewer():
+    row = 100_000 * 4
+    room = 24 * row
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + 50 * room, 0) == (2, 4)
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(5.5 * room), 0) == (1, 4)
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(2.5 * room), 0) == (1, 2)
+    with pytest.raises(ValueError, match=r"^memory must be at least [\d,]+ MB for 100,000 classes here"):
+        rows_and_threads(100_000, 4, 2**20, 4, used() + room // 2, 0)
+    with pytest.raises(ValueError, match=r"memory must be at least"):
+        rows_and_threads(100_000, 4, 2**20, 4, used() + 2 * room, 2 * room)

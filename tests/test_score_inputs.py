@@ -1,0 +1,118 @@
+"""What `gklx.score` takes beside files: arrays of every library, and batches."""
+
+import numpy as np
+import pytest
+
+import gklx
+
+CLASSES = 6
+rng = np.random.default_rng(7)
+STUDENT, TEACHER = (rng.standard_normal((50, CLASSES)) * 3 for _ in range(2))
+LABELS = rng.integers(0, CLASSES, 50)
+NUMBERS = {"gamma": 0.5, "mse_weight": 2.0, "temperature": 1.5}
+
+
+def means(found):
+    return {name: each.mean for name, each in found.losses.items()} | {"top1": found.top1_agreement}
+
+
+def expected(labels=LABELS):
+    return means(gklx.score(STUDENT, TEACHER, labels, **NUMBERS))
+
+
+def pieces(*arrays, sizes=(1, 30, 0, 19)):
+    ends = np.cumsum(sizes)
+    return [tuple(x[end - size : end] for x in arrays) for size, end in zip(sizes, ends, strict=True)]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_arrays_of_every_library(backend, dtype, labelled):
+    s, t = (backend.array(x, dtype) for x in (STUDENT, TEACHER))
+    found = gklx.score(s, t, backend.array(LABELS) if labelled else None, **NUMBERS)
+    assert found.backend == ("numpy" if backend.library.lazy else backend.library.backend)
+    same = (backend.rounded(x, dtype) for x in (STUDENT, TEACHER))
+    wanted = means(gklx.score(*same, LABELS if labelled else None, **NUMBERS))
+    assert means(found) == pytest.approx(wanted, rel=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 10), (2, 5, 5)])
+def test_leading_axes(backend, shape):
+    s, t = (backend.array(x.reshape(*shape, CLASSES), "float32") for x in (STUDENT, TEACHER))
+    found = gklx.score(s, t, backend.array(LABELS.reshape(shape)), **NUMBERS, batch_size=7)
+    assert means(found) == pytest.approx(expected(), rel=1e-5)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_batches_of_any_size(labelled):
+    batches = pieces(STUDENT, TEACHER, LABELS) if labelled else pieces(STUDENT, TEACHER)
+    wanted = pytest.approx(expected(LABELS if labelled else None), rel=1e-12)
+    assert means(gklx.score(batches, **NUMBERS)) == wanted
+    assert means(gklx.score(lambda: iter(batches), **NUMBERS, batch_size=4)) == wanted
+    apart = [list(each) for each in zip(*batches, strict=True)]
+    assert means(gklx.score(*apart, **NUMBERS)) == wanted
+
+
+def test_iterators_of_batches():
+    batches = pieces(STUDENT, TEACHER)
+    assert means(gklx.score(iter(batches), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
+    apart = (iter(each) for each in zip(*batches, strict=True))
+    assert means(gklx.score(*apart, **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
+    # KL alone needs no class prior, hence no second pass.
+    once = iter(pieces(STUDENT, TEACHER, LABELS))
+    assert gklx.score(once, losses=["kl"]).losses["kl"].mean == pytest.approx(float(gklx.kl(STUDENT, TEACHER)))
+
+
+def test_each_batch_may_have_a_dtype_of_its_own():
+    batches = pieces(STUDENT, TEACHER)
+    batches[1] = tuple(x.astype(np.float32) for x in batches[1])
+    assert means(gklx.score(batches, **NUMBERS)) == pytest.approx(expected(None), rel=1e-6)
+
+
+def test_batches_of_a_library_are_computed_where_one_asks(backend):
+    batches = [tuple(backend.array(x, "float32") for x in each) for each in pieces(STUDENT, TEACHER, sizes=(20, 30))]
+    found = gklx.score(batches, backend="numpy", **NUMBERS)
+    assert (found.backend, means(found)) == ("numpy", pytest.approx(expected(None), rel=1e-5))
+
+
+def test_gradients_are_no_matter():
+    torch = pytest.importorskip("torch")
+    s = torch.tensor(STUDENT, requires_grad=True)
+    assert means(gklx.score(s, torch.tensor(TEACHER), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((STUDENT, 3), {}, TypeError, r"^teacher must be a path, an array of a known library or batches"),
+        ((3,), {}, TypeError, r"^student must be a path, an array, or, where teacher is None, an iterable"),
+        ((STUDENT.astype(int), TEACHER), {}, TypeError, r"^student must be floating logits, got int64"),
+        ((STUDENT[0], TEACHER[0]), {}, ValueError, r"^student must have shape \[samples, classes\]"),
+        ((STUDENT, TEACHER[:, :5]), {}, ValueError, r"^vocabulary mismatch"),
+        ((STUDENT, TEACHER[:5]), {}, ValueError, r"they do not hold the same samples"),
+        ((STUDENT, TEACHER, LABELS[:5]), {}, ValueError, r"labels must have one label a sample"),
+        ((STUDENT, TEACHER, LABELS + 1), {}, ValueError, r"^labels: labels must lie in \[0, 6\), got 6 at sample"),
+        ((STUDENT, TEACHER, LABELS * 1.0), {}, TypeError, r"^labels must be integer labels, got float64"),
+        ((STUDENT, [TEACHER]), {}, TypeError, r"must all be batches where one of them is"),
+        ((pieces(STUDENT, TEACHER), None, LABELS), {}, TypeError, r"labels must come with the batches"),
+        (([],), {}, ValueError, r"at least one batch, got none"),
+        (([STUDENT],), {}, TypeError, r"^a batch must be \(student, teacher\)"),
+        (([(STUDENT,)],), {}, TypeError, r"got 1 entries"),
+        (([(STUDENT, TEACHER), (STUDENT, TEACHER, LABELS)],), {}, ValueError, r"from sample 50 on must have 6 classes"),
+        ((iter([(STUDENT, TEACHER, LABELS)]),), {}, ValueError, r"gone through twice"),
+        ((STUDENT, TEACHER), {"losses": []}, ValueError, r"^losses must be among kl, dkl, ikl, gkl, got \[\]"),
+        ((STUDENT, TEACHER), {"losses": ["mse"]}, ValueError, r"^losses must be among"),
+        ((STUDENT, TEACHER), {"temperature": 0.0}, ValueError, r"^temperature must be"),
+        ((STUDENT, TEACHER), {"gamma": "x"}, TypeError, r"^gamma must be"),
+        ((STUDENT, TEACHER), {"batch_size": 0}, ValueError, r"^batch_size must be a whole number"),
+        ((STUDENT, TEACHER), {"backend": "mlx"}, ValueError, r"^backend must be one of numpy"),
+        ((STUDENT, TEACHER), {"memory": "2 apples"}, ValueError, r"^memory must be a size such as 2GB"),
+        ((STUDENT, TEACHER), {"memory": 1000}, ValueError, r"^memory must be at least [\d,]+ MB for 6 classes"),
+        ((STUDENT, TEACHER), {"scheduler": "tcp://x"}, ValueError, r"^scheduler needs backend \"dask\""),
+        ((STUDENT, TEACHER), {"backend": "dask"}, ValueError, r"needs files that its workers can open"),
+        ((STUDENT, TEACHER), {"per_sample": "x.txt"}, ValueError, r"x\.txt"),
+        ((STUDENT, TEACHER), {"plot": "x.gif"}, ValueError, r"x\.gif"),
+    ],
+)
+def test_errors(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        gklx.score(*args, **kwargs)

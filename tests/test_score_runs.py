@@ -1,0 +1,305 @@
+"""A run of `gklx score` that is cut off, has little room, or is spread over a cluster: the same numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import backends
+import gklx
+from gklx._scoring import run as runs
+from gklx._scoring import statistics, work_file
+from gklx._scoring.work_file import WorkFile
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX")
+
+SAMPLES, CLASSES = 3000, 200
+COMMAND = (sys.executable, "-m", "gklx", "score")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logits")
+    rng = np.random.default_rng(3)
+    paths = [str(folder / f"{name}.npy") for name in ("student", "teacher", "labels")]
+    for path in paths[:2]:
+        np.save(path, rng.standard_normal((SAMPLES, CLASSES), dtype=np.float32) * 3)
+    np.save(paths[2], rng.integers(0, CLASSES, SAMPLES))
+    return paths
+
+
+def command(*argv, **kwargs):
+    return subprocess.run(
+        [*COMMAND, *map(str, argv)], capture_output=True, text=True, check=False, timeout=120, **kwargs
+    )
+
+
+def uninterrupted(tmp_path, *argv):
+    done = command(*argv, "--work-dir", tmp_path / "other", "--format", "json", "--batch-size", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+# --- cut off ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_killed_and_resumed(files, tmp_path, labelled):
+    work = tmp_path / "work"
+    argv = [*files[:2], "--work-dir", work, "--batch-size", "1", "--format", "json"]
+    argv += ["--labels", files[2]] if labelled else []
+    with subprocess.Popen([*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(6000):
+            if any(path.stat().st_size > 20_000 for path in work.glob("*/records.bin")):
+                break
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(60) == -signal.SIGKILL
+    done = command(*argv)
+    assert done.returncode == 0
+    assert done.stderr.startswith("gklx: going on after ")
+    assert 0 < int(done.stderr.split()[4].replace(",", "")) < SAMPLES
+    expected = uninterrupted(tmp_path, *files[:2], *(["--labels", files[2]] if labelled else []))
+    assert json.loads(done.stdout) == expected
+    assert list(work.iterdir()) == []
+
+
+def test_interrupted_and_resumed(files, tmp_path):
+    argv = [*files[:2], "--work-dir", tmp_path / "work", "--batch-size", "1", "--format", "json"]
+    with subprocess.Popen([*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not any(path.stat().st_size > 20_000 for path in (tmp_path / "work").glob("*/records.bin")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, b"")
+    assert err.startswith(b"gklx: interrupted after ")
+    assert err.endswith(b" of 3,000 samples; the same command goes on from there\n")
+    assert err.count(b"\n") == 1
+    done = command(*argv)
+    assert done.stderr.startswith("gklx: going on after ")
+    assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
+
+
+def test_cut_off_in_the_first_pass(files, tmp_path, monkeypatch):
+    whole = gklx.score(*files, batch_size=100)
+    monkeypatch.setattr(work_file, "_SECONDS_BETWEEN_SUMS", 0.0)
+    seen = []
+
+    def until(stop):
+        def sums(place, job, chunk):
+            seen.append(chunk.start)
+            if chunk.start == stop:
+                raise OSError("gone")
+            return original(place, job, chunk)
+
+        return sums
+
+    original = runs.sum_chunk
+    monkeypatch.setattr(runs, "sum_chunk", until(1500))
+    with pytest.raises(OSError, match="gone"):
+        gklx.score(*files, batch_size=100, work_dir=tmp_path)
+    seen.clear()
+    monkeypatch.setattr(runs, "sum_chunk", until(None))
+    assert gklx.score(*files, batch_size=100, work_dir=tmp_path) == whole
+    assert min(seen) == 1500
+
+
+def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
+    whole = gklx.score(*files[:2], batch_size=100)
+    original = runs.score_chunk
+
+    def gone(place, job, chunk, prior):
+        if chunk.start == 1000:
+            raise OSError("gone")
+        return original(place, job, chunk, prior)
+
+    monkeypatch.setattr(runs, "score_chunk", gone)
+    with pytest.raises(OSError, match="gone"):
+        gklx.score(*files[:2], batch_size=100, work_dir=tmp_path)
+    monkeypatch.setattr(runs, "score_chunk", original)
+    (kept,) = tmp_path.glob("*/records.bin")
+    os.truncate(kept, kept.stat().st_size - 5)
+    assert gklx.score(*files[:2], batch_size=37, work_dir=tmp_path) == whole
+
+
+def test_another_job_starts_anew(files, tmp_path, monkeypatch):
+    """Other inputs or settings are another job; weights of the parts come in later and are the same one."""
+    folders = []
+    monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: folders.append(json.dumps(job)))
+    for kwargs in ({}, {"mse_weight": 3.0, "ce_weight": 2.0, "batch_size": 7}):
+        gklx.score(*files[:2], work_dir=tmp_path, **kwargs)
+    assert len(set(folders)) == 1
+    for kwargs in ({"gamma": 0.5}, {"temperature": 2.0}, {"losses": ["kl"]}, {"labels": files[2]}):
+        gklx.score(*files[:2], work_dir=tmp_path, **kwargs)
+    os.utime(files[0], (0, 0))
+    gklx.score(*files[:2], work_dir=tmp_path)
+    assert len(set(folders)) == 6
+
+
+def test_two_of_one_job_do_not_meet(tmp_path):
+    dtype = np.dtype([("x", "<f4")])
+    one = WorkFile(dtype, tmp_path)
+    one.append(np.zeros(3, dtype))
+    two = WorkFile(dtype, tmp_path)
+    assert (two.records, two.folder) == (0, None)
+    two.append(np.ones(2, dtype))
+    assert [block["x"].tolist() for block in one.blocks()] == [[0, 0, 0]]
+    two.close(done=True)
+    one.close(done=False)
+    again = WorkFile(dtype, tmp_path)
+    assert again.resumed_at == 3
+    again.close(done=True)
+    assert not tmp_path.exists()
+
+
+# --- no room ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_room_for_the_progress(files, tmp_path):
+    """A limit on the size of files stands for a disk that fills up."""
+    argv = [*files[:2], "--work-dir", tmp_path / "work", "--format", "json"]
+    limited = ["sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND, *map(str, argv)]  # of 512 bytes
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("gklx: error: ")
+    assert "records.bin" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = command(*argv)
+    assert done.stderr.startswith("gklx: going on after ")
+    assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
+
+
+def test_a_full_disk(files, tmp_path):
+    """A real one: a file system of 64 kB, then of more."""
+    script = (
+        'mkdir -p "$1" && mount -t tmpfs -o size=64k tmpfs "$1" || exit 77\n'
+        'dir=$1; shift\n"$@"; echo "status $?"\nmount -o remount,size=10m "$dir" && "$@"\n'
+    )
+    work = tmp_path / "work"
+    argv = [*COMMAND, *files[:2], "--work-dir", str(work / "kept"), "--format", "json"]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(work), *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no file system of one's own may be mounted here ({done.stderr.strip()})")
+    status, _, report = done.stdout.partition("\n")
+    assert status == "status 1"
+    full, going_on = done.stderr.splitlines()
+    assert full.startswith("gklx: error: OSError: ")
+    assert "No space left on device" in full
+    assert going_on.startswith("gklx: going on after ")
+    assert json.loads(report) == uninterrupted(tmp_path, *files[:2])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
+def test_memory_of_the_process_stays_below_the_bound(tmp_path):
+    """By the operating system's own count, files of 600 MB; the bound is what NumPy and the command need and some."""
+    for name in ("student", "teacher"):
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (5000, 30_000))[::500] = 1
+    code = (  # not ru_maxrss, which begins with that of the parent
+        "import re, sys; from gklx._cli import main; status = main();"
+        "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr);"
+        "sys.exit(status)"
+    )
+    argv = ["score", tmp_path / "student.npy", tmp_path / "teacher.npy", "--loss", "kl", "--memory", "200MB"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr) * 1024 < 200e6
+
+
+# --- a cluster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    backends.needs("dask")
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_cluster_gives_the_same_numbers(files, scheduler, labelled):
+    labels = files[2] if labelled else None
+    found = gklx.score(*files[:2], labels, backend="dask", scheduler=scheduler, batch_size=100, gamma=0.5)
+    assert (found.backend, found.device) == ("dask", "2 workers")
+    here = gklx.score(*files[:2], labels, batch_size=100, gamma=0.5)
+    assert found._replace(backend="numpy", device="cpu") == here
+
+
+def test_cluster_of_shards_by_the_command(files, scheduler, tmp_path):
+    for name, path in zip(("s", "t"), files, strict=False):
+        for i, shard in enumerate(np.array_split(np.load(path), 11)):
+            np.save(tmp_path / f"{name}-{i}.npy", shard)
+    done = command(
+        tmp_path / "s-*.npy", tmp_path / "t-*.npy", "--backend", "dask", "--scheduler", scheduler, "--format", "json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["losses"]["gkl"]["mean"] == pytest.approx(gklx.score(*files[:2]).losses["gkl"].mean, rel=1e-6)
+
+
+def test_an_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
+    labels = np.load(files[2])
+    labels[2222] = CLASSES
+    np.save(tmp_path / "y.npy", labels)
+    done = command(*files[:2], "--labels", tmp_path / "y.npy", "--backend", "dask", "--scheduler", scheduler)
+    assert (done.returncode, done.stdout) == (2, "")
+    message = f"gklx: error: {tmp_path / 'y.npy'}: labels must lie in [0, {CLASSES}), got {CLASSES} at sample 2222\n"
+    assert done.stderr == message
+
+
+def test_no_scheduler_there():
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    done = command("a.npy", "b.npy", "--scheduler", "tcp://127.0.0.1:1")
+    assert done.stderr == "gklx: error: scheduler needs backend \"dask\", got 'numpy'\n"
+
+
+# --- quantiles of very many -------------------------------------------------------------------------------------------
+
+
+def test_sketched_quantiles_are_close(monkeypatch):
+    pytest.importorskip("datasketches")
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((2, 40_000, 3)) * 3
+    s[:4, 0] = -np.inf
+    exact = gklx.score(s, t)
+    monkeypatch.setattr(statistics, "EXACT_QUANTILES", 1000)
+    sketched = gklx.score(s, t)
+    assert (exact.quantiles, sketched.quantiles) == ("exact", "t-digest")
+    for name, own in sketched.losses.items():
+        values = np.sort(getattr(gklx, name)(s, t, reduction="none"))
+        for key, q in (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+            rank = np.searchsorted(values, getattr(own, key)) / values.size
+            assert abs(rank - q) < 0.001, (name, key)
+        same = own._replace(**{key: getattr(exact.losses[name], key) for key in ("median", "p90", "p95", "p99")})
+        assert same == exact.losses[name]
+
+
+def test_sketch_asks_for_its_library_first(files, monkeypatch):
+    monkeypatch.setattr(statistics, "EXACT_QUANTILES", 1000)
+    monkeypatch.setattr("gklx._scoring.score.EXACT_QUANTILES", 1000)
+    monkeypatch.setitem(sys.modules, "datasketches", None)
+    with pytest.raises(ValueError, match=r"^more than 1,000 samples need datasketches .* 'gklx\[score\]'"):
+        gklx.score(*files[:2])
+
+
+def test_folder_of_progress_that_cannot_be_made(files):
+    done = command(*files[:2], "--work-dir", Path(files[0]) / "below")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "must be a folder to keep the progress in" in done.stderr
