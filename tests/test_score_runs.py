@@ -142,6 +142,10 @@ def test_another_job_starts_anew(files, tmp_path, monkeypatch):
     os.utime(files[0], (0, 0))
     gklx.score(*files[:2], work_dir=tmp_path)
     assert len(set(folders)) == 6
+    np.savez(tmp_path / "both.npz", s=np.load(files[0]), t=np.load(files[1]))
+    for key in ("s", "t"):
+        gklx.score(f"{tmp_path / 'both.npz'}::{key}", files[1], work_dir=tmp_path)
+    assert len(set(folders)) == 8
 
 
 def test_two_of_one_job_do_not_meet(tmp_path):

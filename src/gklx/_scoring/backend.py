@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -69,12 +70,12 @@ class Backend:
                 torch = sys.modules["torch"]
                 stack.enter_context(torch.no_grad())
                 if self.on_gpu:
-                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
+                    stack.enter_context(torch.cuda.stream(_own(lambda: torch.cuda.Stream(self.device))))
             elif self.library.backend == "cupy":
                 cupy = sys.modules["cupy"]
                 if self.device is not None:
                     stack.enter_context(self.device)  # CuPy allocates on its current device
-                stack.enter_context(cupy.cuda.Stream(non_blocking=True))
+                stack.enter_context(_own(lambda: cupy.cuda.Stream(non_blocking=True)))
             yield
 
     def _put_pinned(self, x: Any) -> Array:
@@ -123,6 +124,16 @@ def backend(name: str, device: str | None, like: Array = None) -> Iterator[Backe
             raise ValueError(f"{which}: {library.name} cannot compute there ({error})") from None
         where = _name(probe)
         yield replace(found, device_name=where, on_gpu=where.startswith(("cuda", "gpu", "rocm")))
+
+
+_threads = threading.local()
+
+
+def _own(stream: Callable[[], Any]) -> Any:
+    """The thread's stream: one for all its blocks, since each stream has a pool of memory of its own."""
+    if not hasattr(_threads, "stream"):
+        _threads.stream = stream()
+    return _threads.stream
 
 
 @functools.lru_cache(maxsize=8)

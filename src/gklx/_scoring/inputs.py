@@ -41,7 +41,7 @@ class Inputs(Protocol):
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
         """From the sample `start` on, so many rows a chunk."""
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...] | None:
+    def stamps(self) -> tuple[Any, ...] | None:
         """The files as they are now; None where other things are scored, which a later run cannot recognise."""
 
 
@@ -86,10 +86,10 @@ class Whole:
         for at in range(start, count, rows):
             yield Chunk(*self._rows, at, min(at + rows, count), at)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...] | None:
-        """Of all files; None where an array is among them."""
-        found = [x.stamps() for x in self._rows if x is not None]
-        return None if not all(found) else tuple(itertools.chain(*found))
+    def stamps(self) -> tuple[Any, ...] | None:
+        """Of all files, each after the name it was asked for by, which may choose an array inside."""
+        found = [(x.name, x.stamps()) for x in self._rows if x is not None]
+        return None if not all(stamps for _, stamps in found) else tuple(found)
 
 
 class Batches:

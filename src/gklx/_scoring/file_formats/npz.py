@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import tempfile
+import threading
 import zipfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from .rows import chosen, dtype_of, stamp
 
 _LOCAL_HEADER = 30
 """Bytes of a member's header in the archive, before its name and extra field."""
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class PackedRows:
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
-        unpacked = _unpacked(self.path, self.member, stamp(self.path))
+        with _one_at_a_time:
+            unpacked = _unpacked(self.path, self.member, stamp(self.path))
         return replace(open_npy(self.name, unpacked, self.axes), name=self.name).read(start, stop)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
