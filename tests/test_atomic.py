@@ -3,6 +3,9 @@
 import errno
 import os
 import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -58,10 +61,66 @@ def test_a_link_is_followed(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
 def test_a_device_is_written_and_stays():
-    with pytest.raises(OSError, match="No space left") as caught, replacing("/dev/full") as part:
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'$") as caught, replacing("/dev/full") as part:
         part.write_text("x")
     assert caught.value.errno == errno.ENOSPC
     assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_a_pipe_is_written_and_stays(tmp_path):
+    path = tmp_path / "x"
+    os.mkfifo(path)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(path.read_text()))
+    reader.start()
+    with replacing(path) as part:
+        part.write_text("new")
+    reader.join(10)
+    assert got == ["new"]
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such device here")
+def test_the_standard_output_is_written_where_it_is_a_pipe():
+    assert _python('with replacing("/dev/stdout") as part: part.write_text("new")') == "new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files here")
+def test_a_disk_that_fills_up_is_an_error_with_the_name_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    said = _python(
+        "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n"
+        f"    with replacing({str(path)!r}) as part: part.write_bytes(bytes(5000))\n"
+        "except OSError as error: print(error)\n"
+    )
+    assert said.strip().endswith(f"File too large: {str(path)!r}")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_read_only_file_is_replaced_and_stays_so(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    path.chmod(0o440)
+    with replacing(path) as part:
+        assert part.stat().st_mode & stat.S_IWUSR  # else none but root could write it
+        part.write_text("new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o440
+
+
+def _python(code):
+    source = f"from gklx._scoring.atomic import replacing\n{code}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True, timeout=60
+    ).stdout
 
 
 def test_what_cannot_be_written(tmp_path):

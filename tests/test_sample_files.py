@@ -62,6 +62,18 @@ def test_what_is_left_out(written):
     assert found["student_class"][3] == -1 or np.isnan(found["student_class"][3])
 
 
+def test_what_is_left_out_is_null_in_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    s = STUDENT.copy()
+    s[3, 1] = np.nan
+    gklx.score(s, TEACHER, LABELS, losses=["kl", "gkl"], per_sample=tmp_path / "x.parquet")
+    found = parquet.read_table(tmp_path / "x.parquet")
+    assert {name: found[name].null_count for name in found.column_names} == {
+        **dict.fromkeys(found.column_names, 1),
+        **dict.fromkeys(("label", "scored"), 0),
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

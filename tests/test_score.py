@@ -214,6 +214,12 @@ def test_float16_is_computed_in_float32(digits, save, on):
     assert_same(found, computed(*wide, None, on=on, names=["gkl"]), rel=1e-12)
 
 
+def test_labels_without_a_prior_still_tell_the_worst_classes(digits):
+    found = computed(names=["kl"])
+    of = {y: gklx.kl(*(x[digits[2] == y].astype(np.float64) for x in digits[:2]), temperature=2.0) for y in range(10)}
+    assert found.worst_classes[0].label == max(of, key=of.get)
+
+
 def test_class_without_samples_and_unsigned_labels(digits, save):
     s, t, labels = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in digits)
     keep = labels < 3

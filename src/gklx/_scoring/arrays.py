@@ -29,11 +29,6 @@ class ArrayRows:
         """The array's dtype by name."""
         return dtype_name(self.array.dtype)
 
-    @property
-    def row_bytes(self) -> int:
-        """Nothing is read from a file."""
-        return 0
-
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes: half precisions widened to float32, labels to int64 on the host."""
         x = self.array

@@ -4,6 +4,7 @@ Every fault is a ValueError of one sentence that names the file.
 """
 
 import glob
+import math
 import os
 import re
 from bisect import bisect_right
@@ -77,15 +78,10 @@ def check_together(student: Rows, teacher: Rows, labels: Rows | None) -> None:
 
 
 def _joined(what: What, axes: int, check: Any) -> Rows:
-    if isinstance(what, (str, os.PathLike)):
-        name = os.fspath(what)
-        found = _matching(name)
-    else:
-        found = [os.fspath(each) for each in what]
-        name = f"{found[0]}, …" if found else "shards"
-    if not found:
-        raise ValueError(f"{name}: No such file or directory")
-    parts = tuple(_opened(each, axes) for each in found)
+    names = [os.fspath(x) for x in ([what] if isinstance(what, (str, os.PathLike)) else what)]
+    if not names:
+        raise ValueError("logits and labels must be in one file at least, got an empty sequence")
+    parts = tuple(_opened(path, key, axes) for each in names for path, key in _matching(each))
     for part in parts:
         check(part)
     if len(parts) == 1:
@@ -94,57 +90,59 @@ def _joined(what: What, axes: int, check: Any) -> Rows:
     for part in parts[1:]:
         if part.shape[1:] != first.shape[1:]:
             raise ValueError(
-                f"{part.name}: must have shape [..., {text(first.shape[1:])[1:]} as {first.name} has, "
+                f"{part.name}: must have shape {text(('...', *first.shape[1:]))} as {first.name} has, "
                 f"got {text(part.shape)}"
             )
-    inner = int(np.prod(first.shape[1 : len(first.shape) - axes], dtype=np.int64))
+    inner = math.prod(first.shape[1 : len(first.shape) - axes])
     ends = np.cumsum([part.shape[0] * inner for part in parts]).tolist()
     dtype = first.dtype if axes == 0 else max((part.dtype for part in parts), key=_LOGITS.index)
+    name = names[0] if len(names) == 1 else f"{names[0]}, …"
     return Shards(name, parts, tuple(ends), (sum(part.shape[0] for part in parts), *first.shape[1:]), dtype)
 
 
-def _matching(name: str) -> list[str]:
-    """The paths that a name stands for: itself where it is there, else those that match it, in natural order."""
-    path, key = _split(name)
+def _matching(name: str) -> list[tuple[str, str | None]]:
+    """The paths that a name stands for, with the key: itself where it is there, else its matches in natural order."""
+    if os.path.lexists(name):
+        return [(name, None)]
+    path, _, rest = name.partition("::")
+    key = rest or None
     if not glob.has_magic(path) or os.path.lexists(path):
-        return [name]
-    return [each + key for each in sorted(glob.glob(path, recursive=True), key=_natural)]
+        return [(path, key)]
+    found = sorted(glob.glob(path, recursive=True), key=_natural)
+    if not found:
+        raise ValueError(f"{name}: No such file or directory")
+    return [(each, key) for each in found]
 
 
-def _split(name: str) -> tuple[str, str]:
-    """A name as its path and the rest, `::key` or nothing."""
-    path, mark, key = name.partition("::")
-    return path, mark + key
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
+def _natural(path: str) -> tuple[list[tuple[int, str]], str]:
     """Orders shard-2 before shard-10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path) if part]
+    parts = re.findall(r"\d+|\D+", path)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path
 
 
-def _opened(name: str, axes: int) -> Rows:
-    path, rest = _split(name)
-    key = rest.removeprefix("::") or None
+def _opened(path: str, key: str | None, axes: int) -> Rows:
+    name = path if key is None else f"{path}::{key}"
+    full = os.path.abspath(path)  # for workers that have another working directory
     try:
         if path.rstrip("/").endswith(".zarr"):
             if not os.path.isdir(path):
                 raise ValueError(f"{name}: No such Zarr array")
-            return open_zarr(name, path, key, axes)
+            return open_zarr(name, full, key, axes)
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{name}: {'is a directory' if os.path.isdir(path) else 'is not a regular file'}")
         if path.endswith(".safetensors") and os.path.exists(path):
-            return open_safetensors(name, path, key, axes)
+            return open_safetensors(name, full, key, axes)
         with Path(path).open("rb") as file:
             start = file.read(len(MAGIC))
         if not start:
             raise ValueError(f"{name}: the file is empty")
         if start.startswith(b"PK"):
-            return open_npz(name, path, key, axes)
+            return open_npz(name, full, key, axes)
         if start != MAGIC:
             raise ValueError(f"{name}: not a NumPy .npy or .npz file, nor .safetensors or .zarr by its name")
         if key is not None:
             raise ValueError(f"{name}: an .npy file holds one array without a name, got the key {key!r}")
-        return open_npy(name, path, axes)
+        return open_npy(name, full, axes)
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror or error}") from None
 

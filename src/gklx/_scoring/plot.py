@@ -4,6 +4,9 @@ One Vega-Lite specification for SVG, PNG and HTML. It holds counts, never a mark
 """
 
 import math
+import re
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +18,20 @@ from .values import SampleValues
 
 _SUFFIXES = (".svg", ".png", ".html")
 _COLOURS = {"kl": "#0072B2", "dkl": "#E69F00", "ikl": "#009E73", "gkl": "#CC79A7"}  # Okabe and Ito's
+_SHADES = ["#b5d3ed", "#4a90c2", "#08306b"]
 _BINS, _CELLS = 60, 40
 _DECADES = 9
 _BARS = 30
-_NAMED = 8
+_NAMED = 10
 _POINTS = 400
-_SIDE = 300
-_WIDTHS = [4.2, 3.0, 2.0, 1.2]
-# Vega's expression for the labels of a scale of decades.
+_SIDE = 320
+_LINE = 64
+# Of the losses with parts, in the order drawn: their curves may coincide, and then all of them are seen.
+_DASHES = [[1, 0], [10, 6], [6, 6]]
+# Vega's expressions for the labels of an axis: of decades, of numbers, of shares.
 _DECIMAL = "datum.value < 0.001 || datum.value >= 10000 ? format(datum.value, '.0e') : format(datum.value, '~g')"
+_NUMBER = "format(datum.value, datum.value && (abs(datum.value) < 0.001 || abs(datum.value) >= 1e6) ? '~e' : ',~r')"
+_PERCENT = "format(datum.value, '~%')"
 
 
 class _Counts(NamedTuple):
@@ -31,11 +39,14 @@ class _Counts(NamedTuple):
     """[_BINS + 1], decades apart in equal steps."""
     of_losses: dict[str, Any]
     """[_BINS] a loss."""
-    not_drawn: dict[str, int]
+    not_drawn: dict[str, dict[str, int]]
+    """How many samples of a loss, by why."""
     class_samples: Any
     """[C]"""
+    class_finite: Any
+    """[C], how many of them have a finite first loss."""
     class_sums: Any
-    """[C], of the first loss."""
+    """[C], of the first loss where it is finite."""
     confidences: Any
     """[_CELLS, _CELLS], student by teacher."""
 
@@ -62,17 +73,48 @@ def specification(values: SampleValues, found: Score, title: str, path: str = "p
     alt = _altair(path)
     counts = _counted(values)
     by = "label" if found.worst_classes is not None else "teacher's top class"
-    panels = alt.hconcat(
-        _spread_panel(alt, counts, found), _class_panel(alt, counts, found, by), _confidence_panel(alt, counts, found)
+    panels = [
+        (
+            _spread_panel(alt, counts, found),
+            "Loss per sample",
+            ["median and mean marked at the foot", *_not_drawn(counts)],
+        ),
+        (_class_panel(alt, counts, found, by), f"Mean {next(iter(found.losses))} by class", _classes(counts, found)),
+        (
+            _confidence_panel(alt, counts),
+            f"Confidence · {found.top1_agreement:.2%} agree",
+            ["share of samples in which both name the same top class"],
+        ),
+    ]
+    # As many lines above each panel: the titles and the frames stand at one height.
+    bars = np.count_nonzero(counts.class_finite) <= _BARS
+    lines = max(len(said) for _, _, said in panels)
+    row = alt.hconcat(
+        *(
+            panel.properties(
+                width=_SIDE,
+                height=_SIDE,
+                title=alt.TitleParams(
+                    title,
+                    subtitle=said + [" "] * (lines - len(said)),
+                    anchor="start",
+                    fontSize=14,
+                    subtitleFontSize=11,
+                    dy=-5 if at == 1 and bars else 0,  # no label of a tick pushes this one up
+                ),
+            )
+            for at, (panel, title, said) in enumerate(panels)
+        ),
+        spacing=36,
     )
     numbers = found.parameters
     left_out = f", {found.skipped + found.undefined:,} left out" if found.skipped + found.undefined else ""
     many = "s" if found.samples != 1 else ""
     subtitle = (
         f"{found.samples:,} sample{many}{left_out} · {found.classes:,} classes · temperature {numbers.temperature:g} · "
-        f"weights {found.weights} · γ {numbers.gamma:g} · wMSE × {numbers.mse_weight:g} + CE × {numbers.ce_weight:g}"
+        f"{found.weights} weights · γ {numbers.gamma:g} · wMSE × {numbers.mse_weight:g} + CE × {numbers.ce_weight:g}"
     )
-    chart = panels.resolve_scale(color="independent").properties(
+    chart = row.resolve_scale(color="independent", shape="independent").properties(
         title=alt.TitleParams(title, subtitle=subtitle, anchor="start", fontSize=18, subtitleFontSize=12, offset=16),
         padding=16,
         background="white",
@@ -80,7 +122,14 @@ def specification(values: SampleValues, found: Score, title: str, path: str = "p
     spec: dict[str, Any] = (
         chart.configure(font="Helvetica, Arial, sans-serif")
         .configure_view(stroke="#ddd")
-        .configure_axis(grid=True, gridColor="#eee", labelColor="#444", titleColor="#222", titleFontWeight="normal")
+        .configure_axis(
+            grid=True,
+            gridColor="#eee",
+            labelFlush=False,
+            labelColor="#444",
+            titleColor="#222",
+            titleFontWeight="normal",
+        )
         .configure_title(subtitleColor="#555", subtitleLineHeight=15)
         .configure_legend(titleFontWeight="normal")
         .to_dict()
@@ -105,23 +154,32 @@ def _counted(values: SampleValues) -> _Counts:
     first = math.floor(max(math.log10(low), math.log10(high) - _DECADES))
     edges = np.linspace(first, max(math.ceil(math.log10(high)), first + 1), _BINS + 1)
     of_losses = {name: np.zeros(_BINS) for name in values.names}
-    not_drawn = dict.fromkeys(values.names, 0)
-    class_samples, class_sums = np.zeros((2, values.classes))
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "not finite": lambda x: ~np.isfinite(x),
+        "negative": lambda x: np.isfinite(x) & (x < 0),
+        "exactly 0": lambda x: x == 0,
+        f"below {f'{10 ** edges[0]:g}'.replace('e-0', 'e-')}": lambda x: (x > 0) & (x < 10 ** edges[0]),
+    }
+    not_drawn = {kind: dict.fromkeys(values.names, 0) for kind in kinds}
+    class_samples, class_finite, class_sums = np.zeros((3, values.classes))
     confidences = np.zeros((_CELLS, _CELLS))
     for block in values.blocks():
         here = block.scored
         for name, parts in block.losses.items():
             x = parts.loss[here]
             shown = np.isfinite(x) & (x >= 10 ** edges[0])
-            not_drawn[name] += int((~shown).sum())
+            for kind, holds in kinds.items():
+                not_drawn[kind][name] += int(holds(x).sum())
             of_losses[name] += np.histogram(np.log10(x[shown]), edges)[0]
         classes = (block.teacher_class if block.label is None else block.label)[here]
         loss = block.losses[values.names[0]].loss[here]
         class_samples += np.bincount(classes, minlength=values.classes)
-        class_sums += np.bincount(classes, weights=loss, minlength=values.classes)
+        finite = np.isfinite(loss)
+        class_finite += np.bincount(classes[finite], minlength=values.classes)
+        class_sums += np.bincount(classes[finite], weights=loss[finite], minlength=values.classes)
         pair = block.student_confidence[here], block.teacher_confidence[here]
         confidences += np.histogram2d(*pair, bins=_CELLS, range=((0, 1), (0, 1)))[0]
-    return _Counts(edges, of_losses, not_drawn, class_samples, class_sums, confidences)
+    return _Counts(edges, of_losses, not_drawn, class_samples, class_finite, class_sums, confidences)
 
 
 # --- panels -----------------------------------------------------------------------------------------------------------
@@ -129,23 +187,27 @@ def _counted(values: SampleValues) -> _Counts:
 
 def _spread_panel(alt: Any, counts: _Counts, found: Score) -> Any:
     """The share of samples by their loss, on a scale of decades."""
+    names = [name for name in _COLOURS if name in found.losses]
     rows = [
         {"loss": name, "from": float(10**a), "to": float(10**b), "share": float(count) / found.samples}
-        for name, of_bins in counts.of_losses.items()
-        for a, b, count in zip(counts.edges[:-1], counts.edges[1:], of_bins, strict=True)
+        for name in names
+        for a, b, count in zip(counts.edges[:-1], counts.edges[1:], counts.of_losses[name], strict=True)
     ]
+    # A point at the end lets each curve come down to the axis.
+    end = float(10 ** counts.edges[-1])
+    rows += [{"loss": name, "from": end, "to": end, "share": 0.0} for name in names]
     marks = [
         {"loss": name, "what": what, "value": getattr(each, what)}
         for name, each in found.losses.items()
         for what in ("median", "mean")
         if 10 ** counts.edges[0] <= getattr(each, what) <= 10 ** counts.edges[-1]
     ]
-    names = list(found.losses)
     colour = alt.Color(
         "loss:N",
         scale=alt.Scale(domain=names, range=[_COLOURS[name] for name in names]),
-        legend=alt.Legend(title=None, orient="top-left", symbolType="stroke"),
+        legend=alt.Legend(title=None, orient="bottom", symbolType="stroke", symbolStrokeWidth=3),
     )
+    dashes = _DASHES[:1] * ("kl" in names) + _DASHES[: len(names) - ("kl" in names)]
     domain = [float(10 ** counts.edges[0]), float(10 ** counts.edges[-1])]
     x = alt.X(
         "from:Q",
@@ -154,15 +216,17 @@ def _spread_panel(alt: Any, counts: _Counts, found: Score) -> Any:
         axis=alt.Axis(labelExpr=_DECIMAL, values=_ticks(counts.edges)),
     )
     base = alt.Chart(alt.InlineData(values=rows))
-    curve = base.mark_line(interpolate="step-after").encode(
+    curve = base.mark_line(interpolate="step-after", strokeWidth=2.2).encode(
         x=x,
-        y=alt.Y("share:Q", title="share of samples", axis=alt.Axis(format="~%")),
+        y=alt.Y("share:Q", title="share of samples", **_from_zero(alt, rows, "share")),
         color=colour,
-        # Drawn by name, the earlier the wider: where curves coincide all of them are seen.
-        strokeWidth=alt.StrokeWidth(
-            "loss:N", scale=alt.Scale(domain=sorted(names), range=_WIDTHS[-len(names) :]), legend=None
-        ),
-        tooltip=["loss:N", alt.Tooltip("from:Q", format=".3~g"), alt.Tooltip("to:Q", format=".3~g"), "share:Q"],
+        strokeDash=alt.StrokeDash("loss:N", scale=alt.Scale(domain=names, range=dashes), legend=None),
+        tooltip=[
+            "loss:N",
+            alt.Tooltip("from:Q", format=".3~g"),
+            alt.Tooltip("to:Q", format=".3~g"),
+            alt.Tooltip("share:Q", format=".3~%"),
+        ],
     )
     points = (
         alt.Chart(alt.InlineData(values=marks))
@@ -174,16 +238,22 @@ def _spread_panel(alt: Any, counts: _Counts, found: Score) -> Any:
             shape=alt.Shape(
                 "what:N",
                 scale=alt.Scale(domain=["median", "mean"], range=["diamond", "triangle-up"]),
-                legend=None,
+                legend=alt.Legend(title=None, orient="bottom", symbolFillColor="#444", symbolStrokeColor="#444"),
             ),
             tooltip=["loss:N", "what:N", alt.Tooltip("value:Q", format=".4~g")],
         )
     )
-    left_out = {name: count for name, count in counts.not_drawn.items() if count}
-    said = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
-    below = "◆ median  ▲ mean"
-    below += f" · not drawn (below {10 ** counts.edges[0]:.0e}, or infinite): {said}" if said else ""
-    return (curve + points).properties(width=_SIDE, height=_SIDE, title=_titled(alt, "Loss per sample", below))
+    return curve + points
+
+
+def _not_drawn(counts: _Counts) -> list[str]:
+    said = []
+    for kind, of in counts.not_drawn.items():
+        numbers = [f"{name} {count:,}" for name, count in of.items() if count]
+        if len(of) > 1 and len(numbers) == len(of) and len(set(of.values())) == 1:
+            numbers = [f"{next(iter(of.values())):,} of each"]
+        said += textwrap.wrap(f"{kind}, not drawn: {', '.join(numbers)}", _LINE) if numbers else []
+    return said
 
 
 def _ticks(edges: Any) -> list[float]:
@@ -196,44 +266,69 @@ def _ticks(edges: Any) -> list[float]:
 def _class_panel(alt: Any, counts: _Counts, found: Score, by: str) -> Any:
     """The means of the classes, the largest first: bars for few, a curve over the ranks for many."""
     name = next(iter(found.losses))
-    seen = np.flatnonzero(counts.class_samples)
-    with np.errstate(all="ignore"):
-        means = counts.class_sums[seen] / counts.class_samples[seen]
-    order = np.argsort(-np.where(np.isnan(means), -np.inf, means), kind="stable")
+    order, means = _ranked(counts)
     ranks = range(len(order)) if len(order) <= _BARS else _some_ranks(len(order))
     rows = [
         {
             "rank": int(rank) + 1,
-            "class": int(seen[order[rank]]),
-            "mean": float(means[order[rank]]),
-            "samples": int(counts.class_samples[seen[order[rank]]]),
+            "class": int(order[rank]),
+            "mean": float(means[rank]),
+            "samples": int(counts.class_samples[order[rank]]),
         }
         for rank in ranks
-        if np.isfinite(means[order[rank]])
     ]
     tooltip = ["class:N", "rank:Q", alt.Tooltip("mean:Q", format=".4~g"), alt.Tooltip("samples:Q", format=",")]
-    y = alt.Y("mean:Q", title=f"mean {name}", axis=alt.Axis(format="~g"))
+    mean = {"title": f"mean {name}"} | _from_zero(alt, rows, "mean")
     base = alt.Chart(alt.InlineData(values=rows))
     if len(order) <= _BARS:
-        chart = base.mark_bar(color=_COLOURS[name]).encode(
-            x=alt.X("class:N", sort=None, title=f"class ({by})", axis=alt.Axis(labelAngle=0)), y=y, tooltip=tooltip
-        )
-    else:
-        chart = base.mark_line(color=_COLOURS[name], interpolate="step-after").encode(
-            x=alt.X(
-                "rank:Q",
-                title=f"rank of the class ({by})",
-                scale=alt.Scale(type="log", domain=[1, len(order)]),
-                axis=alt.Axis(format="~s", tickCount=6),
-            ),
-            y=y,
+        return base.mark_bar(color=_COLOURS[name], size=min(28.0, 0.8 * _SIDE / max(len(order), 1))).encode(
+            x=alt.X("mean:Q", **mean),
+            y=alt.Y("class:N", sort=None, title=f"class ({by})", axis=alt.Axis(grid=False, labelFontSize=9)),
             tooltip=tooltip,
         )
-    infinite = int((~np.isfinite(means)).sum())
-    said = f"{len(seen):,} of {found.classes:,} classes seen" + (f", {infinite:,} not finite" if infinite else "")
+    return base.mark_line(color=_COLOURS[name], interpolate="step-after").encode(
+        x=alt.X(
+            "rank:Q",
+            title=f"rank of the class ({by})",
+            scale=alt.Scale(type="log", domain=[1, len(order)]),
+            axis=alt.Axis(format="~s", values=_ticks([0, math.ceil(math.log10(len(order)))])),
+        ),
+        y=alt.Y("mean:Q", **mean),
+        tooltip=tooltip,
+    )
+
+
+def _ranked(counts: _Counts) -> tuple[Any, Any]:
+    """The classes that have a finite loss, the largest mean first, and their means over those."""
+    classes = np.flatnonzero(counts.class_finite)
+    means = counts.class_sums[classes] / counts.class_finite[classes]
+    order = np.argsort(-means, kind="stable")
+    return classes[order], means[order]
+
+
+def _classes(counts: _Counts, found: Score) -> list[str]:
+    order, _ = _ranked(counts)
+    said = [f"{np.count_nonzero(counts.class_samples):,} of {found.classes:,} classes seen"]
+    infinite = int((counts.class_samples - counts.class_finite).sum())
+    if infinite:
+        said += [f"{infinite:,} losses that are not finite left out of the means"]
     if len(order) > _BARS:
-        said += "; worst: " + ", ".join(str(seen[at]) for at in order[:_NAMED])
-    return chart.properties(width=_SIDE, height=_SIDE, title=_titled(alt, f"Mean {name} by class", said))
+        said += textwrap.wrap(f"worst: {', '.join(str(each) for each in order[:_NAMED])}", _LINE)
+    return said
+
+
+def _from_zero(alt: Any, rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """A scale that holds 0 and has a length, whatever there is to draw, and ends on a tick: titles then line up."""
+    values = [float(row[key]) for row in rows] + [0.0]
+    low, high = min(values), max(values)
+    high = high if high > low else 1.0
+    digit = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(k * digit for k in (1, 2, 5, 10) if k * digit >= (high - low) / 6)
+    ticks = [float(f"{k * step:.12g}") for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    return {
+        "scale": alt.Scale(domain=[ticks[0], ticks[-1]]),
+        "axis": alt.Axis(values=ticks, labelExpr=_PERCENT if key == "share" else _NUMBER),
+    }
 
 
 def _some_ranks(count: int) -> list[int]:
@@ -241,7 +336,7 @@ def _some_ranks(count: int) -> list[int]:
     return sorted({round(x) - 1 for x in np.geomspace(1, count, _POINTS)})
 
 
-def _confidence_panel(alt: Any, counts: _Counts, found: Score) -> Any:
+def _confidence_panel(alt: Any, counts: _Counts) -> Any:
     """How sure the student is against how sure the teacher is."""
     side = 1 / _CELLS
     rows = [
@@ -249,6 +344,7 @@ def _confidence_panel(alt: Any, counts: _Counts, found: Score) -> Any:
         | {"samples": int(counts.confidences[i, j])}
         for i, j in zip(*np.nonzero(counts.confidences), strict=True)
     ]
+    most = max((row["samples"] for row in rows), default=1)
     axis = alt.Axis(format="~%", tickCount=5)
     scale = alt.Scale(domain=[0, 1])
     cells = (
@@ -261,20 +357,21 @@ def _confidence_panel(alt: Any, counts: _Counts, found: Score) -> Any:
             y2="student_to:Q",
             color=alt.Color(
                 "samples:Q",
-                scale=alt.Scale(type="log", scheme="viridis", reverse=True),
-                legend=alt.Legend(title="samples", format="~s", tickCount=4),
+                scale=alt.Scale(type="log", domain=[1, max(most, 10)], range=_SHADES, interpolate="lab"),
+                legend=alt.Legend(
+                    title="samples a cell",
+                    orient="bottom",
+                    gradientLength=_SIDE,
+                    format="~s",
+                    values=[10**k for k in range(len(str(max(most, 10))))],
+                ),
             ),
             tooltip=[alt.Tooltip("samples:Q", format=",")],
         )
     )
     ends = alt.InlineData(values=[{"teacher": 0, "student": 0}, {"teacher": 1, "student": 1}])
-    diagonal = alt.Chart(ends).mark_line(color="#999", strokeDash=[4, 4]).encode(x="teacher:Q", y="student:Q")
-    said = f"both name the same class in {found.top1_agreement:.2%} of the samples"
-    return (cells + diagonal).properties(width=_SIDE, height=_SIDE, title=_titled(alt, "Confidence", said))
-
-
-def _titled(alt: Any, title: str, said: str) -> Any:
-    return alt.TitleParams(title, subtitle=said, anchor="start", fontSize=14, subtitleFontSize=11)
+    diagonal = alt.Chart(ends).mark_line(color="#666", strokeDash=[4, 4]).encode(x="teacher:Q", y="student:Q")
+    return cells + diagonal
 
 
 # --- rendering --------------------------------------------------------------------------------------------------------
@@ -287,7 +384,8 @@ def _rendered(spec: dict[str, Any], suffix: str) -> bytes:
         png: bytes = vl_convert.vegalite_to_png(spec, scale=2)
         return png
     if suffix == ".svg":
-        return vl_convert.vegalite_to_svg(spec).encode()
+        # The one gradient is numbered by how many the process has drawn.
+        return re.sub(r'((?:id="|url\(#)gradient_)\d+', r"\g<1>0", vl_convert.vegalite_to_svg(spec)).encode()
     return vl_convert.vegalite_to_html(spec, bundle=True).encode()
 
 

@@ -1,5 +1,6 @@
 """The values of every sample in a file: a structured `.npy` or Parquet, of the same columns."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,17 +48,16 @@ def _write_npy(values: SampleValues, path: Path) -> None:
 
 def _write_parquet(values: SampleValues, path: Path) -> None:
     pa, parquet = _pyarrow(str(path))
-    writer = None
-    for records in _records(values):
-        of = {}
-        for name in records.dtype.names:
-            missing = None if name in ("label", "scored") else ~records["scored"]
-            of[name] = pa.array(records[name], mask=missing)
-        table = pa.table(of)
-        writer = writer or parquet.ParquetWriter(path, table.schema, compression="zstd")
-        writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for records in _records(values):
+            of = {}
+            for name in records.dtype.names:
+                missing = None if name in ("label", "scored") else ~records["scored"]
+                of[name] = pa.array(records[name], mask=missing)
+            table = pa.table(of)
+            writer = writer or stack.enter_context(parquet.ParquetWriter(path, table.schema, compression="zstd"))
+            writer.write_table(table)
 
 
 def _records(values: SampleValues) -> Iterator[Any]:

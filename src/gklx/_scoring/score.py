@@ -66,7 +66,7 @@ def score(request: Request) -> Score:
             if work.resumed_at:
                 progress.note(f"going on after {work.resumed_at:,} of {inputs.samples:,} samples")
             run(job, inputs, pool, work, progress.at)
-            values = Values(work, names, parameters, inputs.classes, job.takes_prior(inputs))
+            values = Values(work, names, parameters, inputs.classes, inputs.labelled)
             found = score_of(values, parameters, pool.name, pool.device)
             if request.per_sample is not None:
                 write_samples(values, request.per_sample)

@@ -1,5 +1,6 @@
-"""NumPy's `.npy`, and what is stored without compression in an `.npz`: a window is mapped, copied and let go."""
+"""NumPy's `.npy`, and what is stored without compression in an `.npz`: a read takes its window of the file alone."""
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -8,9 +9,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from .rows import dtype_of, stamp, text, widened
+from .rows import dtype_of, reading, stamp, text, widened
 
 MAGIC = b"\x93NUMPY"
+_COLUMNS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -34,21 +36,31 @@ class NpyRows:
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
-        leading = len(self.shape) - self.axes
-        row = int(np.prod(self.shape[leading:], dtype=np.int64))
-        size = stop - start
-        try:
-            if self.fortran and leading + self.axes > 1:
-                # Rows are picked by index: reshaping would copy all of the file.
-                whole = np.memmap(self.path, self.stored, "r", self.offset, self.shape, "F")
-                x = np.asarray(whole[np.unravel_index(np.arange(start, stop), self.shape[:leading])])
-            else:
-                at = self.offset + start * row * self.stored.itemsize
-                shape = (size, *self.shape[leading:])
-                x = np.array(np.memmap(self.path, self.stored, "r", at, shape)) if size * row else np.empty(shape)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.name}: can no longer be read as when it was opened ({error})") from None
-        return widened(x, self.axes)
+        if self.fortran:
+            return self.read_mapped(self.path, start, stop)
+        shape = (stop - start, *self.shape[len(self.shape) - self.axes :])
+        count, at = math.prod(shape), start * math.prod(shape[1:]) * self.stored.itemsize
+        with reading(self.name):
+            # Not mapped: a file that another process cuts short meanwhile would kill this one.
+            x = np.fromfile(self.path, self.stored, count, offset=self.offset + at)
+            if x.size < count:
+                raise EOFError("it has become shorter")
+        return widened(x.reshape(shape), self.axes)
+
+    def read_mapped(self, file: str | IO[bytes], start: int, stop: int) -> Any:
+        """From a map, rows picked by index: reshaping in Fortran order would copy the whole file."""
+        leading, row = self.shape[: len(self.shape) - self.axes], self.shape[len(self.shape) - self.axes :]
+        index = np.unravel_index(np.arange(start, stop), leading)
+        with reading(self.name):
+            if not self.fortran:
+                return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes)
+            x = np.empty((stop - start, math.prod(row)), self.stored)
+            # Every column has pages of its own, which stay in memory as long as the map does.
+            for at in range(0, x.shape[1], _COLUMNS_AT_ONCE):
+                into = x[:, at : at + _COLUMNS_AT_ONCE]
+                offset = self.offset + at * math.prod(leading) * self.stored.itemsize
+                into[...] = np.memmap(file, self.stored, "r", offset, (*leading, into.shape[1]), "F")[index]
+            return widened(x.reshape(-1, *row), self.axes)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
         """The file as it is now."""
@@ -62,7 +74,7 @@ def open_npy(name: str, path: str, axes: int) -> NpyRows:
         offset = file.tell()
         size = os.fstat(file.fileno()).st_size
     found = NpyRows(name, path, offset, shape, stored, fortran, axes)
-    needed = offset + stored.itemsize * int(np.prod(shape, dtype=np.int64))
+    needed = offset + stored.itemsize * math.prod(shape)
     if size < needed:
         raise ValueError(
             f"{name}: the .npy file is damaged or cut short: its header promises shape {text(shape)}, "
@@ -82,6 +94,8 @@ def header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"format version {version}")
             shape, fortran, dtype = read(file)
+            if min(shape, default=0) < 0:
+                raise ValueError(f"shape {text(shape)}")
     except Exception as error:  # tokenizer, parser and dtype errors alike
         raise ValueError(f"{name}: the .npy file is damaged or cut short ({error})") from None
     if dtype.hasobject:

@@ -1,19 +1,19 @@
-"""NumPy's `.npz`: a stored member is mapped where it lies in the archive, a compressed one is unpacked once."""
+"""NumPy's `.npz`: a stored member is read where it lies in the archive, a compressed one is unpacked once."""
 
-import atexit
 import functools
-import os
+import math
 import shutil
 import tempfile
 import threading
+import weakref
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .npy import NpyRows, header, open_npy
-from .rows import chosen, dtype_of, stamp
+from .npy import NpyRows, header
+from .rows import chosen, reading, stamp
 
 _LOCAL_HEADER = 30
 """Bytes of a member's header in the archive, before its name and extra field."""
@@ -23,25 +23,32 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A compressed member: the first read in a process unpacks it into a temporary file, as large as the array."""
+    """A compressed member: the first read in a process unpacks it into TMPDIR, which takes the array's size there."""
 
-    name: str
     path: str
     member: str
-    shape: tuple[int, ...]
-    stored: Any
-    axes: int
+    unpacked: NpyRows
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+        return self.unpacked.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's."""
+        return self.unpacked.shape
 
     @property
     def dtype(self) -> str:
         """By name."""
-        return dtype_of(self.stored)
+        return self.unpacked.dtype
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
-        with _one_at_a_time:
-            unpacked = _unpacked(self.path, self.member, stamp(self.path))
-        return replace(open_npy(self.name, unpacked, self.axes), name=self.name).read(start, stop)
+        with reading(self.name), _one_at_a_time:
+            copy = _copy(self.path, self.member, stamp(self.path))
+        return self.unpacked.read_mapped(copy.file, start, stop)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
         """The archive as it is now."""
@@ -59,11 +66,10 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | Pack
                 start = file.tell()
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name}: the .npz archive is damaged or cut short ({error})") from None
-    needed = start + stored.itemsize * int(np.prod(shape, dtype=np.int64))
-    if info.file_size < needed:
+    if info.file_size < start + stored.itemsize * math.prod(shape):
         raise ValueError(f"{name}: the array in the archive is damaged or cut short")
     if info.compress_type != zipfile.ZIP_STORED:
-        return PackedRows(name, path, info.filename, shape, stored, axes)
+        return PackedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes))
     with open(path, "rb") as raw:  # the archive's directory does not say how long a member's own header is
         raw.seek(info.header_offset + _LOCAL_HEADER - 4)
         of_name, of_extra = np.frombuffer(raw.read(4), dtype="<u2").tolist()
@@ -71,16 +77,22 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | Pack
     return NpyRows(name, path, offset, shape, stored, fortran, axes)
 
 
-@functools.lru_cache(maxsize=64)
-def _unpacked(path: str, member: str, _: tuple[str, int, int]) -> str:
-    """The path of the member's copy, which goes when the process does."""
-    handle, copy = tempfile.mkstemp(suffix=".npy", prefix="gklx-")
-    atexit.register(functools.partial(_remove, copy))
-    with zipfile.ZipFile(path) as archive, archive.open(member) as packed, os.fdopen(handle, "wb") as file:
-        shutil.copyfileobj(packed, file, 2**20)
-    return copy
+class _Copy:
+    """A member in a nameless file, which is gone with its last reader, however the process ends."""
+
+    def __init__(self, path: str, member: str) -> None:
+        self.file = tempfile.TemporaryFile(prefix="gklx-")  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+        with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
+            try:
+                shutil.copyfileobj(packed, self.file, 2**20)
+                self.file.flush()
+            except OSError as error:
+                raise OSError(f"unpacking into {tempfile.gettempdir()}: {error}") from None
 
 
-def _remove(path: str) -> None:
-    if os.path.exists(path):
-        os.remove(path)
+# The few that student, teacher and labels are read from at once: shard after shard would fill the disk.
+@functools.lru_cache(maxsize=8)
+def _copy(path: str, member: str, _: tuple[str, int, int]) -> _Copy:
+    """The copy of an archive as stamped."""
+    return _Copy(path, member)

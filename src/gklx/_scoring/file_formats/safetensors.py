@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+from .rows import chosen, picked, reading, stamp, widened
 
-from .rows import chosen, stamp, widened
-
-_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool"}
 _NAMES |= {f"{sign}{bits}": f"{word}{bits}" for sign, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 
 
@@ -24,11 +22,9 @@ class SafetensorsRows:
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
-        inner = int(np.prod(self.shape[1 : len(self.shape) - self.axes], dtype=np.int64))
-        first, last = start // inner, -(-stop // inner)
-        with _opened(self.name, self.path) as file:
-            x = file.get_slice(self.key)[first:last]
-        x = x.reshape(-1, *self.shape[len(self.shape) - self.axes :])[start - first * inner : stop - first * inner]
+        safe_open = _safe_open(self.name)
+        with reading(self.name), safe_open(self.path, framework="numpy") as file:
+            x = picked(file.get_slice(self.key), self.shape, self.axes, start, stop)
         return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
@@ -38,26 +34,31 @@ class SafetensorsRows:
 
 def open_safetensors(name: str, path: str, key: str | None, axes: int) -> SafetensorsRows:
     """A tensor of a file; ValueError where there is none of that key, or the file is damaged."""
-    with _opened(name, path) as file:
-        key = chosen(name, key, list(file.keys()))
-        found = file.get_slice(key)
-        shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    safe_open = _safe_open(name)
+    from safetensors import SafetensorError
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            key = chosen(name, key, list(file.keys()))
+            found = file.get_slice(key)
+            shape, dtype = tuple(found.get_shape()), found.get_dtype()
+    except SafetensorError as error:
+        raise ValueError(f"{name}: the .safetensors file is damaged or cut short ({error})") from None
     if dtype == "BF16":
         try:
             import ml_dtypes  # noqa: F401, by which safetensors reads it
         except ImportError:
-            raise ValueError(f"{name}: bfloat16 needs ml_dtypes (pip install 'gklx[score]')") from None
+            raise ValueError(
+                f"{name}: bfloat16 in .safetensors needs ml_dtypes, which is not installed (pip install 'gklx[score]')"
+            ) from None
     return SafetensorsRows(name, path, key, shape, _NAMES.get(dtype, dtype), axes)
 
 
-def _opened(name: str, path: str) -> Any:
+def _safe_open(name: str) -> Any:
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError:
         raise ValueError(
             f"{name}: .safetensors needs safetensors, which is not installed (pip install 'gklx[score]')"
         ) from None
-    try:
-        return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{name}: the .safetensors file is damaged or cut short ({error})") from None
+    return safe_open

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .rows import chosen, dtype_of, widened
+from .rows import chosen, dtype_of, picked, reading, widened
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,9 @@ class ZarrRows:
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes; whole chunks are decompressed for them."""
-        inner = int(np.prod(self.shape[1 : len(self.shape) - self.axes], dtype=np.int64))
-        first, last = start // inner, -(-stop // inner)
-        x = np.asarray(_array(self.name, self.path, self.key)[first:last])
-        x = x.reshape(-1, *self.shape[len(self.shape) - self.axes :])[start - first * inner : stop - first * inner]
+        zarr = _library(self.name)
+        with reading(self.name):
+            x = picked(zarr.open_array(self.path, mode="r", path=self.key), self.shape, self.axes, start, stop)
         return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
 
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
@@ -38,19 +35,23 @@ class ZarrRows:
 
 def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
     """An array in a folder; ValueError where there is none of that key."""
-    found = _array(name, path, key)
-    if not hasattr(found, "shape"):
-        key = chosen(name, key, [each for each, _ in found.arrays()])
-        found = _array(name, path, key)
+    zarr = _library(name)
+    try:
+        found = zarr.open(path, mode="r")
+        held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
+    except Exception as error:  # whatever its stores and codecs raise
+        raise ValueError(f"{name}: not a Zarr array or group that can be read ({error})") from None
+    if held is not None:
+        key = chosen(name, key, [each for each, x in held.items() if hasattr(x, "shape")])
+        found = held[key]
+    elif key is not None:
+        raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
     return ZarrRows(name, path, key, tuple(found.shape), dtype_of(found.dtype), axes)
 
 
-def _array(name: str, path: str, key: str | None) -> Any:
+def _library(name: str) -> Any:
     try:
         import zarr
     except ImportError:
         raise ValueError(f"{name}: Zarr needs zarr, which is not installed (pip install 'gklx[score]')") from None
-    try:
-        return zarr.open(path, mode="r", path=key)
-    except Exception as error:  # whatever its stores and codecs raise
-        raise ValueError(f"{name}: not a Zarr array that can be read ({error})") from None
+    return zarr
