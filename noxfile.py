@@ -23,21 +23,18 @@ LIBRARIES = {
     "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "numpy,jax"),
     "dask": (["dask"], [], "numpy,dask"),
 }
-# What concerns files, processes and pictures runs with NumPy, and with all libraries together where more take part.
-ONCE = tuple(
-    f"--ignore=tests/test_{name}.py"
-    for name in (
-        "atomic",
-        "benches",
-        "memory",
-        "mutations",
-        "plot",
-        "progress",
-        "sample_files",
-        "score_runs",
-        "files",
-    )
+
+
+def _ignored(*names: str) -> tuple[str, ...]:
+    return tuple(f"--ignore=tests/test_{name}.py" for name in names)
+
+
+# Files, processes and pictures: tested with NumPy, and with all libraries together where more take part.
+FILES = _ignored(
+    "atomic", "benches", "files", "memory", "mutations", "plot", "progress", "sample_files", "score_peers", "score_runs"
 )
+# Minutes of compiling that another Python changes nothing in.
+COMPILED = _ignored("docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify")
 
 # pyenv shows the interpreters it holds only where asked to.
 if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
@@ -76,7 +73,10 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    _pytest(session, *(ONCE if library != "numpy" else ()), backends=backends)
+    once = FILES if library != "numpy" else ()
+    if library == "jax" and session.python != PYTHONS[0]:
+        once += COMPILED
+    _pytest(session, *once, backends=backends)
 
 
 @nox.session(python=PYTHONS[0])
@@ -96,13 +96,14 @@ def together(session: nox.Session) -> None:
         "tests/test_readme.py",
         backends="numpy,torch,jax,dask,array_api_strict",
     )
+    session.run("gklx", "verify", "--format", "markdown")
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, *ONCE, backends="numpy")
+    _pytest(session, *FILES, backends="numpy")
 
 
 @nox.session(python=PYTHONS[0])
@@ -111,7 +112,7 @@ def cupy(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
     _install(session, ["cupy"])
-    _pytest(session, *ONCE, backends="numpy,cupy")
+    _pytest(session, *FILES, backends="numpy,cupy")
 
 
 @nox.session(python=PYTHONS[0])

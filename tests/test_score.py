@@ -158,6 +158,15 @@ def test_batch_size_does_not_matter_in_float64(digits, save, batch_size, labelle
     assert_same(computed(*files, labels, batch_size=batch_size), computed(*files, labels), rel=1e-12)
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_order_does_not_matter(digits, labelled):
+    s, t, labels = (x.astype(np.float64) if x.dtype.kind == "f" else x for x in digits)
+    order = np.random.default_rng(0).permutation(len(s))
+    there, here = ((s, t, labels), (s[order], t[order], labels[order]))
+    found, expected = (gklx.score(x, y, z if labelled else None, **NUMBERS._asdict()) for x, y, z in (there, here))
+    assert_same(found, expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax"])
 def test_batch_size_does_not_matter_in_float32(digits, save, on):
     backends.needs(on)

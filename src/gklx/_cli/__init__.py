@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import score
+from . import score, verify
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
 _EXAMPLE = """\
 example:
   gklx score student.npy teacher.npy --labels labels.npy --loss kl gkl --gamma 0.5
+  gklx verify --format markdown
 """
 
 
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gklx", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gklx {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for command in (score,):
+    for command in (score, verify):
         command.add_to(commands)
     return parser
 

@@ -1,0 +1,202 @@
+"""Runs the cases everywhere, and holds what comes to the definitions and to each other.
+
+The bounds, in units in the last place (ulp), follow from how the package computes; its tests hold the same ones.
+
+- 32 for values, of each entry, and for gradients in float32 and float64, of the largest entry of the row: softmax, mean
+  and centring are short sums, of which every operation rounds once. Values of halves are float32.
+- 1 for gradients in halves, which are computed in float32 and rounded once.
+- Twice that between two libraries, either of which may be off.
+- 16 for the gradients of DKL from those of KL on the same library, which share all but a few operations; 32 from the
+  definition of KL.
+
+Where rows are confident to the last digit their normalisers are 1 + something that is rounded off, so that a small loss
+is known to a unit of 1: for logits of scale 30 the unit of a value is at least that.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..transforms import grad, value_and_grad
+from .agreement import told
+from .calls import Arguments, Results, autodiff, call
+from .cases import Case, cases, equivalents
+from .definitions import Exact, exact
+from .places import Place
+from .ulps import DTYPES, farthest, units
+
+_HALVES = ("float16", "bfloat16")
+_EQUIVALENT_IN = ("float32", "float64")
+_BOUND, _BOUND_OF_HALF_GRADIENTS, _BOUND_OF_EQUIVALENCE = 32.0, 1.0, 16.0
+
+
+class Check(NamedTuple):
+    """One comparison: of a library with the definition, of two libraries, or of DKL with KL on one."""
+
+    kind: str
+    """ "definition", "pair" or "equivalence"."""
+    places: tuple[str, ...]
+    dtype: str
+    case: str
+    what: str
+    """ "value", "gradient" (analytic), "autodiff", or "definition": the gradient of DKL from the definition of KL."""
+    ulps: float
+    bound: float
+    told: str
+    """What was found, where that breaks the bound."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether it is off by more than may be."""
+        return not self.ulps <= self.bound
+
+
+class _Expected(NamedTuple):
+    """One array that a call must give."""
+
+    name: str
+    what: str
+    array: Any
+    dtype: str
+    unit: Any
+
+    @property
+    def bound(self) -> float:
+        return _BOUND_OF_HALF_GRADIENTS if self.dtype in _HALVES else _BOUND
+
+
+def run(places: Sequence[Place]) -> list[Check]:
+    """All checks."""
+    found: list[Check] = []
+    for dtype, case in itertools.product(DTYPES, cases()):
+        if case.halves or dtype not in _HALVES:
+            found += _of_case(places, case, dtype)
+    for dtype, (kl, dkl) in itertools.product(_EQUIVALENT_IN, equivalents()):
+        found += _of_equivalents(places, kl, dkl, dtype)
+    return found
+
+
+def _of_case(places: Sequence[Place], case: Case, dtype: str) -> Iterator[Check]:
+    """What every library gives against the definition, then every two against each other."""
+    given = Arguments((case.student, case.teacher), case.arrays).rounded(dtype)
+    of_call, of_autodiff = _expected(case, given, dtype)
+    found: dict[str, list[tuple[_Expected, Any]]] = {}
+    for place in places:
+        if dtype not in place.library.dtypes:
+            continue
+        ways = [(of_call, partial(call, place, dtype, _everything(case), given))]
+        if case.full and place.library.differentiates:
+            ways.append((of_autodiff, partial(autodiff, place, dtype, case.call(), given, (0, 1))))
+        for expected, way in ways:
+            got = _attempted(way, expected)
+            if isinstance(got, str):
+                what, allowed = expected[-1].what, expected[-1].bound
+                yield Check("definition", (place.name,), dtype, case.name, what, math.inf, allowed, got)
+                continue
+            for each, x in zip(expected, got, strict=True):
+                yield _compared("definition", (place.name,), dtype, case.name, each, x, each.array, each.bound)
+            found.setdefault(place.name, []).extend(zip(expected, got, strict=True))
+    for one, other in itertools.combinations(found, 2):
+        for (each, x), (same, y) in itertools.product(found[one], found[other]):
+            if each is same:
+                yield _compared("pair", (one, other), dtype, case.name, each, x, y, 2 * each.bound)
+
+
+def _of_equivalents(places: Sequence[Place], kl: Case, dkl: Case, dtype: str) -> Iterator[Check]:
+    """The gradients of DKL against those of KL: by the definitions, then on every library."""
+    given = Arguments((kl.student, kl.teacher), kl.arrays).rounded(dtype)
+    of_kl, of_dkl = (_defined(case, given) for case in (kl, dkl))
+    expected = _gradients("gradient", of_kl, dtype)
+    if dtype == "float64":
+        for each, x in zip(expected, (of_dkl.to_student, of_dkl.to_teacher), strict=True):
+            yield _compared("equivalence", ("definition",), dtype, kl.name, each, x, each.array, _BOUND_OF_EQUIVALENCE)
+    for place in places:
+        ways = {"gradient": partial(call, place, dtype, _gradients_of(kl, dkl), given)}
+        if place.library.differentiates:
+            ways["autodiff"] = partial(_autodiff_of, place, dtype, (kl, dkl), given)
+        for what, way in ways.items():
+            expected = _gradients(what, of_kl, dtype)
+            got = _attempted(way, 2 * expected)
+            if isinstance(got, str):
+                yield Check("equivalence", (place.name,), dtype, kl.name, what, math.inf, _BOUND_OF_EQUIVALENCE, got)
+                continue
+            for each, x, y in zip(expected, got[2:], got[:2], strict=True):
+                yield _compared("equivalence", (place.name,), dtype, kl.name, each, x, y, _BOUND_OF_EQUIVALENCE)
+                if what == "gradient":
+                    defined = each._replace(what="definition")
+                    yield _compared("equivalence", (place.name,), dtype, kl.name, defined, x, each.array, each.bound)
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+
+
+def _everything(case: Case) -> Callable[..., Any]:
+    """The mean with its gradients, the losses of the samples and their sum, in one function that is called once."""
+    others = ("none", "sum") if case.full else ("none",)
+
+    def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
+        mean, gradients = value_and_grad(case.call(), (0, 1))(*logits, **arrays)
+        return mean, *gradients, *(case.call(reduction=each)(*logits, **arrays) for each in others)
+
+    return of
+
+
+def _gradients_of(*cases_: Case) -> Callable[..., Any]:
+    def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
+        return tuple(x for case in cases_ for x in grad(case.call(), (0, 1))(*logits, **arrays))
+
+    return of
+
+
+def _autodiff_of(place: Place, dtype: str, cases_: Sequence[Case], given: Arguments) -> Results:
+    found = [autodiff(place, dtype, case.call(), given, (0, 1)) for case in cases_]
+    return Results([x for each in found for x in each.arrays], [name for each in found for name in each.dtypes])
+
+
+def _expected(case: Case, given: Arguments, dtype: str) -> tuple[list[_Expected], list[_Expected]]:
+    """What `_everything` must give, and what autodiff must."""
+    defined = _defined(case, given)
+    wide = "float32" if dtype in _HALVES else dtype
+    mean, none, total = (
+        _Expected(name, "value", x, wide, units(x, wide, "entry", float(case.confident)))
+        for name, x in (("mean", defined.mean), ("losses", defined.none), ("sum", defined.sum))
+    )
+    gradients, of_autodiff = (_gradients(what, defined, dtype) for what in ("gradient", "autodiff"))
+    return [mean, *gradients, none, *([total] if case.full else [])], of_autodiff
+
+
+def _defined(case: Case, given: Arguments) -> Exact:
+    with np.errstate(all="ignore"):
+        return exact(case.loss, given.positional[0], given.positional[1], case.settings, given.named)
+
+
+def _gradients(what: str, defined: Exact, dtype: str) -> list[_Expected]:
+    return [
+        _Expected(f"gradient to the {name}", what, x, dtype, units(x, dtype, "row"))
+        for name, x in (("student", defined.to_student), ("teacher", defined.to_teacher))
+    ]
+
+
+def _attempted(way: Callable[[], Results], expected: Sequence[_Expected]) -> list[Any] | str:
+    """The arrays that a call gives; why they cannot be compared, where it raises or they are of another kind."""
+    try:
+        got = way()
+    except Exception as error:  # a library that cannot is a finding, and no reason to stop
+        return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+    for x, dtype, each in zip(got.arrays, got.dtypes, expected, strict=True):
+        if (dtype, x.shape) != (each.dtype, each.array.shape):
+            return f"{each.name} is {dtype} {list(x.shape)}, expected {each.dtype} {list(each.array.shape)}"
+    return got.arrays
+
+
+def _compared(
+    kind: str, places: tuple[str, ...], dtype: str, case: str, each: _Expected, x: Any, y: Any, bound: float
+) -> Check:
+    distance = farthest(x, y, each.unit, each.dtype)
+    broken = not distance.ulps <= bound
+    words = f"{each.name}{told(distance, each.dtype)}, allowed {bound:g}" if broken else ""
+    return Check(kind, places, dtype, case, each.what, distance.ulps, bound, words)

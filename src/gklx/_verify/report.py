@@ -1,0 +1,185 @@
+"""What was found as text: tables for people and in Markdown, JSON for programs."""
+
+import itertools
+import json
+import math
+import platform
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from .. import __version__
+from .checks import Check
+from .ulps import DTYPES
+from .verify import Report
+
+_NONE, _SHOWN = "–", 20
+_PLAIN = str.maketrans({"–": "-", "≡": "=", "·": "|"})
+"""For a standard output that spells no more than ASCII."""
+_BOUNDS = (
+    "in units in the last place; allowed: 32, for gradients in halves 1, between two backends twice that, "
+    "DKL from KL on one backend 16"
+)
+
+
+class _Grid(NamedTuple):
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple["_Cell", ...]]
+
+
+class _Cell(NamedTuple):
+    text: str
+    broken: bool = False
+
+
+def as_table(report: Report) -> str:
+    """As tables, styled and as wide as standard output is."""
+    console = Console(highlight=False, emoji=False)
+    parts: list[Table | Text] = []
+    for grid in _grids(report):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for at, name in enumerate(grid.header):
+            table.add_column(name, no_wrap=at < len(grid.header) - 1)
+        for row in grid.rows:
+            table.add_row(*(Text(cell.text, "bold red" if cell.broken else "") for cell in row))
+        parts += [Text(grid.title, "bold"), table, Text("")]
+    parts += [Text(_BOUNDS), *(Text(line, "red" if report.broken else "green") for line in _verdict(report))]
+    # Wider than a narrow terminal rather than a number cut short.
+    roomy = console.options.update(width=1000)
+    needed = max(Measurement.get(console, roomy, part).maximum for part in parts if isinstance(part, Table))
+    console.width = max(console.width, min(needed, 120))
+    with console.capture() as capture:
+        console.print(Group(*parts))
+    text = capture.get()
+    return text.translate(_PLAIN) if console.options.ascii_only else text
+
+
+def as_markdown(report: Report) -> str:
+    """As Markdown tables, such as a CI's summary shows; what is broken is in bold."""
+    lines = [f"# gklx {__version__} verify", ""]
+    for grid in _grids(report):
+        lines += [f"## {grid.title}", "", _line(grid.header), "|---" * len(grid.header) + "|"]
+        lines += [_line(tuple(f"**{text}**" if broken else text for text, broken in row)) for row in grid.rows]
+        lines.append("")
+    return "\n".join([*lines, f"{_BOUNDS[0].upper()}{_BOUNDS[1:]}.", "", *_verdict(report, "- ")]) + "\n"
+
+
+def as_json(report: Report) -> str:
+    """As strict JSON: a distance that is infinite, as from NaN or from an error raised, is null."""
+    equivalent = [check for check in report.checks if check.kind == "equivalence"]
+    found = {
+        "gklx": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "seconds": round(report.seconds, 3),
+        "backends": {
+            place.name: {"version": place.version, "device": place.device_name, "hardware": place.hardware}
+            for place in report.places
+        },
+        "absent": report.absent,
+        "checks": len(report.checks),
+        "kl_equals_dkl": not any(check.broken for check in equivalent),
+        "farthest": [_json(check) for check in _farthest(report)],
+        "broken": [{**_json(check), "found": check.told} for check in report.broken],
+    }
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"
+
+
+def _json(check: Check) -> dict[str, Any]:
+    ulps = check.ulps if math.isfinite(check.ulps) else None
+    found = {"kind": check.kind, "backends": check.places, "dtype": check.dtype, "what": check.what}
+    return {**found, "case": check.case, "ulps": ulps, "bound": check.bound}
+
+
+def _farthest(report: Report) -> Iterator[Check]:
+    """The check nearest to its bound, of every kind, backends, dtype and quantity."""
+    for key in dict.fromkeys((check.kind, check.places, check.dtype, check.what) for check in report.checks):
+        check = report.farthest(*key)
+        assert check is not None
+        yield check
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _grids(report: Report) -> list[_Grid]:
+    names = [place.name for place in report.places]
+    here = [(place.name, place.version, place.device_name, place.hardware) for place in report.places]
+    rows = [*here, *((name, _NONE, _NONE, why) for name, why in report.absent.items())]
+    grids = [
+        _Grid("Backends", ("backend", "version", "device", ""), [tuple(map(_Cell, row)) for row in rows]),
+        _Grid(
+            "Farthest from the definitions",
+            ("backend", "dtype", "value", "gradient", "autodiff", "nearest to its bound"),
+            [_of_definition(report, name, dtype) for name in names for dtype in DTYPES if _tried(report, name, dtype)],
+        ),
+    ]
+    if len(names) > 1:
+        pairs = list(itertools.combinations(names, 2))
+        rows_of_pairs = [
+            (_Cell(f"{one}, {other}"), *(_of_pair(report, (one, other), dtype) for dtype in DTYPES))
+            for one, other in pairs
+        ]
+        grids.append(_Grid("Farthest from each other: value, gradient", ("backends", *DTYPES), rows_of_pairs))
+    dtypes = ("float32", "float64")
+    rows_of_dkl = [
+        (_Cell(name), *(_of_dkl(report, name, dtype) for dtype in dtypes)) for name in ("definition", *names)
+    ]
+    title = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
+    return [*grids, _Grid(title, ("backend", *dtypes), rows_of_dkl)]
+
+
+def _tried(report: Report, name: str, dtype: str) -> bool:
+    return report.farthest("definition", (name,), dtype, "value", "gradient", "autodiff") is not None
+
+
+def _of_definition(report: Report, name: str, dtype: str) -> tuple[_Cell, ...]:
+    whats = ("value", "gradient", "autodiff")
+    cells = [_cell(report.farthest("definition", (name,), dtype, what)) for what in whats]
+    worst = report.farthest("definition", (name,), dtype, *whats)
+    assert worst is not None
+    return _Cell(name), _Cell(dtype), *cells, _Cell(worst.case)
+
+
+def _of_pair(report: Report, names: tuple[str, str], dtype: str) -> _Cell:
+    values = report.farthest("pair", names, dtype, "value")
+    return _two(values, report.farthest("pair", names, dtype, "gradient", "autodiff"))
+
+
+def _of_dkl(report: Report, name: str, dtype: str) -> _Cell:
+    own = report.farthest("equivalence", (name,), dtype, "gradient", "autodiff")
+    return _two(own, report.farthest("equivalence", (name,), dtype, "definition"))
+
+
+def _two(*checks: Check | None) -> _Cell:
+    cells = [_cell(check) for check in checks if check is not None]
+    return _Cell(", ".join(cell.text for cell in cells) or _NONE, any(cell.broken for cell in cells))
+
+
+def _cell(check: Check | None) -> _Cell:
+    return _Cell(_NONE) if check is None else _Cell(f"{check.ulps:.3g}", check.broken)
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _verdict(report: Report, bullet: str = "") -> list[str]:
+    broken, count = report.broken, f"{len(report.checks):,} comparisons in {report.seconds:.0f} s"
+    if not broken:
+        return [f"{count}, all within their bounds; the gradients of KL and DKL are the same"]
+    lines = [f"{count}, {len(broken):,} beyond their bound:", ""]
+    lines += [f"{bullet}{headline(check)}: {check.told}" for check in broken[:_SHOWN]]
+    return lines + ([f"{bullet}and {len(broken) - _SHOWN:,} more"] if len(broken) > _SHOWN else [])
+
+
+def headline(check: Check) -> str:
+    """Which comparison it is."""
+    kind = {"definition": "", "pair": "", "equivalence": "KL = DKL, "}[check.kind]
+    return f"{kind}{' and '.join(check.places)}, {check.dtype}, {check.case}, {check.what}"
