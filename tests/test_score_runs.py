@@ -219,7 +219,12 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path):
     )
     argv = ["score", tmp_path / "student.npy", tmp_path / "teacher.npy", "--loss", "kl", "--memory", "200MB"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stderr) * 1024 < 200e6

@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import losses
 from .._libraries import library_of
 from .._problem import Array
 from .._sweep import samples
-from ..losses import problem_builder
+from ..losses import dkl, gkl, ikl, kl, problem_builder
 from ..prior import class_sums
 from .backend import Backend
 
-LOSSES: dict[str, Callable[..., Array]] = {name: getattr(losses, name) for name in ("kl", "dkl", "ikl", "gkl")}
+LOSSES: dict[str, Callable[..., Array]] = {"kl": kl, "dkl": dkl, "ikl": ikl, "gkl": gkl}
 
 SKIPPED, SCORED, UNDEFINED = range(3)
 """A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit."""
