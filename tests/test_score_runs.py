@@ -73,7 +73,13 @@ def test_killed_and_resumed(files, tmp_path, labelled):
 
 def test_interrupted_and_resumed(files, tmp_path):
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--batch-size", "1", "--format", "json"]
-    with subprocess.Popen([*COMMAND, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    code = (
+        "import signal, sys; from gklx._cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit it ignored\n"
+        "sys.exit(main())"
+    )
+    heeding = [sys.executable, "-c", code, "score", *map(str, argv)]
+    with subprocess.Popen(heeding, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not any(path.stat().st_size > 20_000 for path in (tmp_path / "work").glob("*/records.bin")):
             assert process.poll() is None
             time.sleep(0.01)
