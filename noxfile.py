@@ -88,11 +88,8 @@ def together(session: nox.Session) -> None:
         "tests/test_agreement.py",
         "tests/test_errors.py",
         "tests/test_score.py",
-        "tests/test_score_inputs.py",
         "tests/test_score_peers.py",
         "tests/test_score_runs.py",
-        "tests/test_testing.py",
-        "tests/test_verify.py",
         "tests/test_readme.py",
         backends="numpy,torch,jax,dask,array_api_strict",
     )
