@@ -24,8 +24,9 @@ def supports(row):
 
 
 @pytest.fixture(autouse=True)
-def _torch_is_wanted():
+def _torch_seeded():
     backends.needs("torch")
+    torch.manual_seed(0)
 
 
 def same(actual, expected, ulps=16, dtype="float64", **more):
@@ -414,18 +415,19 @@ def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
 
 @supports("mixed precision")
 def test_grad_scaler_steps():
-    layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
+    layer, teacher, x = torch.nn.Linear(4, 7), torch.nn.Linear(4, 7), torch.randn(64, 4)
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.5), torch.amp.GradScaler("cpu")
+    t = teacher(x).detach()
     values = []
-    for _ in range(20):
+    for _ in range(50):
         with torch.autocast("cpu", dtype=torch.float16):
-            value = gklx.gkl(layer(x), t)
+            value = gklx.kl(layer(x), t)
         optimizer.zero_grad()
         scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
         values.append(float(value.detach()))
-    assert values[-1] < 0.9 * values[0]
+    assert values[-1] < 0.5 * values[0]
 
 
 # --- layouts and memory -----------------------------------------------------------------------------------------------
