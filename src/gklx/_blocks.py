@@ -1,16 +1,22 @@
 """Runs the sweep over blocks of rows, so that what it allocates on the way is a few blocks and not a few batches.
 
 The rows of a batch share two sums and nothing else: one run over the blocks makes those, the next writes values and
-gradients. A library that compiles or defers its work is given the whole batch: it fuses the sweep itself.
+gradients. Where every row may be expected to be ordinary the sums are known beforehand, and the first run is made only
+if some row turns out not to be. A library that compiles or defers its work is given the whole batch: it fuses the sweep
+itself.
 """
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from types import EllipsisType
 
+import numpy as np
+
+from . import _threads
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Sweep, prior_raised
+from ._sweep import Sweep, prior_raised, totals_if_ordinary
 from ._sweep import sweep as sweep_rows
 from ._sweep import totals as totals_of_rows
 
@@ -19,11 +25,14 @@ _Block = tuple[slice | EllipsisType, ...]
 
 def totals(problem: Problem) -> Array | None:
     """As `_sweep.totals`."""
-    problem, blocks = _divided(problem)
+    return _totals(*_divided(problem))
+
+
+def _totals(problem: Problem, blocks: list[_Block], workers: int) -> Array | None:
     if len(blocks) < 2:
         return totals_of_rows(problem)
     local = problem._replace(ranks=None)
-    parts = [totals_of_rows(_part(local, block)) for block in blocks]
+    parts = _threads.each(lambda block: totals_of_rows(_part(local, block)), blocks, workers)
     if parts[0] is None:
         return None
     whole = problem.xp.sum(problem.xp.stack(parts), axis=0)
@@ -41,20 +50,18 @@ def sweep(
 ) -> Sweep:
     """As `_sweep.sweep`, with the gradients in their logits' dtypes."""
     xp, arrays = problem.xp, problem.arrays
-    problem, blocks = _divided(problem)
+    problem, blocks, workers = _divided(problem)
     if len(blocks) < 2:
         found = sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
         return found._replace(
             student=None if found.student is None else xp.astype(found.student, arrays.student.dtype, copy=False),
             teacher=None if found.teacher is None else xp.astype(found.teacher, arrays.teacher.dtype, copy=False),
         )
-    if of_batch is None:
-        of_batch = totals(problem)
     unreduced = problem.reduction == "none"
     to_student = xp.empty_like(arrays.student) if student else None
     to_teacher = xp.empty_like(arrays.teacher) if teacher else None
-    values = []
-    for block in blocks:
+
+    def run(block: _Block) -> tuple[Array | None, bool]:
         found = sweep_rows(
             _part(problem, block),
             of_batch,
@@ -63,12 +70,23 @@ def sweep(
             teacher=teacher,
             upstream=upstream[block] if unreduced and upstream is not None else upstream,
         )
-        values.append(found.value)
         if to_student is not None:
             to_student[block] = xp.astype(found.student, to_student.dtype, copy=False)
         if to_teacher is not None:
             to_teacher[block] = xp.astype(found.teacher, to_teacher.dtype, copy=False)
-    return Sweep(_joined(problem, values) if value else None, to_student, to_teacher, of_batch)
+        return found.value, found.ordinary
+
+    expected = None
+    if of_batch is None:
+        of_batch = expected = totals_if_ordinary(problem)
+        if expected is None:
+            of_batch = _totals(problem, blocks, workers)
+    values, ordinary = zip(*_threads.each(run, blocks, workers), strict=True)
+    if expected is not None and not all(ordinary):
+        of_batch = _totals(problem, blocks, workers)
+        if not bool(xp.all(of_batch == expected)):
+            values, _ = zip(*_threads.each(run, blocks, workers), strict=True)
+    return Sweep(_joined(problem, list(values)) if value else None, to_student, to_teacher, of_batch, all(ordinary))
 
 
 def _joined(problem: Problem, values: list[Array]) -> Array:
@@ -98,18 +116,32 @@ def _part(problem: Problem, block: _Block) -> Problem:
     )
 
 
-def _divided(problem: Problem) -> tuple[Problem, list[_Block]]:
-    """The problem, its prior raised where that is less work, and its blocks: every row once, in order."""
+def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
+    """The problem, its prior raised where that is less work; its blocks: every row once, in order; its threads."""
     library = library_of(problem.arrays.student)
     assert library is not None
+    given = [x for x in problem.arrays if x is not None]
+    problem = problem._replace(readable=all(library.readable(x) for x in given))
     if library.sizes_known():
         problem = prior_raised(problem)
     shape = tuple(problem.arrays.student.shape)
-    size = min(library.block(x) for x in problem.arrays if x is not None)
-    if size == 0 or math.prod(shape) == 0:
-        return problem, [(...,)]
+    size = min(library.block(x) for x in given)
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
-    return problem, list(_slices(shape[:-1], max(1, size // row)))
+    if size == 0 or math.prod(shape) * row // shape[-1] <= size:
+        return problem, [(...,)], 1
+    _keep_freed_memory()
+    blocks = list(_slices(shape[:-1], max(1, size // row)))
+    return problem, blocks, _threads.threads() if library.needs_threads else 1
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what one block has freed for the next, in place of returning it and faulting it in again.
+
+    It returns freed memory beyond a threshold that grows to the largest array freed so far, 32 MiB at most; this one is
+    never touched, so it costs nothing.
+    """
+    np.empty(31 * 2**20, dtype=np.uint8)
 
 
 def _slices(batch: tuple[int, ...], rows: int) -> Iterator[_Block]:

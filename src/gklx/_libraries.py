@@ -37,6 +37,8 @@ class Library(NamedTuple):
     """The device of an array; None where it has none to tell, as under tracing or over several devices."""
     block: Callable[[Array], int] = lambda x: 0
     """How many bytes of one array a block of rows may hold; 0 where all rows are to be worked off at once."""
+    needs_threads: bool = False
+    """Whether blocks are best run side by side: the library lets go of the interpreter, and has no threads itself."""
     sizes_known: Callable[[], bool] = lambda: True
     """Whether a choice may be made by the sizes of arrays; a compiler that keeps them open would fix them there."""
     constant: Callable[[Array], Array] = lambda x: x
@@ -158,6 +160,7 @@ LIBRARIES: tuple[Library, ...] = (
         readable=lambda x: True,
         to_numpy=_numpy,
         block=lambda x: _BLOCK_ON_CPU,
+        needs_threads=True,
     ),
     Library(
         name="PyTorch",

@@ -67,3 +67,5 @@ class Problem(NamedTuple):
     arrays: Arrays
     ranks: Ranks | None
     """None where this batch is all there is."""
+    readable: bool = False
+    """Whether values may be looked at, to spare finite logits the care that others need."""

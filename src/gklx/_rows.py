@@ -13,6 +13,8 @@ from ._problem import Array, Number
 class Softmax(NamedTuple):
     """One softmax a row."""
 
+    z: Array
+    """[..., C], logits less their row's maximum."""
     probabilities: Array
     """[..., C]; 0 where a class does not count."""
     log_normalizer: Array
@@ -22,6 +24,11 @@ class Softmax(NamedTuple):
 def as_column(xp: ModuleType, x: Array) -> Array:
     """[...] to [..., 1]."""
     return xp.expand_dims(x, axis=-1)
+
+
+def chosen(xp: ModuleType, which: Array | None, x: Array, otherwise: float = 0.0) -> Array:
+    """`x` where `which`, None being everywhere."""
+    return x if which is None else xp.where(which, x, otherwise)
 
 
 def counting(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sample_weight: Array | None) -> Array:
@@ -40,11 +47,21 @@ def counting(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sam
     return counts
 
 
-def below_maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array:
+def maxima_of_moderate(xp: ModuleType, logits: tuple[Array, ...], limit: float) -> tuple[Array, ...] | None:
+    """The rows' maxima, None if any logit is NaN or `limit` or more in size; reads a value."""
+    top, low = [xp.max(x, axis=-1) for x in logits], [xp.min(x, axis=-1) for x in logits]
+    moderate = [(a < limit) & (b > -limit) for a, b in zip(top, low, strict=True)]
+    return tuple(top) if all(bool(xp.all(x)) for x in moderate) else None
+
+
+def maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array:
+    """The rows' maxima over the classes that count, 0 without any; [...]."""
+    return xp.where(any_counts, xp.max(xp.where(counts, x, -xp.inf), axis=-1), 0.0)
+
+
+def below(xp: ModuleType, x: Array, top: Array, counts: Array | None) -> Array:
     """Logits less their row's maximum: at most 0, so that later differences and exponentials are exact and safe."""
-    top = xp.max(xp.where(counts, x, -xp.inf), axis=-1)
-    top = as_column(xp, xp.where(any_counts, top, 0.0))
-    return xp.where(counts, x - top, 0.0)
+    return chosen(xp, counts, x - as_column(xp, top))
 
 
 def divided(x: Array, by: Number) -> Array:
@@ -52,11 +69,13 @@ def divided(x: Array, by: Number) -> Array:
     return x if isinstance(by, float) and by == 1.0 else x / by
 
 
-def softmax(xp: ModuleType, z: Array, temperature: Number, counts: Array, any_counts: Array) -> Softmax:
-    """Softmax of z / temperature over the classes that count; z comes from `below_maximum`."""
-    e = xp.where(counts, xp.exp(divided(z, temperature)), 0.0)
-    total = xp.where(any_counts, xp.sum(e, axis=-1), 1.0)
-    return Softmax(e / as_column(xp, total), xp.log(total))
+def softmax(
+    xp: ModuleType, z: Array, temperature: Number, counts: Array | None = None, any_counts: Array | None = None
+) -> Softmax:
+    """Softmax of z / temperature over the classes that count; z comes from `below`."""
+    e = chosen(xp, counts, xp.exp(divided(z, temperature)))
+    total = chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
+    return Softmax(z, e / as_column(xp, total), xp.log(total))
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:

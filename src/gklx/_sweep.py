@@ -18,7 +18,8 @@ The second form of wMSE needs no pair of classes: O(C) work a sample. KL's gradi
 same centred form, since log p_j - log q_j - KL = (d_j - mu) / T: that is the theorem KL = DKL in gradients.
 
 Array-API calls only. Where a difference of logits is infinite it is kept out of the sums and put back afterwards:
-a result that is mathematically infinite is then infinite and never inf - inf.
+a result that is mathematically infinite is then infinite and never inf - inf. Rows that may be looked at and hold
+nothing but moderate numbers, all of which count, are spared the masks that this takes; the formulas are the same.
 """
 
 import math
@@ -26,7 +27,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ._problem import Array, Number, Problem
-from ._rows import Softmax, as_column, below_maximum, counting, divided, effective_weight, named_class, softmax
+from ._rows import (
+    Softmax,
+    as_column,
+    below,
+    chosen,
+    counting,
+    divided,
+    effective_weight,
+    maxima_of_moderate,
+    maximum,
+    named_class,
+    softmax,
+)
 
 
 class Samples(NamedTuple):
@@ -61,33 +74,29 @@ class Sweep(NamedTuple):
     teacher: Array | None
     of_batch: Array | None
     """As from `totals`."""
+    ordinary: bool
+    """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for."""
 
 
 class _Counted(NamedTuple):
-    counts: Array  # [..., C], boolean
-    any_counts: Array  # [...], boolean
+    counts: Array | None  # [..., C], boolean; None in ordinary rows: every class counts, and is a moderate number
+    any_counts: Array | None  # [...], boolean; None likewise
     sample_weight: Array  # [...], 0 where nothing counts
-
-
-class _Teacher(NamedTuple):
-    z: Array  # [..., C], logits less their maximum
-    p: Softmax
 
 
 class _Rows(NamedTuple):
     counted: _Counted
-    teacher: _Teacher
-    z_student: Array  # [..., C], logits less their maximum
-    q: Softmax
-    d: Array  # [..., C], teacher.z - z_student
-    infinite: Array  # [..., C], boolean: d is
-    undefined: Array  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit
+    teacher: Softmax
+    student: Softmax
+    d: Array  # [..., C], teacher.z - student.z
+    undefined: Array | None  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit; None: none
 
 
 class _Spread(NamedTuple):
-    w: Array  # [..., C]
     mass: Array  # [...], W
-    centred: Array  # [..., C], d - mu; 0 where w is
+    centred: Array  # [..., C], d - mu
+    weighted: Array  # [..., C], w (d - mu)
+    infinite: Array | None  # [...], boolean: some d of weight is; None: none
 
 
 def totals(problem: Problem) -> Array | None:
@@ -97,12 +106,27 @@ def totals(problem: Problem) -> Array | None:
     """
     if not _shares(problem):
         return None
-    counted = _counted(problem)
+    s, t = _logits(problem)
+    counted, tops = _counted(problem, s, t)
     mass = None
     if _mass_matters(problem):
-        teacher = _teacher(problem, counted) if problem.arrays.prior is None else None
+        teacher = None
+        if problem.arrays.prior is None:
+            teacher = _softmax(problem, t, counted, None if tops is None else tops[1])
         _, mass = _class_weights(problem, counted, teacher)
     return _totals(problem, counted, mass)
+
+
+def totals_if_ordinary(problem: Problem) -> Array | None:
+    """As `totals`, in a batch of ordinary rows alone, where that takes no look at the logits; None otherwise.
+
+    Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
+    """
+    if not _shares(problem) or problem.arrays.where is not None or problem.ranks is not None or not problem.readable:
+        return None
+    if _mass_matters(problem) and not (problem.arrays.prior is None and _is_one(problem.numbers.gamma)):
+        return None
+    return _totals_of_weights(problem, v := _given_weight(problem), v)
 
 
 def sweep(
@@ -145,7 +169,7 @@ def sweep(
         rate = share * (mse_weight * spread.mass)
         if formula.tempered:
             rate = divided(divided(rate, numbers.temperature), numbers.temperature)
-        to_teacher = spread.w * spread.centred * as_column(xp, rate)
+        to_teacher = spread.weighted * as_column(xp, rate)
     to_student = None
     if student:
         if not _is_zero(numbers.ce_weight):
@@ -158,6 +182,7 @@ def sweep(
         _exact_zero_outside(problem, rows, to_student) if student else None,
         _exact_zero_outside(problem, rows, to_teacher) if teacher else None,
         of_batch,
+        rows.counted.counts is None,
     )
 
 
@@ -168,12 +193,14 @@ def samples(problems: Sequence[Problem]) -> Scored:
     """
     xp, rows = problems[0].xp, _row_statistics(problems[0])
     ce = _ce(problems[0], rows) if any(each.formula.decomposed for each in problems) else None
+    losses = (_samples(each, rows, _spread(each, rows) if each.formula.decomposed else None, ce) for each in problems)
+    finite = xp.isfinite(rows.student.log_normalizer)
     return Scored(
-        tuple(_samples(each, rows, _spread(each, rows) if each.formula.decomposed else None, ce) for each in problems),
-        xp.exp(-rows.q.log_normalizer),  # the largest logit is 0 by now
-        xp.exp(-rows.teacher.p.log_normalizer),
-        rows.counted.any_counts,
-        rows.undefined,
+        tuple(losses),
+        xp.exp(-rows.student.log_normalizer),  # the largest logit is 0 by now
+        xp.exp(-rows.teacher.log_normalizer),
+        finite if rows.counted.any_counts is None else rows.counted.any_counts,
+        ~finite if rows.undefined is None else rows.undefined,
     )
 
 
@@ -192,99 +219,135 @@ def prior_raised(problem: Problem) -> Problem:
 # --- row statistics ---------------------------------------------------------------------------------------------------
 
 
-def _counted(problem: Problem) -> _Counted:
+def _logits(problem: Problem) -> tuple[Array, Array]:
+    """Student and teacher, in the dtype computed in."""
+    xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
+    return xp.astype(arrays.student, dtype, copy=False), xp.astype(arrays.teacher, dtype, copy=False)
+
+
+def _counted(problem: Problem, s: Array, t: Array) -> tuple[_Counted, tuple[Array, ...] | None]:
+    """What counts; the maxima of s and t as well, where the rows are ordinary."""
     xp, arrays = problem.xp, problem.arrays
+    limit = _moderate(problem)
+    if limit:
+        tops = maxima_of_moderate(xp, (s, t), limit)
+        if tops is not None:
+            return _Counted(None, None, _given_weight(problem)), tops
     counts = counting(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
     any_counts = xp.any(counts, axis=-1)
-    return _Counted(counts, any_counts, effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype))
+    weight = effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype)
+    return _Counted(counts, any_counts, weight), None
 
 
-def _teacher(problem: Problem, counted: _Counted) -> _Teacher:
-    xp = problem.xp
-    t = xp.astype(problem.arrays.teacher, problem.dtype, copy=False)
-    z = below_maximum(xp, t, counted.counts, counted.any_counts)
-    return _Teacher(z, softmax(xp, z, problem.numbers.temperature, counted.counts, counted.any_counts))
+def _moderate(problem: Problem) -> float:
+    """The bound below which logits are moderate: quotients and squares are finite. 0 where no row may be ordinary.
+
+    As where a sample of weight 0 may bring along a prior that holds anything.
+    """
+    arrays, numbers = problem.arrays, problem.numbers
+    any_prior = arrays.prior is not None and arrays.labels is None and arrays.sample_weight is not None
+    temperatures = numbers.temperature, numbers.weight_temperature
+    if not problem.readable or any_prior or arrays.where is not None:
+        return 0.0
+    if not all(isinstance(x, float) for x in temperatures):
+        return 0.0
+    return 0.1 * float(problem.xp.finfo(problem.dtype).max) ** 0.5 * min(1.0, *temperatures)
+
+
+def _given_weight(problem: Problem) -> Array:
+    """The sample weights as given, 1 without."""
+    v, s = problem.arrays.sample_weight, problem.arrays.student
+    return problem.xp.ones_like(s[..., 0], dtype=problem.dtype) if v is None else v
+
+
+def _softmax(problem: Problem, x: Array, counted: _Counted, top: Array | None) -> Softmax:
+    """At the temperature; `top` as from `_counted`."""
+    xp, counts, any_counts = problem.xp, counted.counts, counted.any_counts
+    if top is None:
+        assert counts is not None
+        top = maximum(xp, x, counts, any_counts)
+    return softmax(xp, below(xp, x, top, counts), problem.numbers.temperature, counts, any_counts)
 
 
 def _row_statistics(problem: Problem) -> _Rows:
     xp = problem.xp
-    counted = _counted(problem)
-    teacher = _teacher(problem, counted)
-    s = xp.astype(problem.arrays.student, problem.dtype, copy=False)
-    z_student = below_maximum(xp, s, counted.counts, counted.any_counts)
-    q = softmax(xp, z_student, problem.numbers.temperature, counted.counts, counted.any_counts)
-    d = teacher.z - z_student
-    return _Rows(
-        counted=counted,
-        teacher=teacher,
-        z_student=z_student,
-        q=q,
-        d=d,
-        infinite=xp.isinf(d),
-        undefined=xp.isnan(teacher.p.log_normalizer + q.log_normalizer),
-    )
+    s, t = _logits(problem)
+    counted, tops = _counted(problem, s, t)
+    student = _softmax(problem, s, counted, None if tops is None else tops[0])
+    teacher = _softmax(problem, t, counted, None if tops is None else tops[1])
+    undefined = None if tops is not None else xp.isnan(teacher.log_normalizer + student.log_normalizer)
+    return _Rows(counted, teacher, student, teacher.z - student.z, undefined)
 
 
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
     """The differences d about their weighted mean."""
-    xp = problem.xp
+    xp, d = problem.xp, rows.d
     w, mass = _class_weights(problem, rows.counted, rows.teacher)
-    weightless = w == 0
-    d = xp.where(weightless | rows.infinite, 0.0, rows.d)
-    outliers = xp.where(rows.infinite & ~weightless, rows.d, 0.0)
     safe_mass = xp.where(mass == 0, 1.0, mass)
+    infinite = None
+    if rows.counted.counts is not None:
+        weighing = xp.where(w == 0, 0.0, d)
+        infinite = xp.isinf(weighing)
+        d = xp.where(infinite, 0.0, weighing)
+        above, below = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
     d = d - as_column(xp, xp.sum(w * d, axis=-1) / safe_mass)
     rest = xp.sum(w * d, axis=-1) / safe_mass
-    above, below = xp.any(outliers == xp.inf, axis=-1), xp.any(outliers == -xp.inf, axis=-1)
+    if infinite is None:
+        centred = d - as_column(xp, rest)
+        return _Spread(mass, centred, w * centred, None)
     rest = xp.where(above, xp.inf, xp.where(below, -xp.inf, rest))
     rest = xp.where(above & below, xp.nan, rest)  # between opposite infinities there is no mean
-    centred = xp.where(weightless, 0.0, d - as_column(xp, rest))
-    return _Spread(w, mass, xp.where(outliers == 0, centred, outliers))
+    centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(xp, rest)))
+    return _Spread(mass, centred, w * centred, above | below)
 
 
-def _class_weights(problem: Problem, counted: _Counted, teacher: _Teacher | None) -> tuple[Array, Array]:
+def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> tuple[Array, Array]:
     """w, and W with NaN in a sample whose label names no class; `teacher` may be None where a prior is given."""
     xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
         assert teacher is not None
         w = _teacher_weights(problem, counted, teacher)
+        if counted.counts is None and _is_one(problem.numbers.gamma):
+            return w, xp.ones_like(teacher.log_normalizer)
         return w, xp.sum(w, axis=-1)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
     if arrays.labels is None:
-        w = xp.where(counted.counts, _prior_weights(problem, prior), 0.0)
+        w = chosen(xp, counted.counts, _prior_weights(problem, prior))
         return w, xp.sum(w, axis=-1)
     known = named_class(arrays.labels, prior.shape[0])
     index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
-    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), counted.counts.shape)
-    w = xp.where(counted.counts, _prior_weights(problem, w), 0.0)
+    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), arrays.student.shape)
+    w = chosen(xp, counted.counts, _prior_weights(problem, w))
     return w, xp.where(known | (counted.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
 
 
 def _prior_weights(problem: Problem, prior: Array) -> Array:
     """prior^gamma, NaN where the prior is negative (which only an array nobody read can still be)."""
-    prior, gamma = problem.xp.where(prior >= 0, prior, problem.xp.nan), problem.numbers.gamma
-    return prior if isinstance(gamma, float) and gamma == 1.0 else prior**gamma
+    if not problem.readable:
+        prior = problem.xp.where(prior >= 0, prior, problem.xp.nan)
+    return prior if _is_one(problem.numbers.gamma) else prior**problem.numbers.gamma
 
 
-def _teacher_weights(problem: Problem, counted: _Counted, teacher: _Teacher) -> Array:
+def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> Array:
     """softmax(t / weight_temperature)^gamma."""
     xp, numbers = problem.xp, problem.numbers
-    plain = isinstance(numbers.gamma, float) and numbers.gamma == 1.0
-    same = _same(numbers.weight_temperature, numbers.temperature)
-    if plain and same:
-        return teacher.p.probabilities
-    tau = numbers.weight_temperature
-    at_tau = teacher.p if same else softmax(xp, teacher.z, tau, counted.counts, counted.any_counts)
+    plain = _is_one(numbers.gamma)
+    tau, counts = numbers.weight_temperature, counted.counts
+    if _same(tau, numbers.temperature):
+        at_tau = teacher
+    else:
+        at_tau = softmax(xp, teacher.z, tau, counts, counted.any_counts)
     if plain:
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
     log_p = divided(teacher.z, tau) - as_column(xp, at_tau.log_normalizer)
-    lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
-    log_p = xp.where(log_p < lowest, lowest, log_p)
-    return xp.where(counted.counts, xp.exp(numbers.gamma * log_p), 0.0)
+    if counts is not None:
+        lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
+        log_p = xp.where(log_p < lowest, lowest, log_p)
+    return chosen(xp, counts, xp.exp(numbers.gamma * log_p))
 
 
 def _probability_gap(problem: Problem, rows: _Rows) -> Array:
@@ -293,8 +356,8 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
     keeps the digits where both rows are confident of one class, or close to each other.
     """
-    xp, p = problem.xp, rows.teacher.p.probabilities
-    gap = rows.q.probabilities - p
+    xp, p = problem.xp, rows.teacher.probabilities
+    gap = rows.student.probabilities - p
     return gap - p * as_column(xp, xp.sum(gap, axis=-1))
 
 
@@ -310,18 +373,22 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     xp, temperature = problem.xp, problem.numbers.temperature
-    e = divided(spread.centred, temperature) if problem.formula.tempered else spread.centred
-    mse = 0.5 * spread.mass * xp.sum(spread.w * e * e, axis=-1)
+    squares = xp.sum(spread.weighted * spread.centred, axis=-1)
+    mse = 0.5 * spread.mass * squares
+    if problem.formula.tempered:
+        mse = divided(divided(mse, temperature), temperature)
+    if spread.infinite is None:
+        return mse
     # Opposite infinities: mu is undefined, the sum of squares is not.
-    infinite = xp.any(rows.infinite & (spread.w != 0), axis=-1) & ~rows.undefined & ~xp.isnan(spread.mass)
-    return xp.where(infinite, xp.inf, mse)
+    return xp.where(spread.infinite & ~rows.undefined & ~xp.isnan(spread.mass), xp.inf, mse)
 
 
 def _ce(problem: Problem, rows: _Rows) -> Array:
-    xp = problem.xp
-    z = xp.where(rows.z_student == -xp.inf, 0.0, rows.z_student)
-    mean = divided(xp.sum(rows.teacher.p.probabilities * z, axis=-1), problem.numbers.temperature)
-    return _infinite_if_unreachable(problem, rows, rows.q.log_normalizer - mean)
+    xp, z = problem.xp, rows.student.z
+    if rows.counted.counts is not None:
+        z = xp.where(z == -xp.inf, 0.0, z)
+    mean = divided(xp.sum(rows.teacher.probabilities * z, axis=-1), problem.numbers.temperature)
+    return _infinite_if_unreachable(problem, rows, rows.student.log_normalizer - mean)
 
 
 def _kl(problem: Problem, rows: _Rows) -> Array:
@@ -330,22 +397,28 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     Every summand is >= 0, and for a small L it is p (L + expm1(-L)), free of the cancellation that leaves
     nothing of the KL of two close rows.
     """
-    xp = problem.xp
-    p, q = rows.teacher.p.probabilities, rows.q.probabilities
-    normalizers = as_column(xp, rows.teacher.p.log_normalizer - rows.q.log_normalizer)
-    ratio = divided(xp.where(rows.infinite, 0.0, rows.d), problem.numbers.temperature) - normalizers
-    close = (abs(ratio) < 1) & ~rows.infinite
+    xp, d, counts = problem.xp, rows.d, rows.counted.counts
+    p, q = rows.teacher.probabilities, rows.student.probabilities
+    infinite = None if counts is None else xp.isinf(d)
+    if infinite is not None:
+        d = xp.where(infinite, 0.0, d)
+    normalizers = as_column(xp, rows.teacher.log_normalizer - rows.student.log_normalizer)
+    ratio = divided(d, problem.numbers.temperature) - normalizers
+    far, close = p * ratio, abs(ratio) < 1
+    if infinite is not None:
+        far, close = xp.where(infinite, 0.0, far), close & ~infinite
+    far = far + (q - p)
     small = xp.where(close, ratio, 0.0)
-    far = xp.where(rows.infinite, 0.0, p * ratio) + (q - p)
     summand = xp.where(close, p * (small + xp.expm1(-small)), far)
-    kl = xp.sum(xp.where(rows.counted.counts, summand, 0.0), axis=-1)
-    return _infinite_if_unreachable(problem, rows, kl)
+    return _infinite_if_unreachable(problem, rows, xp.sum(chosen(xp, counts, summand), axis=-1))
 
 
 def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:
     """+inf where the student gives no probability to a class to which the teacher gives some."""
+    if rows.undefined is None:
+        return x
     xp = problem.xp
-    return xp.where(xp.any(rows.d == xp.inf, axis=-1) & ~rows.undefined, xp.inf, x)
+    return xp.where((xp.max(rows.d, axis=-1) == xp.inf) & ~rows.undefined, xp.inf, x)
 
 
 def _value(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
@@ -379,10 +452,13 @@ def _shares(problem: Problem) -> bool:
 
 
 def _totals(problem: Problem, counted: _Counted, mass: Array | None) -> Array:
-    xp, v = problem.xp, counted.sample_weight
-    weight = xp.sum(v)
-    both = xp.stack([weight, xp.zeros_like(weight) if mass is None else xp.sum(v * mass * mass)])
+    v = counted.sample_weight
+    both = _totals_of_weights(problem, v, problem.xp.zeros_like(v) if mass is None else v * mass * mass)
     return both if problem.ranks is None else problem.ranks.total(both)
+
+
+def _totals_of_weights(problem: Problem, v: Array, v_mass_squared: Array) -> Array:
+    return problem.xp.stack([problem.xp.sum(v), problem.xp.sum(v_mass_squared)])
 
 
 def _share(problem: Problem, v: Array, of_batch: Array | None) -> Array:
@@ -409,11 +485,15 @@ def _batch_ratio(problem: Problem, of_batch: Array | None) -> Array:
 def _exact_zero_outside(problem: Problem, rows: _Rows, gradient: Array | None) -> Array:
     if gradient is None:
         return problem.xp.zeros_like(rows.d)
-    return problem.xp.where(rows.counted.counts, gradient, 0.0)
+    return chosen(problem.xp, rows.counted.counts, gradient)
 
 
 def _is_zero(x: Number) -> bool:
     return isinstance(x, float) and x == 0.0
+
+
+def _is_one(x: Number) -> bool:
+    return isinstance(x, float) and x == 1.0
 
 
 def _same(x: Number, y: Number) -> bool:

@@ -10,7 +10,7 @@ from ._arguments import class_count, computed_in, labelled_logits, positive_numb
 from ._global_batch import ranks_of
 from ._libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._problem import Array
-from ._rows import as_column, below_maximum, counting, effective_weight, named_class, softmax
+from ._rows import as_column, below, counting, effective_weight, maximum, named_class, softmax
 
 
 def class_sums(
@@ -64,7 +64,8 @@ def class_sums(
     x = xp.astype(library.constant(logits), dtype, copy=False)
     counts = counting(xp, (x,), None, sample_weight)
     any_counts = xp.any(counts, axis=-1)
-    p = softmax(xp, below_maximum(xp, x, counts, any_counts), temperature, counts, any_counts).probabilities
+    z = below(xp, x, maximum(xp, x, counts, any_counts), counts)
+    p = softmax(xp, z, temperature, counts, any_counts).probabilities
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
     classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
