@@ -15,37 +15,33 @@ turns in one process; memory is taken in a fresh process a form and size.
 import argparse
 import datetime
 import functools
-import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
-import tempfile
-import timeit
-import tracemalloc
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import agreement
+import arrays
+import memory
 import numpy as np
+from files import write
+from forms import SETTINGS, Result, numpy_pairs, torch_pairs
+from machine import load, machine
 from rich.console import Console
 from rich.table import Table
+from tables import amount, figures, markdown, seconds
+from timing import ratio, take_turns
 
 import gklx
 
-# gamma and the teacher's own weights, as in distillation without a class prior: the longest path through the sweep, and
-# one that needs no [C, C] prior, which at C = 250,000 would be 250 GB.
-SETTINGS = {"gamma": 0.5, "mse_weight": 4.0, "ce_weight": 1.0}
 _EXACT = 1e-12  # float64, of the row's largest entry
 _ROUNDED = 1e-5  # float32
-
-Result = tuple[Any, Any, Any]
-"""Value, gradient to the student, gradient to the teacher."""
 
 
 class Plan(NamedTuple):
@@ -155,47 +151,6 @@ def gklx_form(student: Any, teacher: Any) -> Result:
     return value, to_student, to_teacher
 
 
-def numpy_pairs(student: np.ndarray, teacher: np.ndarray) -> Result:
-    """Compute the definition, with the gradients written out from the pairs."""
-    batch = student.shape[0]
-    log_p, log_q = _numpy_log_softmax(teacher), _numpy_log_softmax(student)
-    p, q = np.exp(log_p), np.exp(log_q)
-    w = p ** SETTINGS["gamma"]
-    ww = w[:, :, None] * w[:, None, :]
-    delta_teacher = teacher[:, :, None] - teacher[:, None, :]
-    delta_student = student[:, :, None] - student[:, None, :]
-    difference = delta_teacher - delta_student
-    normalizer = np.sum(ww)
-    mse = 0.25 * np.sum(ww * difference**2) / normalizer
-    ce = -np.sum(p * log_q) / batch
-    to_teacher = SETTINGS["mse_weight"] * np.sum(ww * difference, axis=-1) / normalizer
-    to_student = SETTINGS["ce_weight"] * (q - p) / batch - to_teacher
-    return SETTINGS["mse_weight"] * mse + SETTINGS["ce_weight"] * ce, to_student, to_teacher
-
-
-def _numpy_log_softmax(x: np.ndarray) -> np.ndarray:
-    below = x - np.max(x, axis=-1, keepdims=True)
-    return below - np.log(np.sum(np.exp(below), axis=-1, keepdims=True))
-
-
-def torch_pairs(student: Any, teacher: Any) -> Result:
-    """Go the authors' way: pair tensors, and autograd back through them."""
-    import torch
-
-    student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
-    classes = student.shape[-1]
-    p = torch.softmax(teacher, dim=-1).detach()
-    w = p ** SETTINGS["gamma"]
-    ww = w.view(-1, classes, 1) * w.view(-1, 1, classes)
-    delta_teacher = teacher.view(-1, classes, 1) - teacher.view(-1, 1, classes)
-    delta_student = student.view(-1, classes, 1) - student.view(-1, 1, classes)
-    mse = 0.25 * (torch.pow(delta_teacher - delta_student, 2) * ww).sum() / ww.sum()
-    ce = -(p * torch.log_softmax(student, dim=-1)).sum(-1).mean()
-    loss = SETTINGS["mse_weight"] * mse + SETTINGS["ce_weight"] * ce
-    loss.backward()
-    return loss.detach(), student.grad, teacher.grad
-
-
 class Form(NamedTuple):
     """One way to compute the same value and gradients."""
 
@@ -220,20 +175,12 @@ def available() -> tuple[Form, ...]:
 
 def inputs(library: str, batch: int, classes: int, dtype: str = "float32") -> tuple[Any, Any]:
     """Make student and teacher logits, the same numbers in every library."""
-    rng = np.random.default_rng(20261122)
-    # Drawn as float32: at C = 250,000 a float64 draw would leave the peak of the memory above what is measured.
-    teacher = rng.standard_normal((batch, classes), dtype=np.float32)
-    student = rng.standard_normal((batch, classes), dtype=np.float32)
-    teacher *= 2.0
-    student += teacher
-    arrays = student.astype(dtype, copy=False), teacher.astype(dtype, copy=False)
     if library == "torch":
         import torch
 
-        # One thread, as NumPy has: the forms are compared, not the number of cores.
         torch.set_num_threads(1)
-        return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
-    return arrays
+    student, teacher = (arrays.into(library, x, dtype) for x in arrays.logits(batch, classes))
+    return student, teacher
 
 
 # --- agreement --------------------------------------------------------------------------------------------------------
@@ -241,16 +188,14 @@ def inputs(library: str, batch: int, classes: int, dtype: str = "float32") -> tu
 
 def check(forms: Iterable[Form], batch: int, classes: int, dtype: str, tolerance: float) -> float:
     """Hold every form against gklx on NumPy, gradients by the row's largest entry; return the worst difference."""
-    reference = [np.asarray(x) for x in gklx_form(*inputs("numpy", batch, classes, dtype))]
+    reference = agreement.kept(gklx_form(*inputs("numpy", batch, classes, dtype)))
     worst = 0.0
     for form in forms:
-        found = [np.asarray(x) for x in form.call(*inputs(form.library, batch, classes, dtype))]
-        for name, ours, theirs in zip(("value", "student", "teacher"), reference, found, strict=True):
-            assert theirs.dtype == ours.dtype == np.dtype(dtype), (form.name, name, theirs.dtype)
-            scale = np.abs(ours) if ours.ndim == 0 else np.max(np.abs(ours), axis=-1, keepdims=True)
-            message = f"{form.name}, {name}, C = {classes}"
-            np.testing.assert_allclose(theirs / scale, ours / scale, rtol=0, atol=tolerance, err_msg=message)
-            worst = max(worst, float(np.max(np.abs(theirs - ours) / scale)))
+        found = form.call(*inputs(form.library, batch, classes, dtype))
+        assert all(np.asarray(x).dtype == np.dtype(dtype) for x in found), form.name
+        apart = agreement.difference(reference, agreement.kept(found))
+        assert apart <= tolerance, (form.name, classes, dtype, apart)
+        worst = max(worst, apart)
     return worst
 
 
@@ -259,19 +204,8 @@ def check(forms: Iterable[Form], batch: int, classes: int, dtype: str, tolerance
 
 def race(forms: Sequence[Form], batch: int, classes: int, plan: Plan) -> list[dict[str, Any]]:
     """Time the forms, taking turns; one row a form, with its seconds a call in every turn."""
-    timers = []
-    for form in forms:
-        timer = timeit.Timer(functools.partial(form.call, *inputs(form.library, batch, classes)))
-        timer.timeit(1)  # lazy imports, first allocations
-        once = timer.timeit(1)
-        timers.append((form, timer, max(1, round(plan.seconds / once))))
-    turns: dict[str, list[float]] = {form.name: [] for form in forms}
-    faults = {form.name: 0 for form in forms}
-    for _ in range(plan.turns):
-        for form, timer, number in timers:
-            before = _faults()
-            turns[form.name].append(timer.timeit(number) / number)
-            faults[form.name] += _faults() - before
+    calls = {form.name: functools.partial(form.call, *inputs(form.library, batch, classes)) for form in forms}
+    taken = take_turns(calls, plan.turns, plan.seconds)
     return [
         {
             "form": form.name,
@@ -279,24 +213,11 @@ def race(forms: Sequence[Form], batch: int, classes: int, plan: Plan) -> list[di
             "pairs": form.pairs,
             "batch": batch,
             "classes": classes,
-            "calls_a_turn": number,
-            "faults_a_call": faults[form.name] / (plan.turns * number),
-            "turns": turns[form.name],
-            **_spread(turns[form.name], "seconds"),
-            "ns_per_logit": statistics.median(turns[form.name]) / (batch * classes) * 1e9,
+            **taken[form.name].as_row(),
+            "ns_per_logit": statistics.median(taken[form.name].turns) / (batch * classes) * 1e9,
         }
-        for form, _, number in timers
+        for form in forms
     ]
-
-
-def _faults() -> int:
-    """Count the pages that the system had to hand to this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def _spread(x: Sequence[float], name: str) -> dict[str, float]:
-    first, median, third = statistics.quantiles(x, n=4, method="inclusive")
-    return {name: median, f"{name}_q1": first, f"{name}_q3": third}
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -308,8 +229,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for row in rows
             if not row["pairs"] and (row["library"], row["classes"]) == (pair["library"], pair["classes"])
         )
-        each = [a / b for a, b in zip(pair["turns"], own["turns"], strict=True)]
-        found.append({"library": pair["library"], "classes": pair["classes"], **_spread(each, "ratio")})
+        apart = ratio(pair["turns"], own["turns"])
+        found.append({"library": pair["library"], "classes": pair["classes"], **apart})
     return found
 
 
@@ -373,102 +294,20 @@ def measure_kept(plan: Plan) -> list[dict[str, Any]]:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory(form: Form, batch: int, classes: int) -> dict[str, int]:
-    """Take the peak of one call beyond its inputs, in a fresh process."""
-    command = [sys.executable, __file__, "--worker", form.name, "--batch", str(batch), "--classes", str(classes)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_memory(form: Form, batch: int, classes: int) -> dict[str, int]:
-    """Measure, in that process, the resident memory of a first call and the bytes its library counts in a second.
-
-    The results are held, and so are part of both. The count is exact (`tracemalloc` for NumPy, the profiler for
-    PyTorch); resident memory is what the system sees, pages rounded up, and on small arrays hides in memory that
-    imports have freed.
-    """
+def measure_memory(form: Form, batch: int, classes: int) -> dict[str, int | None]:
+    """Take the peak of one call beyond its inputs; for a process of its own."""
     form.call(*inputs(form.library, 2, 3))  # lazy imports
-    arrays = inputs(form.library, batch, classes)
-    gc.collect()
-    before = _reset_resident()
-    result = form.call(*arrays)
-    resident = None if before is None else _status("VmHWM") - before
-    del result
-    counted = _counted_torch if form.library == "torch" else _counted_numpy
-    return {"resident": resident, "counted": counted(form, arrays)}
-
-
-def _counted_numpy(form: Form, arrays: Any) -> int:
-    tracemalloc.start()
-    result = form.call(*arrays)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    del result
-    return peak
-
-
-def _counted_torch(form: Form, arrays: Any) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = form.call(*arrays)
-    del result
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(max(np.cumsum([change for _, _, change in changes])))
-
-
-def _reset_resident() -> int | None:
-    """Start the peak anew, from the resident bytes returned; None where the system cannot (Linux only)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {key}")
+    return memory.peak(functools.partial(form.call, *inputs(form.library, batch, classes)), form.library)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Describe what the numbers were taken on."""
-    processor = platform.processor() or "unknown"
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    except OSError:
-        pass
-    versions = {"Python": platform.python_version(), "gklx": gklx.__version__}
-    for name in ("numpy", "torch", "array-api-compat"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {"processor": processor, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
-
-
-def _load() -> float | None:
-    """Say how many processes wanted a core in the last minute; None where the system does not."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def run(plan_name: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure everything: agreement, time, controls, memory."""
     plan = PLANS[plan_name]
     date = datetime.date.today().isoformat()
-    load = [_load()]
+    loads = [load()]
     forms = available()
     alone = [form for form in forms if not form.pairs]
     agreement = []
@@ -490,10 +329,12 @@ def run(plan_name: str, say: Callable[[str], None]) -> dict[str, Any]:
         if row["classes"] in plan.memory_classes:
             say(f"memory of {row['form']} at C = {row['classes']:,}")
             (form,) = (form for form in forms if form.name == row["form"])
-            row["memory"] = memory(form, plan.batch, row["classes"])
+            row["memory"] = memory.in_fresh_process(
+                __file__, "--worker", form.name, "--batch", str(plan.batch), "--classes", str(row["classes"])
+            )
     return {
         "date": date,
-        "machine": {**machine(), "load": [*load, _load()]},
+        "machine": {**machine(), "load": [*loads, load()]},
         "settings": SETTINGS,
         "plan": plan._asdict(),
         "agreement": agreement,
@@ -519,14 +360,14 @@ def headings_and_cells(result: dict[str, Any]) -> tuple[list[str], list[list[str
             [
                 f"{row['classes']:,}",
                 row["form"],
-                f"{_seconds(row['seconds'])} ({_seconds(row['seconds_q1'])} – {_seconds(row['seconds_q3'])})",
+                f"{seconds(row['seconds'])} ({seconds(row['seconds_q1'])} – {seconds(row['seconds_q3'])})",
                 f"{row['ns_per_logit']:,.1f}",
                 f"{row['faults_a_call']:,.0f}",
-                "" if ratio is None else f"{_figures(ratio['ratio'])}×",
-                _bytes(taken["counted"]) if taken else "",
+                "" if ratio is None else f"{figures(ratio['ratio'])}×",
+                amount(taken["counted"]) if taken else "",
                 f"{taken['counted'] / array:,.1f}" if taken else "",
                 # Below some megabytes it is the allocator's leftovers that are measured.
-                _bytes(taken["resident"]) if taken and taken["resident"] and taken["counted"] > 2**24 else "",
+                amount(taken["resident"]) if taken and taken["resident"] and taken["counted"] > 2**24 else "",
             ]
         )
     return headings, cells
@@ -561,7 +402,7 @@ def report(result: dict[str, Any], command: str) -> str:
         "its inputs, gradients included, counted in a fresh process; resident: the same as the system sees it, where "
         "above 16 MB.",
         "",
-        *_markdown(headings, cells, right=(0, 3, 4, 5, 6, 7, 8)),
+        *markdown(headings, cells, right=(0, 3, 4, 5, 6, 7, 8)),
         "",
         "The exponent k of time ~ C^k, by least squares on logarithms of the medians; ± is the standard error from the "
         f"residuals. For gklx the fit starts at C = {plan['fit_from']:,}, below which the fixed cost of the calls is a "
@@ -569,15 +410,15 @@ def report(result: dict[str, Any], command: str) -> str:
         "has the same bytes at every C (time is per sample); with freed memory kept, in a process with "
         f"`{' '.join(f'{k}={v}' for k, v in _KEPT_MEMORY.items())}`, no array is faulted in anew.",
         "",
-        *_markdown(["form", "held", "C", "k"], _fit_cells(result), right=(3,)),
+        *markdown(["form", "held", "C", "k"], _fit_cells(result), right=(3,)),
         "",
         "gklx at B · C constant:",
         "",
-        *_markdown(control, _control_cells(result["held"]), right=(0, 1, 4, 5)),
+        *markdown(control, _control_cells(result["held"]), right=(0, 1, 4, 5)),
         "",
         "gklx where freed memory is kept:",
         "",
-        *_markdown(control, _control_cells(result["kept"]), right=(0, 1, 4, 5)),
+        *markdown(control, _control_cells(result["kept"]), right=(0, 1, 4, 5)),
         "",
     ]
     if plan == FULL._asdict():
@@ -603,49 +444,12 @@ def _control_cells(rows: Iterable[dict[str, Any]]) -> list[list[str]]:
             f"{row['batch']:,}",
             f"{row['classes']:,}",
             row["form"],
-            f"{_seconds(row['seconds'])} ({_seconds(row['seconds_q1'])} – {_seconds(row['seconds_q3'])})",
+            f"{seconds(row['seconds'])} ({seconds(row['seconds_q1'])} – {seconds(row['seconds_q3'])})",
             f"{row['ns_per_logit']:,.1f}",
             f"{row['faults_a_call']:,.0f}",
         ]
         for row in rows
     ]
-
-
-def _markdown(headings: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    rule = ["---:" if i in right else "---" for i in range(len(headings))]
-    return [f"| {' | '.join(row)} |" for row in (headings, rule, *cells)]
-
-
-def _figures(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def _seconds(x: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if x >= scale:
-            return f"{_figures(x / scale)} {unit}"
-    return f"{_figures(x / 1e-6)} µs"
-
-
-def _bytes(x: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if x >= scale:
-            return f"{_figures(x / scale)} {unit}"
-    return f"{_figures(x / 1e3)} kB"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -658,6 +462,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--classes", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    # One thread on NumPy too, here and in the workers: the forms are compared, not the number of cores.
+    os.environ["GKLX_NUM_THREADS"] = "1"
     if options.worker == "kept":
         print(json.dumps(measure_kept(PLANS[options.plan])))
         return

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scaling import machine, write
+from files import write
+from machine import machine
 
 PREDICTION = """\
 Written before the first full run. All four losses of a pair of logits take about 45 passes over arrays that stay in the

@@ -16,32 +16,15 @@ import numpy as np
 from . import _threads
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Sweep, prior_raised, totals_if_ordinary
+from ._sweep import Sweep, Totals, prior_raised, totals, totals_if_ordinary, totals_of_parts
 from ._sweep import sweep as sweep_rows
-from ._sweep import totals as totals_of_rows
 
 _Block = tuple[slice | EllipsisType, ...]
 
 
-def totals(problem: Problem) -> Array | None:
-    """As `_sweep.totals`."""
-    return _totals(*_divided(problem))
-
-
-def _totals(problem: Problem, blocks: list[_Block], workers: int) -> Array | None:
-    if len(blocks) < 2:
-        return totals_of_rows(problem)
-    local = problem._replace(ranks=None)
-    parts = _threads.each(lambda block: totals_of_rows(_part(local, block)), blocks, workers)
-    if parts[0] is None:
-        return None
-    whole = problem.xp.sum(problem.xp.stack(parts), axis=0)
-    return whole if problem.ranks is None else problem.ranks.total(whole)
-
-
 def sweep(
     problem: Problem,
-    of_batch: Array | None = None,
+    of_batch: Totals | None = None,
     *,
     value: bool = False,
     student: bool = False,
@@ -84,9 +67,15 @@ def sweep(
     values, ordinary = zip(*_threads.each(run, blocks, workers), strict=True)
     if expected is not None and not all(ordinary):
         of_batch = _totals(problem, blocks, workers)
-        if not bool(xp.all(of_batch == expected)):
+        if of_batch is not None and not all(bool(a == b) for a, b in zip(of_batch, expected, strict=True)):
             values, _ = zip(*_threads.each(run, blocks, workers), strict=True)
     return Sweep(_joined(problem, list(values)) if value else None, to_student, to_teacher, of_batch, all(ordinary))
+
+
+def _totals(problem: Problem, blocks: list[_Block], workers: int) -> Totals | None:
+    local = problem._replace(ranks=None)
+    parts = _threads.each(lambda block: totals(_part(local, block)), blocks, workers)
+    return None if parts[0] is None else totals_of_parts(problem, parts)
 
 
 def _joined(problem: Problem, values: list[Array]) -> Array:
@@ -121,13 +110,15 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     library = library_of(problem.arrays.student)
     assert library is not None
     given = [x for x in problem.arrays if x is not None]
-    problem = problem._replace(readable=all(library.readable(x) for x in given))
-    if library.sizes_known():
-        problem = prior_raised(problem)
     shape = tuple(problem.arrays.student.shape)
     size = min(library.block(x) for x in given)
+    if library.sizes_known():
+        problem = prior_raised(problem)
+    if size == 0 or math.prod(shape) == 0:
+        return problem, [(...,)], 1
+    problem = problem._replace(readable=all(library.readable(x) for x in given))
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
-    if size == 0 or math.prod(shape) * row // shape[-1] <= size:
+    if math.prod(shape[:-1]) * row <= size:
         return problem, [(...,)], 1
     _keep_freed_memory()
     blocks = list(_slices(shape[:-1], max(1, size // row)))

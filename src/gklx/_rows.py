@@ -21,9 +21,9 @@ class Softmax(NamedTuple):
     """[...], the logarithm of the sum of exp(z / temperature); log p = z / temperature - this."""
 
 
-def as_column(xp: ModuleType, x: Array) -> Array:
+def as_column(x: Array) -> Array:
     """[...] to [..., 1]."""
-    return xp.expand_dims(x, axis=-1)
+    return x[..., None]
 
 
 def chosen(xp: ModuleType, which: Array | None, x: Array, otherwise: float = 0.0) -> Array:
@@ -43,15 +43,17 @@ def counting(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sam
     if where is not None:
         counts = counts & where
     if sample_weight is not None:
-        counts = counts & as_column(xp, sample_weight != 0)
+        counts = counts & as_column(sample_weight != 0)
     return counts
 
 
 def maxima_of_moderate(xp: ModuleType, logits: tuple[Array, ...], limit: float) -> tuple[Array, ...] | None:
-    """The rows' maxima, None if any logit is NaN or `limit` or more in size; reads a value."""
-    top, low = [xp.max(x, axis=-1) for x in logits], [xp.min(x, axis=-1) for x in logits]
-    moderate = [(a < limit) & (b > -limit) for a, b in zip(top, low, strict=True)]
-    return tuple(top) if all(bool(xp.all(x)) for x in moderate) else None
+    """The rows' maxima, None if any logit is NaN or beyond `limit` in size; reads values."""
+    top = tuple(xp.max(x, axis=-1) for x in logits)
+    for x, highest in zip(logits, top, strict=True):
+        if not (-limit < float(xp.min(x)) and float(xp.max(highest)) < limit):
+            return None
+    return top
 
 
 def maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array:
@@ -61,7 +63,7 @@ def maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array
 
 def below(xp: ModuleType, x: Array, top: Array, counts: Array | None) -> Array:
     """Logits less their row's maximum: at most 0, so that later differences and exponentials are exact and safe."""
-    return chosen(xp, counts, x - as_column(xp, top))
+    return chosen(xp, counts, x - as_column(top))
 
 
 def divided(x: Array, by: Number) -> Array:
@@ -75,7 +77,7 @@ def softmax(
     """Softmax of z / temperature over the classes that count; z comes from `below`."""
     e = chosen(xp, counts, xp.exp(divided(z, temperature)))
     total = chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
-    return Softmax(z, e / as_column(xp, total), xp.log(total))
+    return Softmax(z, e / as_column(total), xp.log(total))
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:

@@ -66,13 +66,22 @@ class Scored(NamedTuple):
     """Boolean: a logit that counts is NaN, or a softmax has no finite logit."""
 
 
+class Totals(NamedTuple):
+    """What the rows of a batch share: Python numbers where no array was needed to know them, else 0-d arrays."""
+
+    weight: Number
+    """The sum of v."""
+    squared_mass: Number
+    """The sum of v W^2; 0 where it is not in the loss."""
+
+
 class Sweep(NamedTuple):
     """What was asked for; the rest is None. Gradients are in the dtype computed in."""
 
     value: Array | None
     student: Array | None
     teacher: Array | None
-    of_batch: Array | None
+    of_batch: Totals | None
     """As from `totals`."""
     ordinary: bool
     """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for."""
@@ -81,7 +90,7 @@ class Sweep(NamedTuple):
 class _Counted(NamedTuple):
     counts: Array | None  # [..., C], boolean; None in ordinary rows: every class counts, and is a moderate number
     any_counts: Array | None  # [...], boolean; None likewise
-    sample_weight: Array  # [...], 0 where nothing counts
+    sample_weight: Array | float  # [...], 0 where nothing counts; 1.0 in ordinary rows without weights
 
 
 class _Rows(NamedTuple):
@@ -93,16 +102,16 @@ class _Rows(NamedTuple):
 
 
 class _Spread(NamedTuple):
-    mass: Array  # [...], W
+    mass: Array | float  # [...], W; 1.0 in ordinary rows that the teacher's own probabilities weigh
     centred: Array  # [..., C], d - mu
     weighted: Array  # [..., C], w (d - mu)
     infinite: Array | None  # [...], boolean: some d of weight is; None: none
 
 
-def totals(problem: Problem) -> Array | None:
-    """The sums of v and of v W^2 over all samples, [2]: all that the rows of a batch share.
+def totals(problem: Problem) -> Totals | None:
+    """What the rows of the batch share; None where the reduction asks for nothing.
 
-    None where the reduction asks for neither. Over the ranks' samples too, unless a part of a batch says otherwise.
+    Over the ranks' samples too, unless a part of a batch says otherwise.
     """
     if not _shares(problem):
         return None
@@ -114,24 +123,33 @@ def totals(problem: Problem) -> Array | None:
         if problem.arrays.prior is None:
             teacher = _softmax(problem, t, counted, None if tops is None else tops[1])
         _, mass = _class_weights(problem, counted, teacher)
-    return _totals(problem, counted, mass)
+    return _totals(problem, counted.sample_weight, mass)
 
 
-def totals_if_ordinary(problem: Problem) -> Array | None:
+def totals_if_ordinary(problem: Problem) -> Totals | None:
     """As `totals`, in a batch of ordinary rows alone, where that takes no look at the logits; None otherwise.
 
     Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
     """
-    if not _shares(problem) or problem.arrays.where is not None or problem.ranks is not None or not problem.readable:
+    if not _shares(problem) or not _moderate(problem) or problem.ranks is not None:
         return None
-    if _mass_matters(problem) and not (problem.arrays.prior is None and _is_one(problem.numbers.gamma)):
-        return None
-    return _totals_of_weights(problem, v := _given_weight(problem), v)
+    if not _mass_matters(problem):
+        return _totals(problem, _given_weight(problem), None)
+    if problem.arrays.prior is None and _is_one(problem.numbers.gamma):
+        return _totals(problem, _given_weight(problem), 1.0)
+    return None
+
+
+def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:
+    """The totals of a batch from those of its parts, each made for its own rank alone."""
+    columns = zip(*parts, strict=True)
+    sums = (sum(x) if isinstance(x[0], float) else problem.xp.sum(problem.xp.stack(list(x))) for x in columns)
+    return _over_ranks(problem, Totals(*sums))
 
 
 def sweep(
     problem: Problem,
-    of_batch: Array | None = None,
+    of_batch: Totals | None = None,
     *,
     value: bool = False,
     student: bool = False,
@@ -154,7 +172,7 @@ def sweep(
         mass = None
         if _mass_matters(problem):
             mass = _class_weights(problem, rows.counted, rows.teacher)[1] if spread is None else spread.mass
-        of_batch = _totals(problem, rows.counted, mass)
+        of_batch = _totals(problem, rows.counted.sample_weight, mass)
     share = _share(problem, rows.counted.sample_weight, of_batch)
     mse_weight = numbers.mse_weight
     if spread is not None and formula.batch_normalized:
@@ -169,12 +187,12 @@ def sweep(
         rate = share * (mse_weight * spread.mass)
         if formula.tempered:
             rate = divided(divided(rate, numbers.temperature), numbers.temperature)
-        to_teacher = spread.weighted * as_column(xp, rate)
+        to_teacher = spread.weighted * _column(rate)
     to_student = None
     if student:
         if not _is_zero(numbers.ce_weight):
             rate = share * divided(numbers.ce_weight, numbers.temperature)
-            to_student = _probability_gap(problem, rows) * as_column(xp, rate)
+            to_student = _probability_gap(problem, rows) * _column(rate)
         if mse_to_student and to_teacher is not None:
             to_student = -to_teacher if to_student is None else to_student - to_teacher
     return Sweep(
@@ -251,13 +269,13 @@ def _moderate(problem: Problem) -> float:
         return 0.0
     if not all(isinstance(x, float) for x in temperatures):
         return 0.0
-    return 0.1 * float(problem.xp.finfo(problem.dtype).max) ** 0.5 * min(1.0, *temperatures)
+    largest = float(problem.xp.finfo(problem.dtype).max)
+    return 0.1 * math.sqrt(largest) * float(min(1.0, *temperatures))
 
 
-def _given_weight(problem: Problem) -> Array:
-    """The sample weights as given, 1 without."""
-    v, s = problem.arrays.sample_weight, problem.arrays.student
-    return problem.xp.ones_like(s[..., 0], dtype=problem.dtype) if v is None else v
+def _given_weight(problem: Problem) -> Array | float:
+    """The sample weights as given."""
+    return 1.0 if problem.arrays.sample_weight is None else problem.arrays.sample_weight
 
 
 def _softmax(problem: Problem, x: Array, counted: _Counted, top: Array | None) -> Softmax:
@@ -283,7 +301,7 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     """The differences d about their weighted mean."""
     xp, d = problem.xp, rows.d
     w, mass = _class_weights(problem, rows.counted, rows.teacher)
-    safe_mass = xp.where(mass == 0, 1.0, mass)
+    safe_mass = mass if isinstance(mass, float) else xp.where(mass == 0, 1.0, mass)
     infinite = None
     if rows.counted.counts is not None:
         weighing = xp.where(w == 0, 0.0, d)
@@ -292,25 +310,25 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
         above, below = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
-    d = d - as_column(xp, xp.sum(w * d, axis=-1) / safe_mass)
+    d = d - as_column(xp.sum(w * d, axis=-1) / safe_mass)
     rest = xp.sum(w * d, axis=-1) / safe_mass
     if infinite is None:
-        centred = d - as_column(xp, rest)
+        centred = d - as_column(rest)
         return _Spread(mass, centred, w * centred, None)
     rest = xp.where(above, xp.inf, xp.where(below, -xp.inf, rest))
     rest = xp.where(above & below, xp.nan, rest)  # between opposite infinities there is no mean
-    centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(xp, rest)))
+    centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(rest)))
     return _Spread(mass, centred, w * centred, above | below)
 
 
-def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> tuple[Array, Array]:
+def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> tuple[Array, Array | float]:
     """w, and W with NaN in a sample whose label names no class; `teacher` may be None where a prior is given."""
     xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
         assert teacher is not None
         w = _teacher_weights(problem, counted, teacher)
         if counted.counts is None and _is_one(problem.numbers.gamma):
-            return w, xp.ones_like(teacher.log_normalizer)
+            return w, 1.0
         return w, xp.sum(w, axis=-1)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
     if arrays.labels is None:
@@ -343,7 +361,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> A
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
-    log_p = divided(teacher.z, tau) - as_column(xp, at_tau.log_normalizer)
+    log_p = divided(teacher.z, tau) - as_column(at_tau.log_normalizer)
     if counts is not None:
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
         log_p = xp.where(log_p < lowest, lowest, log_p)
@@ -358,7 +376,7 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     """
     xp, p = problem.xp, rows.teacher.probabilities
     gap = rows.student.probabilities - p
-    return gap - p * as_column(xp, xp.sum(gap, axis=-1))
+    return gap - p * as_column(xp.sum(gap, axis=-1))
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -367,8 +385,11 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
 def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | None = None) -> Samples:
     if not problem.formula.decomposed:
         return Samples(_kl(problem, rows), None, None, None)
-    mse = None if spread is None else _mse(problem, rows, spread)
-    return Samples(None, mse, _ce(problem, rows) if ce is None else ce, None if spread is None else spread.mass)
+    ce = _ce(problem, rows) if ce is None else ce
+    if spread is None:
+        return Samples(None, None, ce, None)
+    mass = problem.xp.full_like(ce, spread.mass) if isinstance(spread.mass, float) else spread.mass
+    return Samples(None, _mse(problem, rows, spread), ce, mass)
 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
@@ -377,7 +398,7 @@ def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     mse = 0.5 * spread.mass * squares
     if problem.formula.tempered:
         mse = divided(divided(mse, temperature), temperature)
-    if spread.infinite is None:
+    if spread.infinite is None or rows.undefined is None:
         return mse
     # Opposite infinities: mu is undefined, the sum of squares is not.
     return xp.where(spread.infinite & ~rows.undefined & ~xp.isnan(spread.mass), xp.inf, mse)
@@ -402,7 +423,7 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     infinite = None if counts is None else xp.isinf(d)
     if infinite is not None:
         d = xp.where(infinite, 0.0, d)
-    normalizers = as_column(xp, rows.teacher.log_normalizer - rows.student.log_normalizer)
+    normalizers = as_column(rows.teacher.log_normalizer - rows.student.log_normalizer)
     ratio = divided(d, problem.numbers.temperature) - normalizers
     far, close = p * ratio, abs(ratio) < 1
     if infinite is not None:
@@ -435,7 +456,7 @@ def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
     """The product weight * x, and 0 where the weight is 0 though x be infinite."""
     xp = problem.xp
     if isinstance(weight, float):
-        return xp.zeros_like(x) if weight == 0.0 else weight * x
+        return x if weight == 1.0 else xp.zeros_like(x) if weight == 0.0 else weight * x
     return weight * xp.where(weight == 0, 0.0, x)
 
 
@@ -451,35 +472,49 @@ def _shares(problem: Problem) -> bool:
     return problem.reduction == "mean" or _mass_matters(problem)
 
 
-def _totals(problem: Problem, counted: _Counted, mass: Array | None) -> Array:
-    v = counted.sample_weight
-    both = _totals_of_weights(problem, v, problem.xp.zeros_like(v) if mass is None else v * mass * mass)
-    return both if problem.ranks is None else problem.ranks.total(both)
+def _totals(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
+    samples = math.prod(problem.arrays.student.shape[:-1])
+    squared = 0.0 if mass is None else v * mass * mass
+    sums = (x * samples if isinstance(x, float) else problem.xp.sum(x) for x in (v, squared))
+    return _over_ranks(problem, Totals(*sums))
 
 
-def _totals_of_weights(problem: Problem, v: Array, v_mass_squared: Array) -> Array:
-    return problem.xp.stack([problem.xp.sum(v), problem.xp.sum(v_mass_squared)])
+def _over_ranks(problem: Problem, found: Totals) -> Totals:
+    if problem.ranks is None:
+        return found
+    xp = problem.xp
+    zero = xp.sum(xp.zeros_like(problem.arrays.student[..., 0], dtype=problem.dtype))
+    both = problem.ranks.total(xp.stack([zero + found.weight, zero + found.squared_mass]))
+    return Totals(both[0], both[1])
 
 
-def _share(problem: Problem, v: Array, of_batch: Array | None) -> Array:
+def _share(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array | float:
     """What a sample's entry counts for in the reduced value.
 
     Over several ranks the mean of their values, like the mean of their gradients, is that of the whole batch.
     """
-    xp = problem.xp
     if problem.reduction == "sum":
         return v
     if problem.reduction == "none":
-        return v / xp.where(v == 0, 1.0, v)
+        return _quotient(problem, v, v)
     assert of_batch is not None
-    share = v / xp.where(of_batch[0] == 0, 1.0, of_batch[0])
+    share = _quotient(problem, v, of_batch.weight)
     return share if problem.ranks is None else problem.ranks.size * share
 
 
-def _batch_ratio(problem: Problem, of_batch: Array | None) -> Array:
+def _batch_ratio(problem: Problem, of_batch: Totals | None) -> Number:
     """The ratio sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
     assert of_batch is not None
-    return of_batch[0] / problem.xp.where(of_batch[1] == 0, 1.0, of_batch[1])
+    return _quotient(problem, of_batch.weight, of_batch.squared_mass)
+
+
+def _quotient(problem: Problem, x: Number, by: Number) -> Number:
+    """`x / by`, and x where `by` is 0."""
+    return x / ((by or 1.0) if isinstance(by, float) else problem.xp.where(by == 0, 1.0, by))
+
+
+def _column(x: Array | float) -> Array | float:
+    return x if isinstance(x, float) else as_column(x)
 
 
 def _exact_zero_outside(problem: Problem, rows: _Rows, gradient: Array | None) -> Array:

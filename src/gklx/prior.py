@@ -69,9 +69,9 @@ def class_sums(
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
     classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
-    member = xp.astype(as_column(xp, labels) == classes, dtype)
+    member = xp.astype(as_column(labels) == classes, dtype)
     member = xp.reshape(member, (-1, num_classes))
-    weighted = xp.reshape(p * as_column(xp, v), (-1, num_classes))
+    weighted = xp.reshape(p * as_column(v), (-1, num_classes))
     with exact_matmul(library, weighted):
         sums = xp.matmul(xp.matrix_transpose(member), weighted)
     ranks = ranks_of(library)
@@ -135,7 +135,7 @@ class ClassPriorState(NamedTuple):
     def advance(self) -> "ClassPriorState":
         """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
         xp = _namespace(self.table)
-        totals = as_column(xp, xp.sum(self.sums, axis=-1))
+        totals = as_column(xp.sum(self.sums, axis=-1))
         seen = totals != 0
         table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
         return ClassPriorState(table, xp.zeros_like(self.sums))

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _blocks
-from .._problem import Array, Arrays, Problem
+from .._problem import Arrays, Problem
+from .._sweep import Totals
 
 
 def tracks(problem: Problem) -> bool:
@@ -25,7 +26,7 @@ def attach(problem: Problem) -> torch.Tensor:
         problem._replace(arrays=Arrays(*[None] * len(arrays))),
         # Made beforehand only where the backward pass need but multiply them: half precisions would be rounded
         # twice (and underflow before a loss scale reaches them), and a compiler or a transform decides for itself.
-        *(_records(x) and x.dtype == problem.dtype and not _left_to_others(x) for x in logits),
+        *(_records(x) and x.dtype == problem.dtype and not _left_to_others() for x in logits),
     )
     function = _Loss if torch.compiler.is_compiling() else _TransformableLoss
     value: torch.Tensor = function.apply(plan, *arrays)[0]  # type: ignore[no-untyped-call]
@@ -49,13 +50,16 @@ class _Plan:
 
 
 class _Loss(torch.autograd.Function):
-    """Keeps its inputs and, for each differentiated input of the dtype computed in, its gradient."""
+    """Keeps its inputs and, for each differentiated input of the dtype computed in, its gradient.
+
+    Where nothing was summed to know what the rows of the batch share, it is cheaper known again than kept.
+    """
 
     @staticmethod
     def forward(plan: _Plan, *arrays: Any) -> Any:
         problem = plan.on(arrays)
         found = _blocks.sweep(problem, value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
-        return found.value, found.of_batch, found.student, found.teacher
+        return found.value, *_kept(found.of_batch), found.student, found.teacher
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -69,7 +73,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
         plan, count = ctx.plan, len(Arrays._fields)
         saved = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
-        arrays, (of_batch, *ahead) = saved[:count], saved[count:]
+        arrays, of_batch, ahead = saved[:count], Totals(*saved[count : count + 2]), saved[count + 2 :]
         wanted = ctx.needs_input_grad[1:3]
         given: list[Any]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -77,11 +81,10 @@ class _Loss(torch.autograd.Function):
             # the derivative of the gradient field, which for DKL is KL's Hessian.
             given = _gradients(plan.on(arrays), None, wanted, upstream)
         elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
-            if plan.problem.reduction == "none":
-                upstream = upstream.unsqueeze(-1)
-            given = [None if x is None else x * upstream for x in ahead]
+            given = _scaled(ahead, upstream.unsqueeze(-1) if plan.problem.reduction == "none" else upstream)
         else:
-            given = _gradients(plan.on(arrays), of_batch, wanted, upstream)
+            known = None if of_batch.weight is None else of_batch
+            given = _gradients(plan.on(arrays), known, wanted, upstream)
         return None, *given, None, None, None, None
 
 
@@ -104,7 +107,7 @@ class _TransformableLoss(_Loss):
                 if direction is not None:
                     product = (gradient * direction).sum(axes)
                     tangent = product if tangent is None else tangent + product
-        return tangent, None, None, None
+        return tangent, None, None, None, None
 
 
 def _primal(x: torch.Tensor) -> torch.Tensor:
@@ -112,8 +115,29 @@ def _primal(x: torch.Tensor) -> torch.Tensor:
     return primal
 
 
+def _kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if of_batch is None or all(isinstance(x, float) for x in of_batch):
+        return None, None
+    like = next(x for x in of_batch if not isinstance(x, float))
+    weight, squared_mass = (like.new_tensor(x) if isinstance(x, float) else x for x in of_batch)
+    return weight, squared_mass
+
+
+def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
+    """The gradients times the upstream gradient; untouched, where it may be seen to be 1 and nobody needs them again."""
+    if (
+        upstream.ndim == 0
+        and upstream.device.type == "cpu"
+        and not _left_to_others()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and float(upstream) == 1.0
+    ):
+        return list(gradients)
+    return [None if x is None else x * upstream for x in gradients]
+
+
 def _gradients(
-    problem: Problem, of_batch: Array | None, wanted: tuple[bool, bool], upstream: Array | None
+    problem: Problem, of_batch: Totals | None, wanted: tuple[bool, bool], upstream: torch.Tensor | None
 ) -> list[Any]:
     """The gradients that are asked for, in their logits' dtypes."""
     found = _blocks.sweep(problem, of_batch, student=wanted[0], teacher=wanted[1], upstream=upstream)
@@ -124,7 +148,7 @@ def _records(x: torch.Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
 
 
-def _left_to_others(x: torch.Tensor) -> bool:
+def _left_to_others() -> bool:
     return torch.compiler.is_compiling() or _transformed()
 
 
