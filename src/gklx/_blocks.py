@@ -13,11 +13,10 @@ from types import EllipsisType
 
 import numpy as np
 
-from . import _threads
+from . import _loop, _threads
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Sweep, Totals, prior_raised, totals, totals_if_ordinary, totals_of_parts
-from ._sweep import sweep as sweep_rows
+from ._sweep import Sweep, Totals, prior_raised, sweep_rows, totals, totals_if_ordinary, totals_of_parts
 
 _Block = tuple[slice | EllipsisType, ...]
 
@@ -31,11 +30,12 @@ def sweep(
     teacher: bool = False,
     upstream: Array | None = None,
 ) -> Sweep:
-    """As `_sweep.sweep`, with the gradients in their logits' dtypes."""
+    """As `_sweep.sweep_rows`, with the gradients in their logits' dtypes."""
     xp, arrays = problem.xp, problem.arrays
     problem, blocks, workers = _divided(problem)
     if len(blocks) < 2:
-        found = sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
+        compute = _loop.sweep if _loop.takes(problem) else sweep_rows
+        found = compute(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
         return found._replace(
             student=None if found.student is None else xp.astype(found.student, arrays.student.dtype, copy=False),
             teacher=None if found.teacher is None else xp.astype(found.teacher, arrays.teacher.dtype, copy=False),

@@ -48,8 +48,8 @@ class Samples(NamedTuple):
     kl: Array | None
     mse: Array | None
     ce: Array | None
-    mass: Array | None
-    """W; None where there is no wMSE."""
+    mass: Array | float | None
+    """W, a number where it is the same in every sample; None where there is no wMSE."""
 
 
 class Scored(NamedTuple):
@@ -144,10 +144,20 @@ def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:
     """The totals of a batch from those of its parts, each made for its own rank alone."""
     columns = zip(*parts, strict=True)
     sums = (sum(x) if isinstance(x[0], float) else problem.xp.sum(problem.xp.stack(list(x))) for x in columns)
-    return _over_ranks(problem, Totals(*sums))
+    return over_ranks(problem, Totals(*sums))
 
 
-def sweep(
+def over_ranks(problem: Problem, found: Totals) -> Totals:
+    """The totals of a batch that may be spread over ranks, from those of this rank's part."""
+    if problem.ranks is None:
+        return found
+    xp = problem.xp
+    zero = xp.sum(xp.zeros_like(problem.arrays.student[..., 0], dtype=problem.dtype))
+    both = problem.ranks.total(xp.stack([zero + found.weight, zero + found.squared_mass]))
+    return Totals(both[0], both[1])
+
+
+def sweep_rows(
     problem: Problem,
     of_batch: Totals | None = None,
     *,
@@ -162,7 +172,7 @@ def sweep(
     those of each sample's own entry under the reduction "none"; they are multiplied by `upstream`, of the value's
     shape.
     """
-    xp, formula, numbers = problem.xp, problem.formula, problem.numbers
+    formula, numbers = problem.formula, problem.numbers
     rows = _row_statistics(problem)
     mse_to_student = student and formula.symmetric
     spread = None
@@ -351,13 +361,10 @@ def _prior_weights(problem: Problem, prior: Array) -> Array:
 def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> Array:
     """softmax(t / weight_temperature)^gamma."""
     xp, numbers = problem.xp, problem.numbers
-    plain = _is_one(numbers.gamma)
-    tau, counts = numbers.weight_temperature, counted.counts
-    if _same(tau, numbers.temperature):
-        at_tau = teacher
-    else:
+    tau, counts, at_tau = numbers.weight_temperature, counted.counts, teacher
+    if not _same(tau, numbers.temperature):
         at_tau = softmax(xp, teacher.z, tau, counts, counted.any_counts)
-    if plain:
+    if _is_one(numbers.gamma):
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
@@ -388,8 +395,7 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
     ce = _ce(problem, rows) if ce is None else ce
     if spread is None:
         return Samples(None, None, ce, None)
-    mass = problem.xp.full_like(ce, spread.mass) if isinstance(spread.mass, float) else spread.mass
-    return Samples(None, _mse(problem, rows, spread), ce, mass)
+    return Samples(None, _mse(problem, rows, spread), ce, spread.mass)
 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
@@ -476,16 +482,7 @@ def _totals(problem: Problem, v: Array | float, mass: Array | float | None) -> T
     samples = math.prod(problem.arrays.student.shape[:-1])
     squared = 0.0 if mass is None else v * mass * mass
     sums = (x * samples if isinstance(x, float) else problem.xp.sum(x) for x in (v, squared))
-    return _over_ranks(problem, Totals(*sums))
-
-
-def _over_ranks(problem: Problem, found: Totals) -> Totals:
-    if problem.ranks is None:
-        return found
-    xp = problem.xp
-    zero = xp.sum(xp.zeros_like(problem.arrays.student[..., 0], dtype=problem.dtype))
-    both = problem.ranks.total(xp.stack([zero + found.weight, zero + found.squared_mass]))
-    return Totals(both[0], both[1])
+    return over_ranks(problem, Totals(*sums))
 
 
 def _share(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array | float:

@@ -1,5 +1,6 @@
 """The analytic gradient as a `torch.autograd.Function`, which PyTorch's transforms and compiler take as well."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +67,14 @@ class _Loss(torch.autograd.Function):
         ctx.plan, *arrays = inputs
         _, *rest = output
         ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arrays, *rest)
         ctx.save_for_forward(*arrays, *rest)
 
     @staticmethod
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
+        if upstream is None:
+            return None, None, None, None, None, None, None
         plan, count = ctx.plan, len(Arrays._fields)
         saved = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
         arrays, of_batch, ahead = saved[:count], Totals(*saved[count : count + 2]), saved[count + 2 :]
@@ -86,6 +90,10 @@ class _Loss(torch.autograd.Function):
             known = None if of_batch.weight is None else of_batch
             given = _gradients(plan.on(arrays), known, wanted, upstream)
         return None, *given, None, None, None, None
+
+
+# PyTorch asks for it at every call, and would each time read it off the function: 25 microseconds.
+_Loss.forward.__signature__ = inspect.signature(_Loss.forward)  # type: ignore[attr-defined]
 
 
 class _TransformableLoss(_Loss):
@@ -124,7 +132,7 @@ def _kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | 
 
 
 def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
-    """The gradients times the upstream gradient; untouched, where it may be seen to be 1 and nobody needs them again."""
+    """The gradients times the upstream gradient; as they are, where that may be seen to be 1 and this is their end."""
     if (
         upstream.ndim == 0
         and upstream.device.type == "cpu"

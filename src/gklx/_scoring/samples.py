@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._libraries import library_of
+from .._libraries import Library, library_of
 from .._problem import Array
 from .._sweep import samples
 from ..losses import dkl, gkl, ikl, kl, problem_builder
@@ -84,7 +84,7 @@ def prior_sums(place: Backend, temperature: float, teacher: Any, labels: Any) ->
     A sample without a softmax (NaN or +inf in the teacher's row) is left out: it spoils its own loss, not its class's.
     """
     t = place.put(teacher)
-    xp = _namespace(t)
+    xp = _library(t).namespace()
     t = xp.astype(t, xp.float64)
     usable = xp.max(t, axis=-1) < xp.inf
     return place.get(class_sums(t, place.put(labels), t.shape[-1], temperature=temperature, sample_weight=usable))
@@ -105,29 +105,33 @@ def _raw(
     """All numbers of some samples as one array, hence one transfer: float32 holds class numbers to 16 million."""
     weights: dict[str, dict[str, Array]] = {name: {} for name in names}
     if prior is not None:
-        own = _namespace(s).take(prior, labels, axis=0)  # a row a sample: cheaper to check than the whole table
+        # A row a sample: cheaper to check than the whole table.
+        own = _library(s).namespace().take(prior, labels, axis=0)
         weights |= {name: {"prior": own} for name in names if name in ("ikl", "gkl")}
     problems = {}
     for name in names:
         problems[name] = problem_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
-    xp, found = first.xp, samples(list(problems.values()))
+    readable = all(_library(x).readable(x) for x in (s, t)) and s.shape[0] > 0
+    xp, found = first.xp, samples([each._replace(readable=readable) for each in problems.values()])
     of = dict(zip(names, found.losses, strict=True))
     columns = [of["kl"].kl] if "kl" in names else []
     with_parts = [name for name in names if name != "kl"]
     columns += [of[with_parts[0]].ce] if with_parts else []
     columns += [of[name].mse for name in with_parts]
-    columns += [of["gkl"].mass] if "gkl" in names else []
+    if "gkl" in names:
+        mass = of["gkl"].mass
+        columns.append(xp.full_like(found.student, mass) if isinstance(mass, float) else mass)
     columns += [found.student, found.teacher]
     columns += [xp.astype(xp.argmax(x, axis=-1), first.dtype) for x in (s, t)]
     columns.append(xp.astype(found.counts, first.dtype) + xp.astype(found.counts & found.undefined, first.dtype))
     return xp.stack(columns)
 
 
-def _namespace(x: Array) -> Any:
+def _library(x: Array) -> Library:
     library = library_of(x)
     assert library is not None
-    return library.namespace()
+    return library
 
 
 def _takes(name: str, parameters: Parameters) -> dict[str, Any]:

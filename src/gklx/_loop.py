@@ -1,0 +1,81 @@
+"""Row blocks within a program that JAX compiles for one CPU: a loop, in place of temporaries as large as the batch.
+
+XLA keeps some five of them, in memory that is new to it at every run; where the batch is large, the page faults that
+this costs take longer than the arithmetic. Over several devices XLA divides the work itself, and is left to.
+"""
+
+import math
+import sys
+from typing import Any
+
+from ._problem import Array, Problem
+from ._sweep import Sweep, Totals, over_ranks, sweep_rows, totals
+
+_FROM_BYTES = 2**23
+_BLOCK_BYTES = 2**20
+
+
+def takes(problem: Problem) -> bool:
+    """Whether JAX traces the problem, for the one CPU it has, and its rows are many and fall into equal blocks."""
+    return _blocks(problem) > 1
+
+
+def sweep(
+    problem: Problem,
+    of_batch: Totals | None = None,
+    *,
+    value: bool = False,
+    student: bool = False,
+    teacher: bool = False,
+    upstream: Array | None = None,
+) -> Sweep:
+    """As `_sweep.sweep_rows`."""
+    jax, xp, arrays = sys.modules["jax"], problem.xp, problem.arrays
+    shape, blocks = arrays.student.shape, _blocks(problem)
+    unreduced = problem.reduction == "none"
+
+    def in_blocks(x: Array | None, axes: int) -> Array | None:
+        return None if x is None else xp.reshape(x, (blocks, -1, *shape[len(shape) - axes :]))
+
+    rows = arrays._replace(
+        student=in_blocks(arrays.student, 1),
+        teacher=in_blocks(arrays.teacher, 1),
+        prior=in_blocks(arrays.prior, 1) if arrays.labels is None else None,
+        labels=in_blocks(arrays.labels, 0),
+        sample_weight=in_blocks(arrays.sample_weight, 0),
+        where=None if arrays.where is None else in_blocks(xp.broadcast_to(arrays.where, shape), 1),
+    )
+
+    def part(block: Any) -> Problem:
+        return problem._replace(arrays=block if arrays.labels is None else block._replace(prior=arrays.prior))
+
+    if of_batch is None:
+        found = jax.lax.map(lambda block: totals(part(block)._replace(ranks=None)), rows)
+        of_batch = None if found is None else over_ranks(problem, Totals(*(xp.sum(x) for x in found)))
+
+    def run(block: Any) -> tuple[Array | None, ...]:
+        own, above = block
+        asked = {"value": value, "student": student, "teacher": teacher}
+        swept = sweep_rows(part(own), of_batch, upstream=above if unreduced else upstream, **asked)
+        return swept.value, swept.student, swept.teacher
+
+    values, *gradients = jax.lax.map(run, (rows, in_blocks(upstream, 0) if unreduced else None))
+    if value:
+        values = xp.reshape(values, shape[:-1]) if unreduced else xp.sum(values)
+    to_student, to_teacher = (None if x is None else xp.reshape(x, shape) for x in gradients)
+    return Sweep(values, to_student, to_teacher, of_batch, ordinary=False)
+
+
+def _blocks(problem: Problem) -> int:
+    """How many there are: the fewest of at most `_BLOCK_BYTES`, or not many more where the rows divide into those."""
+    jax = sys.modules.get("jax")
+    s, t = problem.arrays.student, problem.arrays.teacher
+    if jax is None or not any(isinstance(x, jax.core.Tracer) for x in (s, t)):
+        return 1
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return 1
+    rows, size = math.prod(s.shape[:-1]), math.prod(s.shape) * problem.xp.finfo(problem.dtype).bits // 8
+    if size < _FROM_BYTES:
+        return 1
+    fewest = min(rows, -(-size // _BLOCK_BYTES))
+    return next((n for n in range(fewest, 4 * fewest) if rows % n == 0), 1)
