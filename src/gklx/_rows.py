@@ -1,7 +1,7 @@
 """Rows of logits: which classes count, logits below their maximum, softmax.
 
-Array-API calls only. A class that does not count holds a harmless 0 from here on, so that nothing
-it held (NaN, infinities) reaches a later sum.
+Array-API calls only. A class that does not count holds -inf from here on, whatever it held before (NaN, infinities):
+its probability is 0.
 """
 
 from types import ModuleType
@@ -14,7 +14,7 @@ class Softmax(NamedTuple):
     """One softmax a row."""
 
     z: Array
-    """[..., C], logits less their row's maximum."""
+    """[..., C], logits less their row's maximum; -inf where a class does not count."""
     probabilities: Array
     """[..., C]; 0 where a class does not count."""
     log_normalizer: Array
@@ -56,14 +56,24 @@ def maxima_of_moderate(xp: ModuleType, logits: tuple[Array, ...], limit: float) 
     return top
 
 
-def maximum(xp: ModuleType, x: Array, counts: Array, any_counts: Array) -> Array:
-    """The rows' maxima over the classes that count, 0 without any; [...]."""
-    return xp.where(any_counts, xp.max(xp.where(counts, x, -xp.inf), axis=-1), 0.0)
+def masked(xp: ModuleType, x: Array, where: Array | None, sample_weight: Array | None) -> Array:
+    """Logits that are -inf where `where` is False, and in a sample of weight 0."""
+    x = chosen(xp, where, x, -xp.inf)
+    return x if sample_weight is None else xp.where(as_column(sample_weight != 0), x, -xp.inf)
 
 
-def below(xp: ModuleType, x: Array, top: Array, counts: Array | None) -> Array:
+def maxima(xp: ModuleType, logits: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    """The maxima of rows that went through `masked`, and whether any class counts, boolean [...]; 0 where none does."""
+    top = tuple(xp.max(x, axis=-1) for x in logits)
+    any_counts = top[0] != -xp.inf
+    for other in top[1:]:
+        any_counts = any_counts | (other != -xp.inf)
+    return tuple(xp.where(any_counts, x, 0.0) for x in top), any_counts
+
+
+def below(x: Array, top: Array) -> Array:
     """Logits less their row's maximum: at most 0, so that later differences and exponentials are exact and safe."""
-    return chosen(xp, counts, x - as_column(top))
+    return x - as_column(top)
 
 
 def divided(x: Array, by: Number) -> Array:
@@ -71,11 +81,9 @@ def divided(x: Array, by: Number) -> Array:
     return x if isinstance(by, float) and by == 1.0 else x / by
 
 
-def softmax(
-    xp: ModuleType, z: Array, temperature: Number, counts: Array | None = None, any_counts: Array | None = None
-) -> Softmax:
-    """Softmax of z / temperature over the classes that count; z comes from `below`."""
-    e = chosen(xp, counts, xp.exp(divided(z, temperature)))
+def softmax(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> Softmax:
+    """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row."""
+    e = xp.exp(divided(z, temperature))
     total = chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
     return Softmax(z, e / as_column(total), xp.log(total))
 

@@ -32,11 +32,11 @@ from ._rows import (
     as_column,
     below,
     chosen,
-    counting,
     divided,
     effective_weight,
+    masked,
+    maxima,
     maxima_of_moderate,
-    maximum,
     named_class,
     softmax,
 )
@@ -88,6 +88,8 @@ class Sweep(NamedTuple):
 
 
 class _Counted(NamedTuple):
+    logits: tuple[Array, ...]  # [..., C], of student and teacher; -inf where a class does not count
+    top: tuple[Array, ...]  # [...], their rows' maxima; 0 where nothing counts
     counts: Array | None  # [..., C], boolean; None in ordinary rows: every class counts, and is a moderate number
     any_counts: Array | None  # [...], boolean; None likewise
     sample_weight: Array | float  # [...], 0 where nothing counts; 1.0 in ordinary rows without weights
@@ -115,13 +117,10 @@ def totals(problem: Problem) -> Totals | None:
     """
     if not _shares(problem):
         return None
-    s, t = _logits(problem)
-    counted, tops = _counted(problem, s, t)
+    counted = _counted(problem)
     mass = None
     if _mass_matters(problem):
-        teacher = None
-        if problem.arrays.prior is None:
-            teacher = _softmax(problem, t, counted, None if tops is None else tops[1])
+        teacher = _softmax(problem, counted, 1) if problem.arrays.prior is None else None
         _, mass = _class_weights(problem, counted, teacher)
     return _totals(problem, counted.sample_weight, mass)
 
@@ -247,24 +246,19 @@ def prior_raised(problem: Problem) -> Problem:
 # --- row statistics ---------------------------------------------------------------------------------------------------
 
 
-def _logits(problem: Problem) -> tuple[Array, Array]:
-    """Student and teacher, in the dtype computed in."""
+def _counted(problem: Problem) -> _Counted:
+    """What counts, and the logits in the dtype computed in."""
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
-    return xp.astype(arrays.student, dtype, copy=False), xp.astype(arrays.teacher, dtype, copy=False)
-
-
-def _counted(problem: Problem, s: Array, t: Array) -> tuple[_Counted, tuple[Array, ...] | None]:
-    """What counts; the maxima of s and t as well, where the rows are ordinary."""
-    xp, arrays = problem.xp, problem.arrays
+    logits = tuple(xp.astype(x, dtype, copy=False) for x in (arrays.student, arrays.teacher))
     limit = _moderate(problem)
     if limit:
-        tops = maxima_of_moderate(xp, (s, t), limit)
-        if tops is not None:
-            return _Counted(None, None, _given_weight(problem)), tops
-    counts = counting(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
-    any_counts = xp.any(counts, axis=-1)
-    weight = effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype)
-    return _Counted(counts, any_counts, weight), None
+        top = maxima_of_moderate(xp, logits, limit)
+        if top is not None:
+            return _Counted(logits, top, None, None, _given_weight(problem))
+    s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
+    top, any_counts = maxima(xp, logits)
+    weight = effective_weight(xp, arrays.sample_weight, any_counts, dtype)
+    return _Counted(logits, top, (s != -xp.inf) | (t != -xp.inf), any_counts, weight)
 
 
 def _moderate(problem: Problem) -> float:
@@ -288,23 +282,19 @@ def _given_weight(problem: Problem) -> Array | float:
     return 1.0 if problem.arrays.sample_weight is None else problem.arrays.sample_weight
 
 
-def _softmax(problem: Problem, x: Array, counted: _Counted, top: Array | None) -> Softmax:
-    """At the temperature; `top` as from `_counted`."""
-    xp, counts, any_counts = problem.xp, counted.counts, counted.any_counts
-    if top is None:
-        assert counts is not None
-        top = maximum(xp, x, counts, any_counts)
-    return softmax(xp, below(xp, x, top, counts), problem.numbers.temperature, counts, any_counts)
+def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
+    """The student's (0) or the teacher's (1), at the temperature."""
+    z = below(counted.logits[which], counted.top[which])
+    return softmax(problem.xp, z, problem.numbers.temperature, counted.any_counts)
 
 
 def _row_statistics(problem: Problem) -> _Rows:
-    xp = problem.xp
-    s, t = _logits(problem)
-    counted, tops = _counted(problem, s, t)
-    student = _softmax(problem, s, counted, None if tops is None else tops[0])
-    teacher = _softmax(problem, t, counted, None if tops is None else tops[1])
-    undefined = None if tops is not None else xp.isnan(teacher.log_normalizer + student.log_normalizer)
-    return _Rows(counted, teacher, student, teacher.z - student.z, undefined)
+    xp, counted = problem.xp, _counted(problem)
+    student, teacher = _softmax(problem, counted, 0), _softmax(problem, counted, 1)
+    if counted.counts is None:
+        return _Rows(counted, teacher, student, teacher.z - student.z, None)
+    d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)
+    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer))
 
 
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
@@ -315,7 +305,7 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     infinite = None
     if rows.counted.counts is not None:
         weighing = xp.where(w == 0, 0.0, d)
-        infinite = xp.isinf(weighing)
+        infinite = abs(weighing) == xp.inf  # PyTorch's compiler makes vectors of this, and of isinf none
         d = xp.where(infinite, 0.0, weighing)
         above, below = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
@@ -363,7 +353,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> A
     xp, numbers = problem.xp, problem.numbers
     tau, counts, at_tau = numbers.weight_temperature, counted.counts, teacher
     if not _same(tau, numbers.temperature):
-        at_tau = softmax(xp, teacher.z, tau, counts, counted.any_counts)
+        at_tau = softmax(xp, teacher.z, tau, counted.any_counts)
     if _is_one(numbers.gamma):
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
@@ -426,7 +416,7 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     """
     xp, d, counts = problem.xp, rows.d, rows.counted.counts
     p, q = rows.teacher.probabilities, rows.student.probabilities
-    infinite = None if counts is None else xp.isinf(d)
+    infinite = None if counts is None else abs(d) == xp.inf
     if infinite is not None:
         d = xp.where(infinite, 0.0, d)
     normalizers = as_column(rows.teacher.log_normalizer - rows.student.log_normalizer)

@@ -10,7 +10,7 @@ from ._arguments import class_count, computed_in, labelled_logits, positive_numb
 from ._global_batch import ranks_of
 from ._libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._problem import Array
-from ._rows import as_column, below, counting, effective_weight, maximum, named_class, softmax
+from ._rows import as_column, below, effective_weight, masked, maxima, named_class, softmax
 
 
 def class_sums(
@@ -62,10 +62,9 @@ def class_sums(
     temperature = positive_number("temperature", temperature)
     library, xp, dtype, labels, sample_weight = labelled_logits(logits, labels, num_classes, sample_weight)
     x = xp.astype(library.constant(logits), dtype, copy=False)
-    counts = counting(xp, (x,), None, sample_weight)
-    any_counts = xp.any(counts, axis=-1)
-    z = below(xp, x, maximum(xp, x, counts, any_counts), counts)
-    p = softmax(xp, z, temperature, counts, any_counts).probabilities
+    x = masked(xp, x, None, sample_weight)
+    (top,), any_counts = maxima(xp, (x,))
+    p = softmax(xp, below(x, top), temperature, any_counts).probabilities
     v = effective_weight(xp, sample_weight, any_counts, dtype)
     v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
     classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
