@@ -118,16 +118,16 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
         return problem, [(...,)], 1
     problem = problem._replace(readable=all(library.readable(x) for x in given))
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
+    _keep_freed_memory()
     if math.prod(shape[:-1]) * row <= size:
         return problem, [(...,)], 1
-    _keep_freed_memory()
     blocks = list(_slices(shape[:-1], max(1, size // row)))
     return problem, blocks, _threads.threads() if library.needs_threads else 1
 
 
 @cache
 def _keep_freed_memory() -> None:
-    """Lets glibc keep what one block has freed for the next, in place of returning it and faulting it in again.
+    """Lets glibc keep what one operation has freed for the next, in place of returning it and faulting it in again.
 
     It returns freed memory beyond a threshold that grows to the largest array freed so far, 32 MiB at most; this one is
     never touched, so it costs nothing.

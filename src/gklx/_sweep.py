@@ -117,7 +117,7 @@ def totals(problem: Problem) -> Totals | None:
     """
     if not _shares(problem):
         return None
-    counted = _counted(problem)
+    counted = _counted(problem, at_teacher_alone=True)
     mass = None
     if _mass_matters(problem):
         teacher = _softmax(problem, counted, 1) if problem.arrays.prior is None else None
@@ -141,8 +141,11 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
 
 def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:
     """The totals of a batch from those of its parts, each made for its own rank alone."""
-    columns = zip(*parts, strict=True)
-    sums = (sum(x) if isinstance(x[0], float) else problem.xp.sum(problem.xp.stack(list(x))) for x in columns)
+    sums = []
+    for column in zip(*parts, strict=True):
+        arrays = [x for x in column if not isinstance(x, float)]
+        known = sum(x for x in column if isinstance(x, float))
+        sums.append(known + problem.xp.sum(problem.xp.stack(arrays)) if arrays else known)
     return over_ranks(problem, Totals(*sums))
 
 
@@ -246,15 +249,19 @@ def prior_raised(problem: Problem) -> Problem:
 # --- row statistics ---------------------------------------------------------------------------------------------------
 
 
-def _counted(problem: Problem) -> _Counted:
-    """What counts, and the logits in the dtype computed in."""
+def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
+    """What counts, and the logits in the dtype computed in.
+
+    Where the teacher's logits are moderate every class counts and weighs, whatever the student's are: who asks for no
+    more need look no further.
+    """
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
     logits = tuple(xp.astype(x, dtype, copy=False) for x in (arrays.student, arrays.teacher))
     limit = _moderate(problem)
     if limit:
-        top = maxima_of_moderate(xp, logits, limit)
+        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
         if top is not None:
-            return _Counted(logits, top, None, None, _given_weight(problem))
+            return _Counted(logits, (top[0], top[-1]), None, None, _given_weight(problem))
     s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
     top, any_counts = maxima(xp, logits)
     weight = effective_weight(xp, arrays.sample_weight, any_counts, dtype)
