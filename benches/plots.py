@@ -193,7 +193,7 @@ def blocks(rows: Sequence[dict[str, Any]], default: int) -> dict[str, Any]:
     )
     x = alt.X(
         "block:Q",
-        title="bytes a block",
+        title="bytes a block and core",
         scale=alt.Scale(type="log", base=2, domain=[sizes[0], sizes[-1]], nice=False),
         axis=alt.Axis(values=sizes[::3], labelExpr=_BINARY),
     )

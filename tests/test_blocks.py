@@ -1,6 +1,7 @@
 """Rows worked off in blocks: the same numbers as all at once, and a peak of memory of a few blocks."""
 
 import math
+import sys
 import tracemalloc
 import weakref
 from functools import partial
@@ -22,6 +23,10 @@ SHAPES = ((5,), (3, 2), (3, 3), (3, 1, 2))
 
 @pytest.fixture
 def blocks_of(monkeypatch):
+    torch = sys.modules.get("torch")
+    if torch is not None:  # its blocks grow with its threads
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
     def set_bytes(size):
         monkeypatch.setattr(_libraries, "_BLOCK_ON_CPU", size)
 
@@ -121,6 +126,33 @@ def test_the_sums_of_an_ordinary_batch_are_made_once(monkeypatch, blocks_of):
         runs.clear()
         gklx.grad(loss)(s, t)
         assert len(runs) == expected
+
+
+@pytest.mark.parametrize("kind", ["table", "rows", "few samples"])
+def test_a_prior_is_raised_once_on_its_smaller_side(monkeypatch, blocks_of, kind):
+    raised = []
+    original = _sweep._prior_weights
+
+    def counted(problem, prior):
+        if problem.numbers.gamma != 1.0:
+            raised.append(prior.shape)
+        return original(problem, prior)
+
+    monkeypatch.setattr(_sweep, "_prior_weights", counted)
+    samples = 4 if kind == "few samples" else 40
+    s, t, given = call(next(case for case in CASES if case.id == "gkl-prior"), "none", batch=(samples,))
+    if kind == "rows":
+        given = {"prior": given["prior"][given["labels"]]}
+    blocks_of(2**40)
+    whole = gklx.value_and_grad(gklx.gkl, (0, 1))(s, t, gamma=0.3, **given)
+    assert raised == [(min(samples, 7) if kind != "rows" else samples, 7)]
+    raised.clear()
+    blocks_of(2 * 7 * 8)
+    value, gradients = gklx.value_and_grad(gklx.gkl, (0, 1))(s, t, gamma=0.3, **given)
+    assert raised == [(min(samples, 7) if kind != "rows" else samples, 7)]
+    assert_close(np.asarray(value), whole[0], BY_NAME["numpy"], "float64", ulps=4)
+    for one, other in zip(gradients, whole[1], strict=True):
+        assert_close(one, other, BY_NAME["numpy"], "float64", ulps=4)
 
 
 # --- loops in a compiled program --------------------------------------------------------------------------------------
@@ -262,10 +294,11 @@ def padded(torch, dtype):
 
 @pytest.mark.supports("memory of a few row blocks", "PyTorch")
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)], ids=["student", "both"])
-def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(wanted):
-    """Forward and backward; a block is a row here, since a row of 150,000 classes in float32 is 600 KB."""
+def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(monkeypatch, wanted):
+    """Forward and backward; a row of 150,000 classes in float32 is 600 KB, and a block holds a row or two a thread."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     s, t, weight = padded(torch, torch.bfloat16)
     s.requires_grad_(wanted[0]), t.requires_grad_(wanted[1])
     peak = Peak()

@@ -8,12 +8,9 @@ itself.
 
 import math
 from collections.abc import Iterator
-from functools import cache
 from types import EllipsisType
 
-import numpy as np
-
-from . import _loop, _threads
+from . import _freed_memory, _loop, _threads
 from ._libraries import library_of
 from ._problem import Array, Problem
 from ._sweep import Sweep, Totals, prior_raised, sweep_rows, totals, totals_if_ordinary, totals_of_parts
@@ -112,27 +109,15 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     given = [x for x in problem.arrays if x is not None]
     shape = tuple(problem.arrays.student.shape)
     size = min(library.block(x) for x in given)
-    if library.sizes_known():
-        problem = prior_raised(problem)
     if size == 0 or math.prod(shape) == 0:
-        return problem, [(...,)], 1
+        return prior_raised(problem) if library.sizes_known() else problem, [(...,)], 1
     problem = problem._replace(readable=all(library.readable(x) for x in given))
+    _freed_memory.keep()
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
-    _keep_freed_memory()
     if math.prod(shape[:-1]) * row <= size:
-        return problem, [(...,)], 1
+        return prior_raised(problem), [(...,)], 1
     blocks = list(_slices(shape[:-1], max(1, size // row)))
-    return problem, blocks, _threads.threads() if library.needs_threads else 1
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Lets glibc keep what one operation has freed for the next, in place of returning it and faulting it in again.
-
-    It returns freed memory beyond a threshold that grows to the largest array freed so far, 32 MiB at most; this one is
-    never touched, so it costs nothing.
-    """
-    np.empty(31 * 2**20, dtype=np.uint8)
+    return prior_raised(problem, passes=2), blocks, _threads.threads() if library.needs_threads else 1
 
 
 def _slices(batch: tuple[int, ...], rows: int) -> Iterator[_Block]:

@@ -14,7 +14,7 @@ import array_api_compat as compat
 
 from ._problem import Array
 
-_BLOCK_ON_CPU = 2**20
+_BLOCK_ON_CPU = 2**20  # for each core that works on it: benches/block_size.py
 _BLOCK_ON_GPU = 2**28
 
 
@@ -135,7 +135,7 @@ def _torch_block(x: Array) -> int:
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
     ):
         return 0
-    return _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK_ON_GPU
+    return _BLOCK_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else _BLOCK_ON_GPU
 
 
 def _jax_device(x: Array) -> Any:

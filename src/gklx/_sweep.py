@@ -234,16 +234,31 @@ def samples(problems: Sequence[Problem]) -> Scored:
     )
 
 
-def prior_raised(problem: Problem) -> Problem:
-    """The same problem with gamma already in the prior, where labels choose more rows of the table than it has."""
-    arrays = problem.arrays
-    if arrays.prior is None or arrays.labels is None:
+def prior_raised(problem: Problem, *, passes: int = 1) -> Problem:
+    """The same problem with gamma already in the prior, where that spares work.
+
+    In one pass over the rows it does where labels choose more rows of the table than it has. In several it does in any
+    case: of a table with fewer samples than rows, those samples' rows become a table of their own.
+    """
+    xp, arrays = problem.xp, problem.arrays
+    prior, labels = arrays.prior, arrays.labels
+    if prior is None or _is_one(problem.numbers.gamma):
         return problem
-    rows = math.prod(arrays.labels.shape)
-    if not isinstance(rows, int) or rows <= arrays.prior.shape[0]:  # a size left open for export is no int
+    samples = math.prod(arrays.student.shape[:-1])
+    if not isinstance(samples, int):  # left open for export
         return problem
-    prior = _prior_weights(problem, problem.xp.astype(arrays.prior, problem.dtype, copy=False))
-    return problem._replace(arrays=arrays._replace(prior=prior), numbers=problem.numbers._replace(gamma=1.0))
+    if labels is None or samples <= prior.shape[0]:
+        if passes == 1 or not _mass_matters(problem):
+            return problem
+        if labels is not None:
+            known, index = _rows_of_table(problem, prior)
+            prior = xp.take(prior, index, axis=0)
+            own = xp.reshape(xp.cumulative_sum(xp.ones_like(index)) - 1, labels.shape)
+            labels = xp.where(known, own, xp.full_like(own, -1))
+    prior = _prior_weights(problem, xp.astype(prior, problem.dtype, copy=False))
+    return problem._replace(
+        arrays=arrays._replace(prior=prior, labels=labels), numbers=problem.numbers._replace(gamma=1.0)
+    )
 
 
 # --- row statistics ---------------------------------------------------------------------------------------------------
@@ -269,14 +284,10 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
 
 
 def _moderate(problem: Problem) -> float:
-    """The bound below which logits are moderate: quotients and squares are finite. 0 where no row may be ordinary.
-
-    As where a sample of weight 0 may bring along a prior that holds anything.
-    """
+    """The bound below which logits are moderate: quotients and squares are finite. 0 where no row may be ordinary."""
     arrays, numbers = problem.arrays, problem.numbers
-    any_prior = arrays.prior is not None and arrays.labels is None and arrays.sample_weight is not None
     temperatures = numbers.temperature, numbers.weight_temperature
-    if not problem.readable or any_prior or arrays.where is not None:
+    if not _prior_is_sound(problem) or arrays.where is not None:
         return 0.0
     if not all(isinstance(x, float) for x in temperatures):
         return 0.0
@@ -341,16 +352,30 @@ def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None)
     if arrays.labels is None:
         w = chosen(xp, counted.counts, _prior_weights(problem, prior))
         return w, xp.sum(w, axis=-1)
-    known = named_class(arrays.labels, prior.shape[0])
-    index = xp.astype(xp.where(known, arrays.labels, xp.zeros_like(arrays.labels)), xp.int32)
-    w = xp.reshape(xp.take(prior, xp.reshape(index, (-1,)), axis=0), arrays.student.shape)
+    known, index = _rows_of_table(problem, prior)
+    w = xp.reshape(xp.take(prior, index, axis=0), arrays.student.shape)
     w = chosen(xp, counted.counts, _prior_weights(problem, w))
     return w, xp.where(known | (counted.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
 
 
+def _rows_of_table(problem: Problem, table: Array) -> tuple[Array, Array]:
+    """Whether each sample's label names a row, [...], and the row's number, 0 where none; flat."""
+    xp, labels = problem.xp, problem.arrays.labels
+    known = named_class(labels, table.shape[0])
+    index = xp.astype(xp.where(known, labels, xp.zeros_like(labels)), xp.int32)
+    return known, xp.reshape(index, (-1,))
+
+
+def _prior_is_sound(problem: Problem) -> bool:
+    """Whether the prior is known to hold weights alone: it was read, and no sample of weight 0 brought its own."""
+    arrays = problem.arrays
+    may_bring_its_own = arrays.prior is not None and arrays.labels is None and arrays.sample_weight is not None
+    return problem.readable and not may_bring_its_own
+
+
 def _prior_weights(problem: Problem, prior: Array) -> Array:
     """prior^gamma, NaN where the prior is negative (which only an array nobody read can still be)."""
-    if not problem.readable:
+    if not _prior_is_sound(problem):
         prior = problem.xp.where(prior >= 0, prior, problem.xp.nan)
     return prior if _is_one(problem.numbers.gamma) else prior**problem.numbers.gamma
 

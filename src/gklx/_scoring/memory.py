@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import psutil
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -16,15 +15,6 @@ def parse_size(text: str) -> int:
     if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ValueError(f"memory must be a size such as 2GB or 500MiB, got {text!r}")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what a block has freed for the next, which made NumPy's blocks twice as fast.
-
-    It gives freed memory back to the system beyond a threshold that grows to the largest array freed so far, 32 MiB at
-    most; this one is never touched, so it costs nothing.
-    """
-    np.empty(31 * 2**20, dtype=np.uint8)
 
 
 def rows_and_threads(

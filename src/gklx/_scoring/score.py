@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import __version__
+from .. import __version__, _freed_memory
 from .._libraries import library_of
 from . import memory
 from .backend import backend
@@ -119,7 +119,7 @@ def _pool(request: Request, inputs: Inputs, names: tuple[str, ...]) -> Iterator[
             rows, count = memory.rows_and_threads(
                 inputs.classes, itemsize, place.block_bytes, place.threads, bound, fixed
             )
-            memory.keep_freed_memory()
+            _freed_memory.keep()
             pool = stack.enter_context(threads(place, count))
         yield pool, request.batch_size or rows
 
