@@ -33,6 +33,8 @@ def _ignored(*names: str) -> tuple[str, ...]:
 FILES = _ignored(
     "atomic", "benches", "files", "memory", "mutations", "plot", "progress", "sample_files", "score_peers", "score_runs"
 )
+# The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
+KERNELS = _ignored("cuda_rows")
 # Minutes of compiling that another Python changes nothing in.
 COMPILED = _ignored("docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify")
 
@@ -53,6 +55,7 @@ nox.options.sessions = [
     "library-3.13(jax)",
     "together",
     "oldest",
+    "kernels",
     "cupy",
     "package",
 ]
@@ -73,7 +76,7 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    once = FILES if library != "numpy" else ()
+    once = KERNELS + (FILES if library != "numpy" else ())
     if library == "jax" and session.python != PYTHONS[0]:
         once += COMPILED
     _pytest(session, *once, backends=backends)
@@ -100,7 +103,14 @@ def together(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, *FILES, backends="numpy")
+    _pytest(session, *FILES, *KERNELS, backends="numpy")
+
+
+@nox.session(python=PYTHONS[0])
+def kernels(session: nox.Session) -> None:
+    """The CUDA kernels without a GPU: run on the CPU, thread by thread, and compiled for GPUs."""
+    _install(session, [], "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.6")
+    _pytest(session, "tests/test_cuda_rows.py", backends="numpy")
 
 
 @nox.session(python=PYTHONS[0])

@@ -3,17 +3,17 @@
 The rows of a batch share two sums and nothing else: one run over the blocks makes those, the next writes values and
 gradients. Where every row may be expected to be ordinary the sums are known beforehand, and the first run is made only
 if some row turns out not to be. A library that compiles or defers its work is given the whole batch: it fuses the sweep
-itself.
+itself. On a GPU kernels of our own take the place of the blocks, where CuPy can compile them.
 """
 
 import math
 from collections.abc import Iterator
 from types import EllipsisType
 
-from . import _freed_memory, _loop, _threads
+from . import _cuda, _freed_memory, _loop, _threads
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Sweep, Totals, prior_raised, sweep_rows, totals, totals_if_ordinary, totals_of_parts
+from ._sweep import Sweep, Totals, mass_matters, prior_raised, sweep_rows, totals, totals_if_ordinary, totals_of_parts
 
 _Block = tuple[slice | EllipsisType, ...]
 
@@ -28,6 +28,8 @@ def sweep(
     upstream: Array | None = None,
 ) -> Sweep:
     """As `_sweep.sweep_rows`, with the gradients in their logits' dtypes."""
+    if _cuda.takes(problem):
+        return _cuda.sweep(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
     xp, arrays = problem.xp, problem.arrays
     problem, blocks, workers = _divided(problem)
     if len(blocks) < 2:
@@ -117,7 +119,8 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     if math.prod(shape[:-1]) * row <= size:
         return prior_raised(problem), [(...,)], 1
     blocks = list(_slices(shape[:-1], max(1, size // row)))
-    return prior_raised(problem, passes=2), blocks, _threads.threads() if library.needs_threads else 1
+    problem = prior_raised(problem, passes=2 if mass_matters(problem) else 1)
+    return problem, blocks, _threads.threads() if library.needs_threads else 1
 
 
 def _slices(batch: tuple[int, ...], rows: int) -> Iterator[_Block]:

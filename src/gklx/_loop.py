@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ._problem import Array, Problem
-from ._sweep import Sweep, Totals, over_ranks, prior_raised, sweep_rows, totals
+from ._sweep import Sweep, Totals, mass_matters, over_ranks, prior_raised, sweep_rows, totals
 
 _FROM_BYTES = 2**23
 _BLOCK_BYTES = 2**20
@@ -30,7 +30,7 @@ def sweep(
     upstream: Array | None = None,
 ) -> Sweep:
     """As `_sweep.sweep_rows`."""
-    problem = prior_raised(problem, passes=2)
+    problem = prior_raised(problem, passes=2 if mass_matters(problem) else 1)
     jax, xp, arrays = sys.modules["jax"], problem.xp, problem.arrays
     shape, blocks = arrays.student.shape, _blocks(problem)
     unreduced = problem.reduction == "none"

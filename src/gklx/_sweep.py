@@ -87,6 +87,15 @@ class Sweep(NamedTuple):
     """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for."""
 
 
+class Rates(NamedTuple):
+    """The factors of a sample's two gradients, [...] or a number; None where that part is not there."""
+
+    teacher: Array | float | None
+    """Of w (d - mu)."""
+    student: Array | float | None
+    """Of q - p."""
+
+
 class _Counted(NamedTuple):
     logits: tuple[Array, ...]  # [..., C], of student and teacher; -inf where a class does not count
     top: tuple[Array, ...]  # [...], their rows' maxima; 0 where nothing counts
@@ -115,14 +124,14 @@ def totals(problem: Problem) -> Totals | None:
 
     Over the ranks' samples too, unless a part of a batch says otherwise.
     """
-    if not _shares(problem):
+    if not shares(problem):
         return None
     counted = _counted(problem, at_teacher_alone=True)
     mass = None
-    if _mass_matters(problem):
+    if mass_matters(problem):
         teacher = _softmax(problem, counted, 1) if problem.arrays.prior is None else None
         _, mass = _class_weights(problem, counted, teacher)
-    return _totals(problem, counted.sample_weight, mass)
+    return totals_of(problem, counted.sample_weight, mass)
 
 
 def totals_if_ordinary(problem: Problem) -> Totals | None:
@@ -130,12 +139,12 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
 
     Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
     """
-    if not _shares(problem) or not _moderate(problem) or problem.ranks is not None:
+    if not shares(problem) or not _moderate(problem) or problem.ranks is not None:
         return None
-    if not _mass_matters(problem):
-        return _totals(problem, _given_weight(problem), None)
+    if not mass_matters(problem):
+        return totals_of(problem, _given_weight(problem), None)
     if problem.arrays.prior is None and _is_one(problem.numbers.gamma):
-        return _totals(problem, _given_weight(problem), 1.0)
+        return totals_of(problem, _given_weight(problem), 1.0)
     return None
 
 
@@ -174,38 +183,24 @@ def sweep_rows(
     those of each sample's own entry under the reduction "none"; they are multiplied by `upstream`, of the value's
     shape.
     """
-    formula, numbers = problem.formula, problem.numbers
     rows = _row_statistics(problem)
-    mse_to_student = student and formula.symmetric
-    spread = None
-    if not _is_zero(numbers.mse_weight) and (teacher or mse_to_student or (value and formula.decomposed)):
-        spread = _spread(problem, rows)
-    if of_batch is None and _shares(problem):
+    spread = _spread(problem, rows) if needs_spread(problem, value=value, student=student, teacher=teacher) else None
+    if of_batch is None and shares(problem):
         mass = None
-        if _mass_matters(problem):
+        if mass_matters(problem):
             mass = _class_weights(problem, rows.counted, rows.teacher)[1] if spread is None else spread.mass
-        of_batch = _totals(problem, rows.counted.sample_weight, mass)
-    share = _share(problem, rows.counted.sample_weight, of_batch)
-    mse_weight = numbers.mse_weight
-    if spread is not None and formula.batch_normalized:
-        mse_weight = mse_weight * _batch_ratio(problem, of_batch)
-
-    loss = _value(problem, _samples(problem, rows, spread), mse_weight, share) if value else None
-
-    if upstream is not None:
-        share = share * upstream
-    to_teacher = None
-    if spread is not None and (teacher or mse_to_student):
-        rate = share * (mse_weight * spread.mass)
-        if formula.tempered:
-            rate = divided(divided(rate, numbers.temperature), numbers.temperature)
-        to_teacher = spread.weighted * _column(rate)
-    to_student = None
+        of_batch = totals_of(problem, rows.counted.sample_weight, mass)
+    share = share_of(problem, rows.counted.sample_weight, of_batch)
+    mse_weight = mse_weight_of(problem, of_batch)
+    loss = value_of(problem, _samples(problem, rows, spread), mse_weight, share) if value else None
+    rates = rates_of(problem, share, mse_weight, None if spread is None else spread.mass, upstream)
+    to_teacher = to_student = None
+    if spread is not None and (teacher or (student and problem.formula.symmetric)):
+        to_teacher = spread.weighted * _column(rates.teacher)
     if student:
-        if not _is_zero(numbers.ce_weight):
-            rate = share * divided(numbers.ce_weight, numbers.temperature)
-            to_student = _probability_gap(problem, rows) * _column(rate)
-        if mse_to_student and to_teacher is not None:
+        if rates.student is not None:
+            to_student = _probability_gap(problem, rows) * _column(rates.student)
+        if problem.formula.symmetric and to_teacher is not None:
             to_student = -to_teacher if to_student is None else to_student - to_teacher
     return Sweep(
         loss,
@@ -214,6 +209,13 @@ def sweep_rows(
         of_batch,
         rows.counted.counts is None,
     )
+
+
+def needs_spread(problem: Problem, *, value: bool, student: bool, teacher: bool) -> bool:
+    """Whether the wMSE has a part in what is asked for."""
+    if _is_zero(problem.numbers.mse_weight):
+        return False
+    return teacher or (student and problem.formula.symmetric) or (value and problem.formula.decomposed)
 
 
 def samples(problems: Sequence[Problem]) -> Scored:
@@ -248,7 +250,7 @@ def prior_raised(problem: Problem, *, passes: int = 1) -> Problem:
     if not isinstance(samples, int):  # left open for export
         return problem
     if labels is None or samples <= prior.shape[0]:
-        if passes == 1 or not _mass_matters(problem):
+        if passes == 1:
             return problem
         if labels is not None:
             known, index = _rows_of_table(problem, prior)
@@ -470,7 +472,7 @@ def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:
     return xp.where((xp.max(rows.d, axis=-1) == xp.inf) & ~rows.undefined, xp.inf, x)
 
 
-def _value(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
+def value_of(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
     xp, loss = problem.xp, of.kl
     if loss is None:
         loss = _weighted(problem, of.ce, problem.numbers.ce_weight)
@@ -491,23 +493,23 @@ def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
 # --- what the rows of a batch share -----------------------------------------------------------------------------------
 
 
-def _mass_matters(problem: Problem) -> bool:
+def mass_matters(problem: Problem) -> bool:
     """Whether the batch's sum of v W^2 is in the loss."""
     return problem.formula.batch_normalized and not _is_zero(problem.numbers.mse_weight)
 
 
-def _shares(problem: Problem) -> bool:
-    return problem.reduction == "mean" or _mass_matters(problem)
+def shares(problem: Problem) -> bool:
+    return problem.reduction == "mean" or mass_matters(problem)
 
 
-def _totals(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
+def totals_of(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
     samples = math.prod(problem.arrays.student.shape[:-1])
     squared = 0.0 if mass is None else v * mass * mass
     sums = (x * samples if isinstance(x, float) else problem.xp.sum(x) for x in (v, squared))
     return over_ranks(problem, Totals(*sums))
 
 
-def _share(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array | float:
+def share_of(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array | float:
     """What a sample's entry counts for in the reduced value.
 
     Over several ranks the mean of their values, like the mean of their gradients, is that of the whole batch.
@@ -521,10 +523,34 @@ def _share(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array
     return share if problem.ranks is None else problem.ranks.size * share
 
 
-def _batch_ratio(problem: Problem, of_batch: Totals | None) -> Number:
-    """The ratio sum v / sum v W^2: turns a mean over samples into GKL's mean over the batch's pairs."""
+def mse_weight_of(problem: Problem, of_batch: Totals | None) -> Number:
+    """The weight of a sample's wMSE; in GKL times sum v / sum v W^2, from a mean over samples to one over pairs."""
+    mse_weight = problem.numbers.mse_weight
+    if not mass_matters(problem):
+        return mse_weight
     assert of_batch is not None
-    return _quotient(problem, of_batch.weight, of_batch.squared_mass)
+    return mse_weight * _quotient(problem, of_batch.weight, of_batch.squared_mass)
+
+
+def rates_of(
+    problem: Problem,
+    share: Array | float,
+    mse_weight: Number,
+    mass: Array | float | None,
+    upstream: Array | None,
+) -> Rates:
+    """What the gradients of samples of that share and mass are multiplied by."""
+    formula, numbers = problem.formula, problem.numbers
+    if upstream is not None:
+        share = share * upstream
+    teacher = None
+    if mass is not None:
+        teacher = share * (mse_weight * mass)
+        if formula.tempered:
+            teacher = divided(divided(teacher, numbers.temperature), numbers.temperature)
+    if _is_zero(numbers.ce_weight):
+        return Rates(teacher, None)
+    return Rates(teacher, share * divided(numbers.ce_weight, numbers.temperature))
 
 
 def _quotient(problem: Problem, x: Number, by: Number) -> Number:
