@@ -1,6 +1,5 @@
 """The analytic gradient as a `torch.autograd.Function`, which PyTorch's transforms and compiler take as well."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +28,13 @@ def attach(problem: Problem) -> torch.Tensor:
         # twice (and underflow before a loss scale reaches them), and a compiler or a transform decides for itself.
         *(_records(x) and x.dtype == problem.dtype and not _left_to_others() for x in logits),
     )
-    function = _Loss if torch.compiler.is_compiling() else _TransformableLoss
-    value: torch.Tensor = function.apply(plan, *arrays)[0]  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        function: Any = _Loss
+    elif _transformed() or forward_ad._current_level >= 0:
+        function = _TransformableLoss
+    else:
+        function = _EagerLoss
+    value: torch.Tensor = function.apply(plan, *arrays)[0]
     return value
 
 
@@ -92,8 +96,16 @@ class _Loss(torch.autograd.Function):
         return None, *given, None, None, None, None
 
 
-# PyTorch asks for it at every call, and would each time read it off the function: 25 microseconds.
-_Loss.forward.__signature__ = inspect.signature(_Loss.forward)  # type: ignore[attr-defined]
+class _EagerLoss(_Loss):
+    """The same in the older form, in which PyTorch calls it at a smaller cost."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _Loss.forward(*inputs)
+        _Loss.setup_context(ctx, inputs, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
 
 
 class _TransformableLoss(_Loss):
