@@ -8,7 +8,8 @@
       double weight_temperature, double gamma
 
 #define GATHERED \
-  {student, teacher, prior, labels, sample_weight, where, rows, classes, temperature, weight_temperature, gamma}
+  {student, teacher, prior, labels, sample_weight, where, rows, classes, temperature, weight_temperature, gamma, \
+   1.0 / temperature, 1.0 / weight_temperature}
 
 extern "C" int bytes_of_row() { return sizeof(Row); }
 

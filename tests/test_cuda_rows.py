@@ -7,6 +7,8 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
+import types
 from functools import cache, partial
 from pathlib import Path
 
@@ -239,8 +241,8 @@ def test_only_what_is_asked_for_is_made(on_cpu):
         ("infinite ? d : about_zero - r.mean", "infinite ? d : about_zero"),
         ("0.5 * r.mass * sums.squares", "r.mass * sums.squares"),
         ("x.mass = a.mass + b.mass;", "x.mass = a.mass;"),
-        ("x.total * (double)decay(x.top - value, temperature)", "x.total"),
-        ("exponential((REAL)(by / temperature))", "exponential((REAL)by)"),
+        ("x.total * (double)decay(x.top - value, per_temperature)", "x.total"),
+        ("exponential((REAL)(by * per_temperature))", "exponential((REAL)by)"),
         ("pow(total, -g.gamma)", "1.0 / total"),
         ("x.moment -= x.mass == 0.0", "x.moment += x.mass == 0.0"),
     ],
@@ -304,16 +306,38 @@ def test_arrays_on_the_cpu_are_not_taken():
     assert not rows.takes(problem_builder(gklx.kl)(torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
+def test_kernels_that_do_not_compile_are_said_so_once_and_left(monkeypatch):
+    def fails(*_):
+        raise OSError("libnvrtc.so: cannot open shared object file")
+
+    cupy = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(
+            runtime=types.SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=RuntimeError),
+            Device=lambda: types.SimpleNamespace(id=0),
+        )
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(launch, "_kernel", fails)
+    launch.available.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="array operations take their place: libnvrtc"):
+            assert not launch.available()
+        assert not launch.available()
+    finally:
+        launch.available.cache_clear()
+
+
 # --- compiled, and on a GPU -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("types", [("float", "float", "float", 4), ("double", "double", "double", 2),
+@pytest.mark.parametrize("kinds", [("float", "float", "float", 4), ("double", "double", "double", 2),
                                    ("float", "Half", "Half", 8), ("float", "Brain", "float", 4)])  # fmt: skip
 @pytest.mark.parametrize("architecture", ["compute_80", "compute_90"])
-def test_nvrtc_compiles_them(types, architecture):
+def test_nvrtc_compiles_them(kinds, architecture):
     """The compiler that CuPy calls needs no GPU; of a warning there is none."""
     nvrtc = nvrtc_library()
-    real, student, teacher, vector = types
+    real, student, teacher, vector = kinds
     the_plan = plan.Plan(real, student, teacher, vector, 64, 1)
     program, log_size = ctypes.c_void_p(), ctypes.c_size_t()
     text = launch.source().encode()

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import resources
@@ -28,15 +29,23 @@ class Device(NamedTuple):
 
 @cache
 def available() -> bool:
-    """Whether CuPy is installed and finds a GPU."""
+    """Whether CuPy is installed, finds a GPU, and compiles the kernels for it; a warning where it finds one and fails."""
     if importlib.util.find_spec("cupy") is None:
         return False
     import cupy
 
     try:
-        return bool(cupy.cuda.runtime.getDeviceCount() > 0)
+        if cupy.cuda.runtime.getDeviceCount() == 0:
+            return False
     except cupy.cuda.runtime.CUDARuntimeError:
         return False
+    try:
+        _kernel(Plan("float", "float", "float", 4, 256, 1).options, "statistics", cupy.cuda.Device().id)
+    except Exception as error:  # a compiler or a driver that is not there comes in many kinds
+        message = f"gklx's kernels do not compile here, array operations take their place: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 def device_of(x: Array) -> Device:

@@ -82,6 +82,7 @@ struct Given {
   const Flag* where;          // [rows, C]
   long long rows, classes;
   double temperature, weight_temperature, gamma;
+  double per_temperature, per_weight_temperature;  // 1 / each: a division in double takes as long as all the rest
 };
 
 // What `statistics` leaves of a row.
@@ -111,19 +112,19 @@ struct Online {
   double top, total;
 };
 
-BOTH REAL decay(double by, double temperature) { return exponential((REAL)(by / temperature)); }
+BOTH REAL decay(double by, double per_temperature) { return exponential((REAL)(by * per_temperature)); }
 
-BOTH void add(Online& x, double value, double temperature) {
+BOTH void add(Online& x, double value, double per_temperature) {
   if (value > x.top) {
-    x.total = (x.top == -INF ? 0.0 : x.total * (double)decay(x.top - value, temperature)) + 1.0;
+    x.total = (x.top == -INF ? 0.0 : x.total * (double)decay(x.top - value, per_temperature)) + 1.0;
     x.top = value;
   } else if (value != -INF) {  // NaN comes this way, and stays
-    x.total += (double)decay(value - x.top, temperature);
+    x.total += (double)decay(value - x.top, per_temperature);
   }
 }
 
-BOTH double rescaled(double total, double from, double to, double temperature) {
-  return from == -INF || from == to ? total : total * (double)decay(from - to, temperature);
+BOTH double rescaled(double total, double from, double to, double per_temperature) {
+  return from == -INF || from == to ? total : total * (double)decay(from - to, per_temperature);
 }
 
 // What a thread collects in its first pass.
@@ -159,7 +160,7 @@ BOTH double prior_weight(const Given& g, long long row, long long j) {
 // exp(gamma (t - top) / tau), 1 where gamma is 0 though t be -inf
 BOTH double own_weight(const Given& g, double below_top) {
   if (g.gamma == 0.0) return 1.0;
-  return (double)exponential((REAL)(g.gamma * (below_top / g.weight_temperature)));
+  return (double)exponential((REAL)(g.gamma * (below_top * g.per_weight_temperature)));
 }
 
 BOTH void move_zero(Partial& x, double s, double t) {
@@ -172,13 +173,13 @@ BOTH void collect(const Given& g, long long row, long long j, const Element& e, 
   if (!e.counts) return;
   x.any = true;
   double old_top = x.t.top, w, height;
-  add(x.s, e.s, g.temperature);
-  add(x.t, e.t, g.temperature);
+  add(x.s, e.s, g.per_temperature);
+  add(x.t, e.t, g.per_temperature);
   bool student_finite = e.s - e.s == 0.0, teacher_finite = e.t - e.t == 0.0;
   bool above = e.s == -INF && teacher_finite, below = e.t == -INF && student_finite;
   if (above) x.unreachable = true;
   if (own_weights(g)) {
-    if (g.weight_temperature != g.temperature) add(x.weights, e.t, g.weight_temperature);
+    if (g.weight_temperature != g.temperature) add(x.weights, e.t, g.per_weight_temperature);
     if (x.t.top > old_top && old_top != -INF) {
       double by = own_weight(g, old_top - x.t.top);
       x.mass *= by;
@@ -219,10 +220,10 @@ BOTH Partial merged(const Given& g, Partial a, Partial b) {
   x.s_zero = a.s_zero;
   x.t_zero = a.t_zero;
   x.peak = larger(a.peak, b.peak);
-  x.s.total = rescaled(a.s.total, a.s.top, s, g.temperature) + rescaled(b.s.total, b.s.top, s, g.temperature);
-  x.t.total = rescaled(a.t.total, a.t.top, t, g.temperature) + rescaled(b.t.total, b.t.top, t, g.temperature);
-  x.weights.total = rescaled(a.weights.total, a.t.top, t, g.weight_temperature)
-                  + rescaled(b.weights.total, b.t.top, t, g.weight_temperature);
+  x.s.total = rescaled(a.s.total, a.s.top, s, g.per_temperature) + rescaled(b.s.total, b.s.top, s, g.per_temperature);
+  x.t.total = rescaled(a.t.total, a.t.top, t, g.per_temperature) + rescaled(b.t.total, b.t.top, t, g.per_temperature);
+  x.weights.total = rescaled(a.weights.total, a.t.top, t, g.per_weight_temperature)
+                  + rescaled(b.weights.total, b.t.top, t, g.per_weight_temperature);
   x.s.top = s;
   x.t.top = x.weights.top = t;
   x.mass = a.mass + b.mass;
@@ -343,8 +344,8 @@ BOTH Sums thread_gradients(const Given& g, const Asked& a, const Row& r, long lo
         double z_student = e.s - r.student_top, z_teacher = e.t - r.teacher_top, d = z_teacher - z_student;
         double about_zero = (e.t - r.teacher_zero) - (e.s - r.student_zero);
         bool infinite = d == INF || d == -INF;
-        double q = (double)decay(z_student, g.temperature) * of_student;
-        double p = (double)decay(z_teacher, g.temperature) * of_teacher;
+        double q = (double)decay(z_student, g.per_temperature) * of_student;
+        double p = (double)decay(z_teacher, g.per_temperature) * of_teacher;
         if (spread) {
           double w = own_weights(g) ? own_weight(g, z_teacher) * r.scale : prior_weight(g, row, j);
           if ((REAL)w == (REAL)0) w = 0.0;
@@ -356,7 +357,7 @@ BOTH Sums thread_gradients(const Given& g, const Asked& a, const Row& r, long lo
         if (a.symmetric) student -= teacher;
         if (a.ce && z_student != -INF) sums.ce += p * z_student;
         if (a.kl) {
-          double ratio = (infinite ? 0.0 : d) / g.temperature - normalizers;
+          double ratio = (infinite ? 0.0 : d) * g.per_temperature - normalizers;
           double far = (infinite ? 0.0 : p * ratio) + (q - p);
           bool close = !infinite && ratio < 1.0 && ratio > -1.0;
           sums.kl += close ? p * (ratio + (double)exponential_minus_1((REAL)-ratio)) : far;
@@ -394,7 +395,8 @@ BOTH void end(const Given& g, const Asked& a, const Row& r, long long row, const
       double weight_temperature, double gamma
 
 #define GATHERED \
-  {student, teacher, prior, labels, sample_weight, where, rows, classes, temperature, weight_temperature, gamma}
+  {student, teacher, prior, labels, sample_weight, where, rows, classes, temperature, weight_temperature, gamma, \
+   1.0 / temperature, 1.0 / weight_temperature}
 
 extern "C" __global__ void __launch_bounds__(BLOCK) statistics(GIVEN, Row* found, REAL* weight, REAL* mass) {
   __shared__ Partial partials[BLOCK];
