@@ -29,7 +29,7 @@ class Device(NamedTuple):
 
 @cache
 def available() -> bool:
-    """Whether CuPy is installed, finds a GPU, and compiles the kernels for it; a warning where it finds one and fails."""
+    """Whether CuPy is installed, finds a GPU and compiles the kernels for it; a warning where only the last fails."""
     if importlib.util.find_spec("cupy") is None:
         return False
     import cupy
