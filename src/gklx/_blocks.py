@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from types import EllipsisType
 
 from . import _cuda, _freed_memory, _loop, _threads
+from ._batch import Totals, mass_matters, totals_of_parts
 from ._libraries import library_of
 from ._problem import Array, Problem
-from ._sweep import Sweep, Totals, mass_matters, prior_raised, sweep_rows, totals, totals_if_ordinary, totals_of_parts
+from ._sweep import Sweep, prior_raised, sweep_rows, totals, totals_if_ordinary
 
 _Block = tuple[slice | EllipsisType, ...]
 

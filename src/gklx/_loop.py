@@ -8,8 +8,9 @@ import math
 import sys
 from typing import Any
 
+from ._batch import Totals, mass_matters, over_ranks
 from ._problem import Array, Problem
-from ._sweep import Sweep, Totals, mass_matters, over_ranks, prior_raised, sweep_rows, totals
+from ._sweep import Sweep, prior_raised, sweep_rows, totals
 
 _FROM_BYTES = 2**23
 _BLOCK_BYTES = 2**20

@@ -76,9 +76,14 @@ def below(x: Array, top: Array) -> Array:
     return x - as_column(top)
 
 
+def exactly(x: Number, value: float) -> bool:
+    """Whether a number is known to be just this; of one that is traced nothing is."""
+    return isinstance(x, float) and x == value
+
+
 def divided(x: Array, by: Number) -> Array:
     """`x / by`, without a pass over the array where `by` is exactly 1."""
-    return x if isinstance(by, float) and by == 1.0 else x / by
+    return x if exactly(by, 1.0) else x / by
 
 
 def softmax(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> Softmax:

@@ -26,6 +26,17 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ._batch import (
+    Samples,
+    Totals,
+    mass_matters,
+    mse_weight_of,
+    rates_of,
+    share_of,
+    shares,
+    totals_of,
+    value_of,
+)
 from ._problem import Array, Number, Problem
 from ._rows import (
     Softmax,
@@ -34,22 +45,13 @@ from ._rows import (
     chosen,
     divided,
     effective_weight,
+    exactly,
     masked,
     maxima,
     maxima_of_moderate,
     named_class,
     softmax,
 )
-
-
-class Samples(NamedTuple):
-    """What each sample comes to before weights and reduction, all [...]."""
-
-    kl: Array | None
-    mse: Array | None
-    ce: Array | None
-    mass: Array | float | None
-    """W, a number where it is the same in every sample; None where there is no wMSE."""
 
 
 class Scored(NamedTuple):
@@ -66,15 +68,6 @@ class Scored(NamedTuple):
     """Boolean: a logit that counts is NaN, or a softmax has no finite logit."""
 
 
-class Totals(NamedTuple):
-    """What the rows of a batch share: Python numbers where no array was needed to know them, else 0-d arrays."""
-
-    weight: Number
-    """The sum of v."""
-    squared_mass: Number
-    """The sum of v W^2; 0 where it is not in the loss."""
-
-
 class Sweep(NamedTuple):
     """What was asked for; the rest is None. Gradients are in the dtype computed in."""
 
@@ -85,15 +78,6 @@ class Sweep(NamedTuple):
     """As from `totals`."""
     ordinary: bool
     """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for."""
-
-
-class Rates(NamedTuple):
-    """The factors of a sample's two gradients, [...] or a number; None where that part is not there."""
-
-    teacher: Array | float | None
-    """Of w (d - mu)."""
-    student: Array | float | None
-    """Of q - p."""
 
 
 class _Counted(NamedTuple):
@@ -143,29 +127,9 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
         return None
     if not mass_matters(problem):
         return totals_of(problem, _given_weight(problem), None)
-    if problem.arrays.prior is None and _is_one(problem.numbers.gamma):
+    if problem.arrays.prior is None and exactly(problem.numbers.gamma, 1.0):
         return totals_of(problem, _given_weight(problem), 1.0)
     return None
-
-
-def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:
-    """The totals of a batch from those of its parts, each made for its own rank alone."""
-    sums = []
-    for column in zip(*parts, strict=True):
-        arrays = [x for x in column if not isinstance(x, float)]
-        known = sum(x for x in column if isinstance(x, float))
-        sums.append(known + problem.xp.sum(problem.xp.stack(arrays)) if arrays else known)
-    return over_ranks(problem, Totals(*sums))
-
-
-def over_ranks(problem: Problem, found: Totals) -> Totals:
-    """The totals of a batch that may be spread over ranks, from those of this rank's part."""
-    if problem.ranks is None:
-        return found
-    xp = problem.xp
-    zero = xp.sum(xp.zeros_like(problem.arrays.student[..., 0], dtype=problem.dtype))
-    both = problem.ranks.total(xp.stack([zero + found.weight, zero + found.squared_mass]))
-    return Totals(both[0], both[1])
 
 
 def sweep_rows(
@@ -213,7 +177,7 @@ def sweep_rows(
 
 def needs_spread(problem: Problem, *, value: bool, student: bool, teacher: bool) -> bool:
     """Whether the wMSE has a part in what is asked for."""
-    if _is_zero(problem.numbers.mse_weight):
+    if exactly(problem.numbers.mse_weight, 0.0):
         return False
     return teacher or (student and problem.formula.symmetric) or (value and problem.formula.decomposed)
 
@@ -244,7 +208,7 @@ def prior_raised(problem: Problem, *, passes: int = 1) -> Problem:
     """
     xp, arrays = problem.xp, problem.arrays
     prior, labels = arrays.prior, arrays.labels
-    if prior is None or _is_one(problem.numbers.gamma):
+    if prior is None or exactly(problem.numbers.gamma, 1.0):
         return problem
     samples = math.prod(arrays.student.shape[:-1])
     if not isinstance(samples, int):  # left open for export
@@ -347,7 +311,7 @@ def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None)
     if arrays.prior is None:
         assert teacher is not None
         w = _teacher_weights(problem, counted, teacher)
-        if counted.counts is None and _is_one(problem.numbers.gamma):
+        if counted.counts is None and exactly(problem.numbers.gamma, 1.0):
             return w, 1.0
         return w, xp.sum(w, axis=-1)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
@@ -379,7 +343,7 @@ def _prior_weights(problem: Problem, prior: Array) -> Array:
     """prior^gamma, NaN where the prior is negative (which only an array nobody read can still be)."""
     if not _prior_is_sound(problem):
         prior = problem.xp.where(prior >= 0, prior, problem.xp.nan)
-    return prior if _is_one(problem.numbers.gamma) else prior**problem.numbers.gamma
+    return prior if exactly(problem.numbers.gamma, 1.0) else prior**problem.numbers.gamma
 
 
 def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> Array:
@@ -388,7 +352,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> A
     tau, counts, at_tau = numbers.weight_temperature, counted.counts, teacher
     if not _same(tau, numbers.temperature):
         at_tau = softmax(xp, teacher.z, tau, counted.any_counts)
-    if _is_one(numbers.gamma):
+    if exactly(numbers.gamma, 1.0):
         return at_tau.probabilities
     # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
     # gamma times a large negative number, not times -inf, so that 0^0 = 1.
@@ -472,92 +436,6 @@ def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:
     return xp.where((xp.max(rows.d, axis=-1) == xp.inf) & ~rows.undefined, xp.inf, x)
 
 
-def value_of(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
-    xp, loss = problem.xp, of.kl
-    if loss is None:
-        loss = _weighted(problem, of.ce, problem.numbers.ce_weight)
-    if of.mse is not None:
-        loss = _weighted(problem, of.mse, mse_weight) + loss
-    loss = _weighted(problem, loss, share)
-    return loss if problem.reduction == "none" else xp.sum(loss)
-
-
-def _weighted(problem: Problem, x: Array, weight: Number) -> Array:
-    """The product weight * x, and 0 where the weight is 0 though x be infinite."""
-    xp = problem.xp
-    if isinstance(weight, float):
-        return x if weight == 1.0 else xp.zeros_like(x) if weight == 0.0 else weight * x
-    return weight * xp.where(weight == 0, 0.0, x)
-
-
-# --- what the rows of a batch share -----------------------------------------------------------------------------------
-
-
-def mass_matters(problem: Problem) -> bool:
-    """Whether the batch's sum of v W^2 is in the loss."""
-    return problem.formula.batch_normalized and not _is_zero(problem.numbers.mse_weight)
-
-
-def shares(problem: Problem) -> bool:
-    return problem.reduction == "mean" or mass_matters(problem)
-
-
-def totals_of(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
-    samples = math.prod(problem.arrays.student.shape[:-1])
-    squared = 0.0 if mass is None else v * mass * mass
-    sums = (x * samples if isinstance(x, float) else problem.xp.sum(x) for x in (v, squared))
-    return over_ranks(problem, Totals(*sums))
-
-
-def share_of(problem: Problem, v: Array | float, of_batch: Totals | None) -> Array | float:
-    """What a sample's entry counts for in the reduced value.
-
-    Over several ranks the mean of their values, like the mean of their gradients, is that of the whole batch.
-    """
-    if problem.reduction == "sum":
-        return v
-    if problem.reduction == "none":
-        return _quotient(problem, v, v)
-    assert of_batch is not None
-    share = _quotient(problem, v, of_batch.weight)
-    return share if problem.ranks is None else problem.ranks.size * share
-
-
-def mse_weight_of(problem: Problem, of_batch: Totals | None) -> Number:
-    """The weight of a sample's wMSE; in GKL times sum v / sum v W^2, from a mean over samples to one over pairs."""
-    mse_weight = problem.numbers.mse_weight
-    if not mass_matters(problem):
-        return mse_weight
-    assert of_batch is not None
-    return mse_weight * _quotient(problem, of_batch.weight, of_batch.squared_mass)
-
-
-def rates_of(
-    problem: Problem,
-    share: Array | float,
-    mse_weight: Number,
-    mass: Array | float | None,
-    upstream: Array | None,
-) -> Rates:
-    """What the gradients of samples of that share and mass are multiplied by."""
-    formula, numbers = problem.formula, problem.numbers
-    if upstream is not None:
-        share = share * upstream
-    teacher = None
-    if mass is not None:
-        teacher = share * (mse_weight * mass)
-        if formula.tempered:
-            teacher = divided(divided(teacher, numbers.temperature), numbers.temperature)
-    if _is_zero(numbers.ce_weight):
-        return Rates(teacher, None)
-    return Rates(teacher, share * divided(numbers.ce_weight, numbers.temperature))
-
-
-def _quotient(problem: Problem, x: Number, by: Number) -> Number:
-    """`x / by`, and x where `by` is 0."""
-    return x / ((by or 1.0) if isinstance(by, float) else problem.xp.where(by == 0, 1.0, by))
-
-
 def _column(x: Array | float) -> Array | float:
     return x if isinstance(x, float) else as_column(x)
 
@@ -566,14 +444,6 @@ def _exact_zero_outside(problem: Problem, rows: _Rows, gradient: Array | None) -
     if gradient is None:
         return problem.xp.zeros_like(rows.d)
     return chosen(problem.xp, rows.counted.counts, gradient)
-
-
-def _is_zero(x: Number) -> bool:
-    return isinstance(x, float) and x == 0.0
-
-
-def _is_one(x: Number) -> bool:
-    return isinstance(x, float) and x == 1.0
 
 
 def _same(x: Number, y: Number) -> bool:

@@ -7,8 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _blocks
+from .._batch import Totals
 from .._problem import Arrays, Problem
-from .._sweep import Totals
 
 
 def tracks(problem: Problem) -> bool:

@@ -4,22 +4,10 @@ import math
 import sys
 from typing import Any
 
+from .._batch import Samples, Totals, mass_matters, mse_weight_of, rates_of, share_of, shares, totals_of, value_of
 from .._libraries import library_of
 from .._problem import Array, Problem
-from .._sweep import (
-    Samples,
-    Sweep,
-    Totals,
-    mass_matters,
-    mse_weight_of,
-    needs_spread,
-    prior_raised,
-    rates_of,
-    share_of,
-    shares,
-    totals_of,
-    value_of,
-)
+from .._sweep import Sweep, needs_spread, prior_raised
 from . import launch
 from .plan import plan_of
 
