@@ -22,7 +22,7 @@ MUTATIONS = {
     "CE temperature": ("_batch.py", "share * divided(numbers.ce_weight, numbers.temperature)", "share * numbers.ce_weight"),
     "axis swapped": ("_rows.py", "total = chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)", "total = chosen(xp, any_counts, xp.sum(e), 1.0)"),
     "batch normaliser dropped": ("_batch.py", "mse_weight * _quotient(problem, of_batch.weight, of_batch.squared_mass)", "mse_weight"),
-    "W not squared": ("_batch.py", "else v * mass * mass", "else v * mass"),
+    "W not squared": ("_batch.py", "v * mass * mass)", "v * mass)"),
     "mean not centred": ("_sweep.py", "    d = d - as_column(xp.sum(w * d, axis=-1) / safe_mass)\n    rest = xp.sum(w * d, axis=-1) / safe_mass", "    rest = 0.0 * xp.sum(d, axis=-1)"),
     "teacher and student swapped": ("_sweep.py", "    d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)", "    d = chosen(xp, counted.counts, student.z) - chosen(xp, counted.counts, teacher.z)"),
     "gamma forgotten": ("_sweep.py", "xp.exp(numbers.gamma * log_p)", "xp.exp(log_p)"),

@@ -122,6 +122,17 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
+def test_work_at_the_end_of_a_process_is_done_alone():
+    program = """
+import atexit
+from gklx import _threads
+_threads._cores = lambda: 4
+atexit.register(lambda: print(_threads.each(abs, range(5), 4)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[0, 1, 2, 3, 4]", "")
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in ("kl", "gkl", "gkl-prior")], ids=lambda c: c.id)
 @pytest.mark.parametrize("mask", ["none", "samples"])
 def test_losses_on_threads_are_the_losses(four_cores, monkeypatch, case, mask):

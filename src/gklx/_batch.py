@@ -45,14 +45,19 @@ def mass_matters(problem: Problem) -> bool:
 
 
 def shares(problem: Problem) -> bool:
+    """Whether the samples of a batch share anything."""
     return problem.reduction == "mean" or mass_matters(problem)
 
 
 def totals_of(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
-    samples = math.prod(problem.arrays.student.shape[:-1])
-    squared = 0.0 if mass is None else v * mass * mass
-    sums = (x * samples if isinstance(x, float) else problem.xp.sum(x) for x in (v, squared))
-    return over_ranks(problem, Totals(*sums))
+    """The totals of samples of those weights and masses, over all ranks."""
+    squared = 0.0 if mass is None else _total(problem, v * mass * mass)
+    return over_ranks(problem, Totals(_total(problem, v), squared))
+
+
+def _total(problem: Problem, x: Array | float) -> Number:
+    """The sum over the samples, of a number too."""
+    return x * math.prod(problem.arrays.student.shape[:-1]) if isinstance(x, float) else problem.xp.sum(x)
 
 
 def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:
@@ -119,7 +124,8 @@ def rates_of(
     return Rates(teacher, share * divided(numbers.ce_weight, numbers.temperature))
 
 
-def value_of(problem: Problem, of: Samples, mse_weight: Number, share: Array) -> Array:
+def value_of(problem: Problem, of: Samples, mse_weight: Number, share: Array | float) -> Array:
+    """The loss, reduced, of what the samples come to."""
     xp, loss = problem.xp, of.kl
     if loss is None:
         loss = _weighted(problem, of.ce, problem.numbers.ce_weight)

@@ -291,7 +291,7 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
         weighing = xp.where(w == 0, 0.0, d)
         infinite = abs(weighing) == xp.inf  # PyTorch's compiler makes vectors of this, and of isinf none
         d = xp.where(infinite, 0.0, weighing)
-        above, below = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
+        upwards, downwards = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
     d = d - as_column(xp.sum(w * d, axis=-1) / safe_mass)
@@ -299,10 +299,10 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     if infinite is None:
         centred = d - as_column(rest)
         return _Spread(mass, centred, w * centred, None)
-    rest = xp.where(above, xp.inf, xp.where(below, -xp.inf, rest))
-    rest = xp.where(above & below, xp.nan, rest)  # between opposite infinities there is no mean
+    rest = xp.where(upwards, xp.inf, xp.where(downwards, -xp.inf, rest))
+    rest = xp.where(upwards & downwards, xp.nan, rest)  # between opposite infinities there is no mean
     centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(rest)))
-    return _Spread(mass, centred, w * centred, above | below)
+    return _Spread(mass, centred, w * centred, upwards | downwards)
 
 
 def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> tuple[Array, Array | float]:

@@ -4,6 +4,7 @@ NumPy lets go of the interpreter within each of its operations, so that pieces o
 side by side.
 """
 
+import contextlib
 import contextvars
 import os
 import sys
@@ -52,8 +53,11 @@ def each(work: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> lis
             left.clear()
             raise
 
-    # NumPy's errstate is a context variable.
-    others = [_pool(os.getpid()).submit(contextvars.copy_context().run, run) for _ in range(workers - 1)]
+    others = []
+    with contextlib.suppress(RuntimeError):  # an interpreter that shuts down starts no work in threads
+        for _ in range(workers - 1):
+            # NumPy's errstate is a context variable.
+            others.append(_pool(os.getpid()).submit(contextvars.copy_context().run, run))
     try:
         run()
     finally:
