@@ -340,7 +340,7 @@ def test_a_planted_sign_in_a_librarys_own_gradient(monkeypatch):
 
     true = _torch._Loss.backward
     wrong = staticmethod(lambda ctx, *upstream: true(ctx, *(None if x is None else -x for x in upstream)))
-    monkeypatch.setattr(_torch._TransformableLoss, "backward", wrong, raising=False)
+    monkeypatch.setattr(_torch._EagerLoss, "backward", wrong, raising=False)
     with pytest.raises(AssertionError, match=r"^torch in float32: autodiff element"):
         assert_gradients_match(gklx.kl, X, Y, grad=gklx.grad(gklx.kl), backends=["numpy", "torch"])
 
