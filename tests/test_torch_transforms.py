@@ -430,6 +430,19 @@ def test_grad_scaler_steps():
     assert values[-1] < 0.5 * values[0]
 
 
+def test_gradients_kept_for_another_pass_are_not_handed_out():
+    """What is returned of a graph that is retained may be changed in place; what is kept must not follow."""
+    s, t = torch.randn(2, 5, 7).unbind()
+    s.requires_grad_(), t.requires_grad_()
+    value = gklx.gkl(s, t)
+    first = torch.autograd.grad(value, (s, t), retain_graph=True)
+    expected = [x.clone() for x in first]
+    for x in first:
+        x.mul_(3)
+    for one, other in zip(torch.autograd.grad(value, (s, t)), expected, strict=True):
+        same(one, other, dtype="float32", ulps=0)
+
+
 # --- layouts and memory -----------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,8 @@ def _kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | 
 def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
     """The gradients times the upstream gradient; as they are, where that may be seen to be 1 and this is their end."""
     if (
-        upstream.ndim == 0
+        type(upstream) is torch.Tensor  # a subclass may stand for numbers that there are not
+        and upstream.ndim == 0
         and upstream.device.type == "cpu"
         and not _left_to_others()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
