@@ -56,6 +56,18 @@ def test_an_exception_comes_out_and_leaves_the_rest_undone(four_cores, workers):
     assert len(done) < 50
 
 
+def test_numpy_errors_are_treated_as_in_the_caller(four_cores):
+    together = threading.Barrier(4, timeout=30)
+
+    def work(_):
+        together.wait()
+        return np.geterr()
+
+    with np.errstate(over="ignore", under="raise"):
+        found = _threads.each(work, range(4), 4)
+    assert {(each["over"], each["under"]) for each in found} == {("ignore", "raise")}
+
+
 def test_callers_in_many_threads_get_their_own_results(four_cores):
     found = {}
 

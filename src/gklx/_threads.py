@@ -5,7 +5,6 @@ side by side.
 """
 
 import contextlib
-import contextvars
 import os
 import sys
 from collections import deque
@@ -13,6 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 
 def threads() -> int:
@@ -53,11 +54,16 @@ def each(work: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> lis
             left.clear()
             raise
 
+    errors = np.geterr()  # what NumPy does about them is a thread's own
+
+    def run_as_here() -> None:
+        with np.errstate(**errors):
+            run()
+
     others = []
     with contextlib.suppress(RuntimeError):  # an interpreter that shuts down starts no work in threads
         for _ in range(workers - 1):
-            # NumPy's errstate is a context variable.
-            others.append(_pool(os.getpid()).submit(contextvars.copy_context().run, run))
+            others.append(_pool(os.getpid()).submit(run_as_here))
     try:
         run()
     finally:
