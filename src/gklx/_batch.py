@@ -34,7 +34,7 @@ class Rates(NamedTuple):
     """The factors of a sample's two gradients, [...] or a number; None where that part is not there."""
 
     teacher: Array | float | None
-    """Of w (d - mu)."""
+    """Of w (d - mu), or what is in proportion to it."""
     student: Array | float | None
     """Of q - p."""
 
@@ -107,16 +107,16 @@ def rates_of(
     problem: Problem,
     share: Array | float,
     mse_weight: Number,
-    mass: Array | float | None,
+    factor: Array | float | None,
     upstream: Array | None,
 ) -> Rates:
-    """What the gradients of samples of that share and mass are multiplied by."""
+    """What the gradients of samples of that share are multiplied by, `factor` being that of a sample's wMSE alone."""
     formula, numbers = problem.formula, problem.numbers
     if upstream is not None:
         share = share * upstream
     teacher = None
-    if mass is not None:
-        teacher = share * (mse_weight * mass)
+    if factor is not None:
+        teacher = share * (mse_weight * factor)
         if formula.tempered:
             teacher = divided(divided(teacher, numbers.temperature), numbers.temperature)
     if exactly(numbers.ce_weight, 0.0):

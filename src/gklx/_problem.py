@@ -69,3 +69,5 @@ class Problem(NamedTuple):
     """None where this batch is all there is."""
     readable: bool = False
     """Whether values may be looked at, to spare finite logits the care that others need."""
+    presumed: bool = False
+    """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""

@@ -86,10 +86,15 @@ def divided(x: Array, by: Number) -> Array:
     return x if exactly(by, 1.0) else x / by
 
 
+def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> tuple[Array, Array]:
+    """exp(z / temperature), z from `below`, and its sums [...]: 1 where no class counts, None being no such row."""
+    e = xp.exp(divided(z, temperature))
+    return e, chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
+
+
 def softmax(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> Softmax:
     """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row."""
-    e = xp.exp(divided(z, temperature))
-    total = chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
+    e, total = exponentials(xp, z, temperature, any_counts)
     return Softmax(z, e / as_column(total), xp.log(total))
 
 

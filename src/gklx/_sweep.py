@@ -46,6 +46,7 @@ from ._rows import (
     divided,
     effective_weight,
     exactly,
+    exponentials,
     masked,
     maxima,
     maxima_of_moderate,
@@ -76,8 +77,11 @@ class Sweep(NamedTuple):
     teacher: Array | None
     of_batch: Totals | None
     """As from `totals`."""
-    ordinary: bool
-    """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for."""
+    ordinary: Array | bool
+    """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for.
+
+    Of rows presumed ordinary a 0-d boolean array, where the value was asked for: whether they are.
+    """
 
 
 class _Counted(NamedTuple):
@@ -96,10 +100,18 @@ class _Rows(NamedTuple):
     undefined: Array | None  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit; None: none
 
 
-class _Spread(NamedTuple):
+class _Weights(NamedTuple):
+    relative: Array  # [..., C], w but for a factor
+    total: Array | float  # [...], its sums; 1.0 where that is known
+    scale: Array | float  # [...], the factor: w = scale * relative
     mass: Array | float  # [...], W; 1.0 in ordinary rows that the teacher's own probabilities weigh
+
+
+class _Spread(NamedTuple):
+    mass: Array | float  # [...], W
+    factor: Array | float  # [...], of the next: W w (d - mu) = factor * weighted
     centred: Array  # [..., C], d - mu
-    weighted: Array  # [..., C], w (d - mu)
+    weighted: Array  # [..., C], w (d - mu) but for a factor
     infinite: Array | None  # [...], boolean: some d of weight is; None: none
 
 
@@ -114,7 +126,7 @@ def totals(problem: Problem) -> Totals | None:
     mass = None
     if mass_matters(problem):
         teacher = _softmax(problem, counted, 1) if problem.arrays.prior is None else None
-        _, mass = _class_weights(problem, counted, teacher)
+        mass = _class_weights(problem, counted, teacher).mass
     return totals_of(problem, counted.sample_weight, mass)
 
 
@@ -152,26 +164,36 @@ def sweep_rows(
     if of_batch is None and shares(problem):
         mass = None
         if mass_matters(problem):
-            mass = _class_weights(problem, rows.counted, rows.teacher)[1] if spread is None else spread.mass
+            mass = _class_weights(problem, rows.counted, rows.teacher).mass if spread is None else spread.mass
         of_batch = totals_of(problem, rows.counted.sample_weight, mass)
     share = share_of(problem, rows.counted.sample_weight, of_batch)
     mse_weight = mse_weight_of(problem, of_batch)
-    loss = value_of(problem, _samples(problem, rows, spread), mse_weight, share) if value else None
-    rates = rates_of(problem, share, mse_weight, None if spread is None else spread.mass, upstream)
+    ordinary: Array | bool = rows.counted.counts is None
+    loss = None
+    if value:
+        of_samples = _samples(problem, rows, spread)
+        loss = value_of(problem, of_samples, mse_weight, share)
+        if problem.presumed:
+            ordinary = _all_finite(problem, of_samples)
+    rates = rates_of(problem, share, mse_weight, None if spread is None else spread.factor, upstream)
     to_teacher = to_student = None
-    if spread is not None and (teacher or (student and problem.formula.symmetric)):
+    if teacher and spread is not None:
         to_teacher = spread.weighted * _column(rates.teacher)
-    if student:
-        if rates.student is not None:
-            to_student = _probability_gap(problem, rows) * _column(rates.student)
-        if problem.formula.symmetric and to_teacher is not None:
+    if student and rates.student is not None:
+        to_student = _probability_gap(problem, rows) * _column(rates.student)
+    if student and spread is not None and problem.formula.symmetric:
+        if to_teacher is None or problem.presumed:
+            # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended.
+            opposite = spread.weighted * _column(-rates.teacher)
+            to_student = opposite if to_student is None else to_student + opposite
+        else:
             to_student = -to_teacher if to_student is None else to_student - to_teacher
     return Sweep(
         loss,
         _exact_zero_outside(problem, rows, to_student) if student else None,
         _exact_zero_outside(problem, rows, to_teacher) if teacher else None,
         of_batch,
-        rows.counted.counts is None,
+        ordinary,
     )
 
 
@@ -238,6 +260,9 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     """
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
     logits = tuple(xp.astype(x, dtype, copy=False) for x in (arrays.student, arrays.teacher))
+    if problem.presumed:
+        top = tuple(xp.max(x, axis=-1) for x in logits)
+        return _Counted(logits, top, None, None, _given_weight(problem))
     limit = _moderate(problem)
     if limit:
         top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
@@ -262,8 +287,11 @@ def _moderate(problem: Problem) -> float:
 
 
 def _given_weight(problem: Problem) -> Array | float:
-    """The sample weights as given."""
-    return 1.0 if problem.arrays.sample_weight is None else problem.arrays.sample_weight
+    """The sample weights as given, NaN where negative if nobody read them."""
+    v = problem.arrays.sample_weight
+    if v is None:
+        return 1.0
+    return problem.xp.where(v >= 0, v, problem.xp.nan) if problem.presumed else v
 
 
 def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
@@ -284,8 +312,12 @@ def _row_statistics(problem: Problem) -> _Rows:
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
     """The differences d about their weighted mean."""
     xp, d = problem.xp, rows.d
-    w, mass = _class_weights(problem, rows.counted, rows.teacher)
-    safe_mass = mass if isinstance(mass, float) else xp.where(mass == 0, 1.0, mass)
+    w, total, scale, mass = _class_weights(problem, rows.counted, rows.teacher)
+    factor = mass * scale
+    if problem.presumed and not isinstance(total, float):
+        # Then the mean takes no division a row, at which PyTorch's compiler would end its loop over the rows.
+        w, total, factor = w / as_column(total), 1.0, factor * total
+    divisor = total if isinstance(total, float) else xp.where(total == 0, 1.0, total)
     infinite = None
     if rows.counted.counts is not None:
         weighing = xp.where(w == 0, 0.0, d)
@@ -294,34 +326,33 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
         upwards, downwards = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
-    d = d - as_column(xp.sum(w * d, axis=-1) / safe_mass)
-    rest = xp.sum(w * d, axis=-1) / safe_mass
+    d = d - as_column(divided(xp.sum(w * d, axis=-1), divisor))
+    rest = divided(xp.sum(w * d, axis=-1), divisor)
     if infinite is None:
         centred = d - as_column(rest)
-        return _Spread(mass, centred, w * centred, None)
+        return _Spread(mass, factor, centred, w * centred, None)
     rest = xp.where(upwards, xp.inf, xp.where(downwards, -xp.inf, rest))
     rest = xp.where(upwards & downwards, xp.nan, rest)  # between opposite infinities there is no mean
     centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(rest)))
-    return _Spread(mass, centred, w * centred, upwards | downwards)
+    return _Spread(mass, factor, centred, w * centred, upwards | downwards)
 
 
-def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> tuple[Array, Array | float]:
-    """w, and W with NaN in a sample whose label names no class; `teacher` may be None where a prior is given."""
+def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> _Weights:
+    """The weights, NaN in the W of a sample whose label names no class; `teacher` may be None where a prior is given."""
     xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
         assert teacher is not None
-        w = _teacher_weights(problem, counted, teacher)
-        if counted.counts is None and exactly(problem.numbers.gamma, 1.0):
-            return w, 1.0
-        return w, xp.sum(w, axis=-1)
+        return _teacher_weights(problem, counted, teacher)
     prior = xp.astype(arrays.prior, problem.dtype, copy=False)
     if arrays.labels is None:
         w = chosen(xp, counted.counts, _prior_weights(problem, prior))
-        return w, xp.sum(w, axis=-1)
+        mass = xp.sum(w, axis=-1)
+        return _Weights(w, mass, 1.0, mass)
     known, index = _rows_of_table(problem, prior)
     w = xp.reshape(xp.take(prior, index, axis=0), arrays.student.shape)
     w = chosen(xp, counted.counts, _prior_weights(problem, w))
-    return w, xp.where(known | (counted.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
+    mass = xp.where(known | (counted.sample_weight == 0), xp.sum(w, axis=-1), xp.nan)
+    return _Weights(w, mass, 1.0, mass)
 
 
 def _rows_of_table(problem: Problem, table: Array) -> tuple[Array, Array]:
@@ -346,21 +377,27 @@ def _prior_weights(problem: Problem, prior: Array) -> Array:
     return prior if exactly(problem.numbers.gamma, 1.0) else prior**problem.numbers.gamma
 
 
-def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> Array:
-    """softmax(t / weight_temperature)^gamma."""
+def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _Weights:
+    """softmax(t / weight_temperature)^gamma, which is exp(gamma z / weight_temperature) but for a factor."""
     xp, numbers = problem.xp, problem.numbers
-    tau, counts, at_tau = numbers.weight_temperature, counted.counts, teacher
-    if not _same(tau, numbers.temperature):
-        at_tau = softmax(xp, teacher.z, tau, counted.any_counts)
-    if exactly(numbers.gamma, 1.0):
-        return at_tau.probabilities
-    # By logarithms: a probability that underflows may still have a gamma-th power. At p = 0 the exponent is
-    # gamma times a large negative number, not times -inf, so that 0^0 = 1.
-    log_p = divided(teacher.z, tau) - as_column(at_tau.log_normalizer)
+    tau, gamma, counts = numbers.weight_temperature, numbers.gamma, counted.counts
+    as_softmax = _same(tau, numbers.temperature)
+    if exactly(gamma, 1.0):
+        w = (teacher if as_softmax else softmax(xp, teacher.z, tau, counted.any_counts)).probabilities
+        mass = 1.0 if counts is None else xp.sum(w, axis=-1)
+        return _Weights(w, mass, 1.0, mass)
+    z = divided(teacher.z, tau)
     if counts is not None:
+        # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
-        log_p = xp.where(log_p < lowest, lowest, log_p)
-    return chosen(xp, counts, xp.exp(numbers.gamma * log_p))
+        z = xp.where(z < lowest, lowest, z)
+    w = chosen(xp, counts, xp.exp(gamma * z))
+    total = xp.sum(w, axis=-1)
+    log_normalizer = teacher.log_normalizer
+    if not as_softmax:
+        log_normalizer = xp.log(exponentials(xp, teacher.z, tau, counted.any_counts)[1])
+    scale = xp.exp(-gamma * log_normalizer)
+    return _Weights(w, total, scale, scale * total)
 
 
 def _probability_gap(problem: Problem, rows: _Rows) -> Array:
@@ -389,7 +426,7 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     xp, temperature = problem.xp, problem.numbers.temperature
     squares = xp.sum(spread.weighted * spread.centred, axis=-1)
-    mse = 0.5 * spread.mass * squares
+    mse = 0.5 * spread.factor * squares
     if problem.formula.tempered:
         mse = divided(divided(mse, temperature), temperature)
     if spread.infinite is None or rows.undefined is None:
@@ -426,6 +463,18 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     small = xp.where(close, ratio, 0.0)
     summand = xp.where(close, p * (small + xp.expm1(-small)), far)
     return _infinite_if_unreachable(problem, rows, xp.sum(chosen(xp, counts, summand), axis=-1))
+
+
+def _all_finite(problem: Problem, of: Samples) -> Array:
+    """Whether every sample's loss is a finite number, whatever it weighs, which no row gives that needs masks.
+
+    A difference d that is infinite or NaN is so in the product with its weight as well, a weight of 0 included.
+    """
+    xp, parts = problem.xp, [x for x in (of.kl, of.mse, of.ce) if x is not None]
+    fine = xp.isfinite(parts[0])
+    for x in parts[1:]:
+        fine = fine & xp.isfinite(x)
+    return xp.all(fine)
 
 
 def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from .. import _blocks
 from .._batch import Totals
 from .._problem import Arrays, Problem
+from . import _torch_compiled as _compiled
 
 
 def tracks(problem: Problem) -> bool:
@@ -21,6 +22,9 @@ def tracks(problem: Problem) -> bool:
 def attach(problem: Problem) -> torch.Tensor:
     """The loss; its derivatives are those of the sweep."""
     arrays = problem.arrays
+    if torch.compiler.is_compiling() and not _transformed() and _compiled.takes(problem):
+        value: torch.Tensor = _compiled.CompiledLoss.apply(problem._replace(arrays=Arrays(*[None] * len(arrays))), *arrays)[0]
+        return value
     logits = arrays.student, arrays.teacher
     plan = _Plan(
         problem._replace(arrays=Arrays(*[None] * len(arrays))),
@@ -34,7 +38,7 @@ def attach(problem: Problem) -> torch.Tensor:
         function = _TransformableLoss
     else:
         function = _EagerLoss
-    value: torch.Tensor = function.apply(plan, *arrays)[0]
+    value = function.apply(plan, *arrays)[0]
     return value
 
 
@@ -64,7 +68,7 @@ class _Loss(torch.autograd.Function):
     def forward(plan: _Plan, *arrays: Any) -> Any:
         problem = plan.on(arrays)
         found = _blocks.sweep(problem, value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
-        return found.value, *_kept(found.of_batch), found.student, found.teacher
+        return found.value, *_compiled.kept(found.of_batch), found.student, found.teacher
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -135,14 +139,6 @@ def _primal(x: torch.Tensor) -> torch.Tensor:
     return primal
 
 
-def _kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if of_batch is None or all(isinstance(x, float) for x in of_batch):
-        return None, None
-    like = next(x for x in of_batch if not isinstance(x, float))
-    weight, squared_mass = (like.new_tensor(x) if isinstance(x, float) else x for x in of_batch)
-    return weight, squared_mass
-
-
 def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
     """The gradients times the upstream gradient; as they are, where that may be seen to be 1 and this is their end."""
     if (
@@ -173,5 +169,6 @@ def _left_to_others() -> bool:
     return torch.compiler.is_compiling() or _transformed()
 
 
+@torch.compiler.assume_constant_result  # the compiler follows the question, but not to its right answer
 def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
