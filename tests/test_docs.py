@@ -113,6 +113,13 @@ def test_library_has_a_tutorial(library):
     assert any(imported(test) & backends.BY_BACKEND.keys() - {"numpy"} == {library} - {"numpy"} for test in tutorials)
 
 
+def test_links_of_the_readme_lead_to_files():
+    """Those of the pages are checked where the site is built."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
 def test_no_example_stands_outside_a_block():
     """A prompt that the pattern of a block does not find would never run."""
     for page in PAGES:
