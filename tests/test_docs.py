@@ -113,6 +113,20 @@ def test_library_has_a_tutorial(library):
     assert any(imported(test) & backends.BY_BACKEND.keys() - {"numpy"} == {library} - {"numpy"} for test in tutorials)
 
 
+def public_names(module):
+    """What `__all__` holds; read, not imported, since not every library is here."""
+    tree = ast.parse((ROOT / "src" / "gklx" / f"{module}.py").read_text(encoding="utf-8"))
+    (names,) = (each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "__all__")
+    return ast.literal_eval(names)
+
+
+@pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
+def test_every_public_name_is_in_the_reference(module):
+    reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.MULTILINE)
+    assert sorted(set(public_names(module)) - set(shown)) == []
+
+
 def test_links_of_the_readme_lead_to_files():
     """Those of the pages are checked where the site is built."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
