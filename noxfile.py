@@ -57,6 +57,7 @@ nox.options.sessions = [
     "oldest",
     "kernels",
     "cupy",
+    "docs",
     "package",
 ]
 
@@ -135,6 +136,15 @@ def types(session: nox.Session) -> None:
     """mypy, strict."""
     session.install(".[torch,jax,dask,strict,score]", "mypy>=1.13", "-c", "tests/constraints.txt")
     session.run("mypy", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build/html; a warning is an error, and so is a reference that leads nowhere."""
+    session.install(".[docs,torch]", "-c", "tests/constraints.txt")
+    # The width of the command's help.
+    strictly = ("--fail-on-warning", "--keep-going", "--nitpicky", "--fresh-env")
+    session.run("sphinx-build", *strictly, *session.posargs, "docs", "docs/_build/html", env={"COLUMNS": "100"})
 
 
 @nox.session(python=PYTHONS[0])

@@ -1,4 +1,7 @@
-"""Every Python block of docs/*.md is a doctest, complete in itself, and prints what the page shows."""
+"""Every Python block of docs/**/*.md is a doctest and prints what the page shows.
+
+A block is complete in itself, but in a tutorial, which is one doctest from its first block to its last.
+"""
 
 import ast
 import doctest
@@ -10,24 +13,53 @@ import pytest
 import backends
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-FENCED = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+DOCS = ROOT / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+FENCED = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# These may do without an example.
+EXEMPT = {
+    "changelog.md": "is the project's changelog",
+    "measurements.md": "shows the reports that the benchmarks write",
+    "results.md": "shows what the experiments measured",
+    "settings.md": "shows parts of the README, whose blocks test_readme.py runs",
+    "support.md": "shows parts of the README, whose blocks test_readme.py runs",
+    "theory.md": "is mathematics, and names the tests that check it",
+}
+
+
+def name_of(page):
+    return page.relative_to(DOCS).as_posix()
+
+
+def is_tutorial(page):
+    return page.parent.name == "tutorials"
+
+
+def needs_examples(page):
+    """All pages do but those above, and the reference: it shows the docstrings, which are doctests themselves."""
+    return name_of(page) not in EXEMPT and page.parent.name != "reference"
+
+
+def doctest_of(source, page, above):
+    """Names are the doctest's own, and lines those of the page."""
+    name = f"{page.name}, the block at line {above + 1}"
+    return doctest.DocTestParser().get_doctest(source, {"__name__": "__main__"}, name, str(page), above)
 
 
 def examples_in(page):
-    """The doctest of each block; names are the block's own, and lines those of the page."""
+    """A doctest a block; for a tutorial one of all blocks, the lines between them blank."""
     text = page.read_text(encoding="utf-8")
-    found = []
-    for at in FENCED.finditer(text):
-        above = text[: at.start(1)].count("\n")
-        name = f"{page.name}, the block at line {above + 1}"
-        names = {"__name__": "__main__"}
-        found.append(doctest.DocTestParser().get_doctest(at[1], names, name, str(page), above))
-    return found
+    blocks = [(at[1], text[: at.start(1)].count("\n")) for at in FENCED.finditer(text)]
+    if not (is_tutorial(page) and blocks):
+        return [doctest_of(source, page, above) for source, above in blocks]
+    (whole, first), *others = blocks
+    for source, above in others:
+        whole += "\n" * (above - first - whole.count("\n")) + source
+    return [doctest_of(whole, page, first)]
 
 
 def imported(test):
-    """The top-level modules that a block imports."""
+    """The top-level modules that a doctest imports."""
     found = set()
     for node in ast.walk(ast.parse("".join(each.source for each in test.examples))):
         if isinstance(node, ast.Import):
@@ -38,16 +70,16 @@ def imported(test):
 
 
 def problems(test):
-    """What a block prints other than the page shows; empty where all is well."""
+    """What a doctest prints other than the page shows; empty where all is well."""
     said = []
     doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     return "".join(said)
 
 
-BLOCKS = [(page.name, test) for page in PAGES for test in examples_in(page)]
+BLOCKS = [pytest.param(test, id=f"{name_of(page)}:{test.lineno + 1}") for page in PAGES for test in examples_in(page)]
 
 
-@pytest.mark.parametrize("test", [pytest.param(test, id=f"{name}:{test.lineno + 1}") for name, test in BLOCKS])
+@pytest.mark.parametrize("test", BLOCKS)
 def test_block_prints_what_the_page_shows(test):
     modules = imported(test)
     for backend in sorted(modules & backends.BY_BACKEND.keys()):
@@ -58,7 +90,7 @@ def test_block_prints_what_the_page_shows(test):
     assert not found, found
 
 
-@pytest.mark.parametrize("test", [pytest.param(test, id=f"{name}:{test.lineno + 1}") for name, test in BLOCKS])
+@pytest.mark.parametrize("test", BLOCKS)
 def test_block_has_examples_and_shows_output(test):
     """A block without a prompt, or without output, would pass whatever it did."""
     assert test.examples, f"{test.filename}:{test.lineno + 1}: a Python block without >>>"
@@ -67,12 +99,39 @@ def test_block_has_examples_and_shows_output(test):
 
 
 def test_there_are_pages():
-    assert PAGES, f"no page in {ROOT / 'docs'}"
+    assert PAGES, f"no page in {DOCS}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", list(filter(needs_examples, PAGES)), ids=name_of)
 def test_page_has_examples(page):
     assert any(test.examples for test in examples_in(page)), f"{page}: no example found"
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch", "jax", "cupy", "dask"])
+def test_library_has_a_tutorial(library):
+    tutorials = [test for page in PAGES if is_tutorial(page) for test in examples_in(page)]
+    assert any(imported(test) & backends.BY_BACKEND.keys() - {"numpy"} == {library} - {"numpy"} for test in tutorials)
+
+
+def public_names(module):
+    """What `__all__` holds; read, not imported, since not every library is here."""
+    tree = ast.parse((ROOT / "src" / "gklx" / f"{module}.py").read_text(encoding="utf-8"))
+    (names,) = (each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "__all__")
+    return ast.literal_eval(names)
+
+
+@pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
+def test_every_public_name_is_in_the_reference(module):
+    reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.MULTILINE)
+    assert sorted(set(public_names(module)) - set(shown)) == []
+
+
+def test_links_of_the_readme_lead_to_files():
+    """Those of the pages are checked where the site is built."""
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
 def test_no_example_stands_outside_a_block():
@@ -83,8 +142,17 @@ def test_no_example_stands_outside_a_block():
 
 
 @pytest.mark.parametrize("wrong", [">>> 1 + 1\n3\n", '>>> raise RuntimeError("no")\n'], ids=["output", "exception"])
-def test_error_names_file_and_line(tmp_path, wrong):
-    page = tmp_path / "page.md"
-    page.write_text(f"# A page\n\n```python\n>>> 1 + 2\n3\n{wrong}\n```\n", encoding="utf-8")
-    (test,) = examples_in(page)
-    assert f'File "{page}", line 6,' in problems(test)
+@pytest.mark.parametrize("folder", ["howto", "tutorials"])
+def test_error_names_file_and_line(tmp_path, folder, wrong):
+    page = tmp_path / folder / "page.md"
+    page.parent.mkdir()
+    page.write_text(f"# A page\n\n```pycon\n>>> 1 + 2\n3\n```\n\n```pycon\n{wrong}\n```\n", encoding="utf-8")
+    assert f'File "{page}", line 9,' in "".join(problems(test) for test in examples_in(page))
+
+
+def test_blocks_of_a_tutorial_share_names(tmp_path):
+    for folder, found in (("howto", True), ("tutorials", False)):
+        page = tmp_path / folder / "page.md"
+        page.parent.mkdir()
+        page.write_text("# A page\n\n```pycon\n>>> x = 1\n```\n\n```pycon\n>>> x\n1\n```\n", encoding="utf-8")
+        assert any(problems(test) for test in examples_in(page)) is found
