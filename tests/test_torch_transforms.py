@@ -277,6 +277,113 @@ def test_compiled_by_the_default_compiler(compiled):
         same(found, expected, dtype="float32", ulps=64)
 
 
+OUT = [(0, 1), (3, 4), (4, 0)]
+
+
+def with_entries(x, value):
+    x = x.clone()
+    for place in OUT:
+        x[place] = value
+    return x
+
+
+def rows_that_need_care(name):
+    """Logits, and the arrays that go with them, in which some row is not ordinary in the way that is named."""
+    s, t = torch.randn(2, 6, 7)
+    weight = torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0, 1.0])
+    lone = s.clone()
+    lone[2] = -torch.inf
+    return {
+        "classes that both rule out": (with_entries(s, -torch.inf), with_entries(t, -torch.inf), {}),
+        "classes the student rules out": (with_entries(s, -torch.inf), t, {}),
+        "classes the teacher rules out": (s, with_entries(t, -torch.inf), {}),
+        "an infinite logit": (s, with_entries(t, torch.inf), {}),
+        "NaN": (with_entries(s, torch.nan), t, {}),
+        "NaN of weight 0": (with_entries(s, torch.nan), t, {"sample_weight": weight}),
+        "a student without a class": (lone, t, {}),
+        "differences that overflow": (s * 1e38, -t * 1e38, {}),
+    }[name]
+
+
+CARE = (
+    "classes that both rule out",
+    "classes the student rules out",
+    "classes the teacher rules out",
+    "an infinite logit",
+    "NaN",
+    "NaN of weight 0",
+    "a student without a class",
+    "differences that overflow",
+)
+LOSSES = {
+    "kl": gklx.kl,
+    "dkl": gklx.dkl,
+    "gkl": partial(gklx.gkl, gamma=0.5),
+    "gkl-0": partial(gklx.gkl, gamma=0.0),
+    "ce": partial(gklx.gkl, mse_weight=0.0),
+}
+
+
+@supports("compiler")
+@pytest.mark.parametrize("name", CARE)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
+    """What is presumed of the rows is found out, and the careful sweep takes over."""
+    compile_, _ = compiled
+    s, t, given = rows_that_need_care(name)
+    loss = partial(LOSSES[loss], reduction="none", **given)
+    found, expected = [], []
+    for run, into in ((compile_(loss), found), (loss, expected)):
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        value = run(a, b)
+        value.backward(torch.linspace(1, 2, 6))
+        into += [value, a.grad, b.grad]
+    for x, y in zip(found, expected, strict=True):
+        same(x, y, dtype="float32")
+
+
+@supports("compiler")
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
+    compile_, _ = compiled
+    s, t, _ = rows_that_need_care("classes that both rule out")
+    s, t = (x.to(getattr(torch, half)) for x in (s, t))
+    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    compile_(gklx.gkl)(a, b).backward()
+    for x, expected in zip((a.grad, b.grad), gklx.grad(gklx.gkl, (0, 1))(s, t), strict=True):
+        same(x, expected, dtype=half, ulps=2)
+
+
+@supports("compiler")
+def test_a_negative_weight_that_nobody_read_is_nan(compiled):
+    compile_, _ = compiled
+    s, t = torch.randn(2, 3, 7).unbind()
+    s.requires_grad_()
+    value = compile_(gklx.gkl)(s, t, sample_weight=torch.tensor([1.0, -1.0, 3.0]))
+    value.backward()
+    assert value.isnan()
+    assert s.grad.isnan().any()
+
+
+@supports("compiler")
+def test_care_is_taken_only_where_it_is_due(compiled, monkeypatch):
+    """Ordinary rows never come to the careful sweep; under a mask the program is careful itself."""
+    compile_, _ = compiled
+    from gklx._autodiff import _torch_compiled
+
+    def refuse(*args):
+        raise RuntimeError("mended")
+
+    monkeypatch.setattr(_torch_compiled, "_swept_carefully", refuse)
+    s, t = torch.randn(2, 6, 7).unbind()
+    s.requires_grad_()
+    compile_(gklx.gkl)(s, t).backward()
+    missing = with_entries(t, -torch.inf)
+    compile_(gklx.gkl)(s, missing, where=missing != -torch.inf).backward()
+    with pytest.raises(RuntimeError, match="mended"):
+        compile_(gklx.gkl)(s, missing)
+
+
 @supports("batch size left open")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_for_any_batch_size(compiled, dynamic):
@@ -294,13 +401,19 @@ def test_compiled_for_any_batch_size(compiled, dynamic):
 
 
 @supports("hyper-parameters that change without compiling again")
-def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled):
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled, differentiable):
     compile_, counter = compiled
     loss = compile_(gklx.gkl)
-    s, t = torch.randn(2, 5, 7, dtype=torch.float64)
+    s, t = (x.requires_grad_(differentiable) for x in torch.randn(2, 5, 7, dtype=torch.float64))
     for weight in (0.1, 0.2, 0.35, 0.4, 0.55, 0.6, 0.7):
         settings = {"mse_weight": weight, "gamma": 1.5 * weight, "ce_weight": 2 * weight}
-        same(loss(s, t, **settings), gklx.gkl(s, t, **settings))
+        value = loss(s, t, **settings)
+        same(value, gklx.gkl(s, t, **settings))
+        if differentiable:
+            found = torch.autograd.grad(value, (s, t))
+            for x, expected in zip(found, gklx.grad(partial(gklx.gkl, **settings), (0, 1))(s, t), strict=True):
+                same(x, expected, ulps=64)
     assert counter.graphs <= 3
 
 
@@ -373,6 +486,7 @@ def test_export_for_any_batch_size(strict):
     torch.compiler.reset()
     model, batch = Distilled(), torch.export.Dim("batch", min=2, max=4096)
     program = torch.export.export(model, inputs(6), dynamic_shapes=({0: batch},) * 4, strict=strict).module()
+    assert "gklx" not in program.code  # it runs where gklx is not
     for size in (2, 9, 300):
         arguments = inputs(size)
         same(program(*arguments), model(*arguments), dtype="float32")

@@ -12,7 +12,7 @@ from ._batch import Totals, mass_matters, over_ranks
 from ._problem import Array, Problem
 from ._sweep import Sweep, prior_raised, sweep_rows, totals
 
-_FROM_BYTES = 2**23
+_FROM_BYTES = 3 * 2**20
 _BLOCK_BYTES = 2**20
 
 

@@ -17,8 +17,10 @@ class Softmax(NamedTuple):
     """[..., C], logits less their row's maximum; -inf where a class does not count."""
     probabilities: Array
     """[..., C]; 0 where a class does not count."""
+    normalizer: Array
+    """[...], the sum of exp(z / temperature)."""
     log_normalizer: Array
-    """[...], the logarithm of the sum of exp(z / temperature); log p = z / temperature - this."""
+    """[...], its logarithm; log p = z / temperature - this."""
 
 
 def as_column(x: Array) -> Array:
@@ -95,7 +97,7 @@ def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Arra
 def softmax(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> Softmax:
     """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row."""
     e, total = exponentials(xp, z, temperature, any_counts)
-    return Softmax(z, e / as_column(total), xp.log(total))
+    return Softmax(z, e * as_column(1.0 / total), total, xp.log(total))
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:

@@ -181,7 +181,7 @@ def sweep_rows(
         to_teacher = spread.weighted * _column(rates.teacher)
     if student and rates.student is not None:
         to_student = _probability_gap(problem, rows) * _column(rates.student)
-    if student and spread is not None and problem.formula.symmetric:
+    if student and rates.teacher is not None and spread is not None and problem.formula.symmetric:
         if to_teacher is None or problem.presumed:
             # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended.
             opposite = spread.weighted * _column(-rates.teacher)
@@ -261,8 +261,7 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
     logits = tuple(xp.astype(x, dtype, copy=False) for x in (arrays.student, arrays.teacher))
     if problem.presumed:
-        top = tuple(xp.max(x, axis=-1) for x in logits)
-        return _Counted(logits, top, None, None, _given_weight(problem))
+        return _Counted(logits, tuple(xp.max(x, axis=-1) for x in logits), None, None, _given_weight(problem))
     limit = _moderate(problem)
     if limit:
         top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
@@ -338,7 +337,7 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
 
 
 def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> _Weights:
-    """The weights, NaN in the W of a sample whose label names no class; `teacher` may be None where a prior is given."""
+    """The weights, with NaN for W where the label names no class; `teacher` may be None where a prior is given."""
     xp, arrays = problem.xp, problem.arrays
     if arrays.prior is None:
         assert teacher is not None
@@ -393,10 +392,9 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
         z = xp.where(z < lowest, lowest, z)
     w = chosen(xp, counts, xp.exp(gamma * z))
     total = xp.sum(w, axis=-1)
-    log_normalizer = teacher.log_normalizer
-    if not as_softmax:
-        log_normalizer = xp.log(exponentials(xp, teacher.z, tau, counted.any_counts)[1])
-    scale = xp.exp(-gamma * log_normalizer)
+    normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
+    # As an array the exponent may change without PyTorch compiling again.
+    scale = normalizer ** (-gamma * xp.ones_like(normalizer))
     return _Weights(w, total, scale, scale * total)
 
 

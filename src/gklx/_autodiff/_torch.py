@@ -22,23 +22,25 @@ def tracks(problem: Problem) -> bool:
 def attach(problem: Problem) -> torch.Tensor:
     """The loss; its derivatives are those of the sweep."""
     arrays = problem.arrays
+    bare = problem._replace(arrays=Arrays(*[None] * len(arrays)))
     if torch.compiler.is_compiling() and not _transformed() and _compiled.takes(problem):
-        value: torch.Tensor = _compiled.CompiledLoss.apply(problem._replace(arrays=Arrays(*[None] * len(arrays))), *arrays)[0]
-        return value
+        return _applied(_compiled.CompiledLoss, bare, arrays)
     logits = arrays.student, arrays.teacher
     plan = _Plan(
-        problem._replace(arrays=Arrays(*[None] * len(arrays))),
+        bare,
         # Made beforehand only where the backward pass need but multiply them: half precisions would be rounded
         # twice (and underflow before a loss scale reaches them), and a compiler or a transform decides for itself.
         *(_records(x) and x.dtype == problem.dtype and not _left_to_others() for x in logits),
     )
     if torch.compiler.is_compiling():
-        function: Any = _Loss
-    elif _transformed() or forward_ad._current_level >= 0:
-        function = _TransformableLoss
-    else:
-        function = _EagerLoss
-    value = function.apply(plan, *arrays)[0]
+        return _applied(_Loss, plan, arrays)
+    if _transformed() or forward_ad._current_level >= 0:
+        return _applied(_TransformableLoss, plan, arrays)
+    return _applied(_EagerLoss, plan, arrays)
+
+
+def _applied(function: Any, plan: Any, arrays: Arrays) -> torch.Tensor:
+    value: torch.Tensor = function.apply(plan, *arrays)[0]
     return value
 
 
@@ -169,6 +171,7 @@ def _left_to_others() -> bool:
     return torch.compiler.is_compiling() or _transformed()
 
 
-@torch.compiler.assume_constant_result  # the compiler follows the question, but not to its right answer
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
+    # Asked while compiling: the compiler follows the question, but not to its right answer.
     return torch._C._functorch.peek_interpreter_stack() is not None

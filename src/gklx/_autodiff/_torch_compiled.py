@@ -1,4 +1,4 @@
-"""The loss within a program that PyTorch compiles for the CPU: rows are presumed ordinary, and mended where they are not.
+"""The loss in a program that PyTorch compiles for the CPU: rows are presumed ordinary, and mended where they are not.
 
 The compiler fuses the sweep into a few loops, in which the masks that NaN and infinite logits take would cost as much
 as all else. A compiled program cannot look first and choose; so it computes without masks, finds out on the way whether
@@ -15,6 +15,7 @@ import torch
 from .. import _blocks
 from .._batch import Totals
 from .._problem import Arrays, Formula, Numbers, Problem
+from .._sweep import Sweep
 
 
 def takes(problem: Problem) -> bool:
@@ -39,7 +40,7 @@ class CompiledLoss(torch.autograd.Function):
     def forward(problem: Problem, *arrays: Any) -> Any:
         problem = problem._replace(arrays=Arrays(*arrays), presumed=True)
         found = _blocks.sweep(problem, value=True)
-        _mend(problem, found.ordinary, found.value)
+        _mend(problem, found.ordinary, found.value, None, None)
         return found.value, *kept(found.of_batch), found.ordinary
 
     @staticmethod
@@ -59,7 +60,7 @@ class CompiledLoss(torch.autograd.Function):
         of_batch = None if weight is None else Totals(weight, squared_mass)
         student, teacher = ctx.needs_input_grad[1:3]
         found = _blocks.sweep(problem, of_batch, student=student, teacher=teacher, upstream=upstream)
-        _mend(problem, ordinary, None, found.student, found.teacher, upstream)
+        _mend(problem, ordinary, None, found.student, found.teacher, upstream=upstream)
         return None, found.student, found.teacher, None, None, None, None
 
 
@@ -72,12 +73,12 @@ def kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | N
     return weight, squared_mass
 
 
-def _mend(
-    problem: Problem, ordinary: Any, value: Any = None, to_student: Any = None, to_teacher: Any = None, upstream: Any = None
-) -> None:
+def _mend(problem: Problem, ordinary: Any, *outputs: Any, upstream: Any = None) -> None:
     *arrays, _ = problem.arrays
-    numbers = list(problem.formula), list(problem.numbers), problem.reduction
-    mend(value, to_student, to_teacher, ordinary, upstream, *arrays, *numbers)
+    one = torch.ones((), dtype=torch.float64)
+    # As a tensor, for an operator's numbers are constants to the compiler, which would compile again at each new one.
+    numbers = torch.stack([one * x for x in problem.numbers])
+    mend(*outputs, ordinary, upstream, *arrays, list(problem.formula), numbers, problem.reduction)
 
 
 @torch.library.custom_op("gklx::mend", mutates_args=("value", "to_student", "to_teacher"))
@@ -93,18 +94,31 @@ def mend(
     labels: torch.Tensor | None,
     sample_weight: torch.Tensor | None,
     formula: Sequence[bool],
-    numbers: Sequence[float],
+    numbers: torch.Tensor,
     reduction: str,
 ) -> None:
     """Write what a careful sweep finds over the first three, those that are there, unless the rows are ordinary."""
     if bool(ordinary):
         return
-    dtype = torch.promote_types(torch.float32, torch.promote_types(student.dtype, teacher.dtype))
     arrays = Arrays(student, teacher, prior, labels, sample_weight, None)
-    problem = Problem(xp, dtype, Formula(*formula), reduction, Numbers(*numbers), arrays, None)  # type: ignore[arg-type]
     outputs = {"value": value, "student": to_student, "teacher": to_teacher}
-    asked = {name: x is not None for name, x in outputs.items()}
-    found = _blocks.sweep(problem, upstream=upstream, **asked)
+    found = _swept_carefully(
+        arrays, formula, numbers.tolist(), reduction, upstream, [x is not None for x in outputs.values()]
+    )
     for name, output in outputs.items():
         if output is not None:
             output.copy_(getattr(found, name))
+
+
+def _swept_carefully(
+    arrays: Arrays,
+    formula: Sequence[bool],
+    numbers: Sequence[float],
+    reduction: Any,
+    upstream: torch.Tensor | None,
+    asked: Sequence[bool],
+) -> Sweep:
+    dtype = torch.promote_types(torch.float32, torch.promote_types(arrays.student.dtype, arrays.teacher.dtype))
+    problem = Problem(xp, dtype, Formula(*formula), reduction, Numbers(*numbers), arrays, None)
+    value, student, teacher = asked
+    return _blocks.sweep(problem, value=value, student=student, teacher=teacher, upstream=upstream)
