@@ -14,6 +14,7 @@ from . import _cuda, _freed_memory, _loop, _threads
 from ._batch import Totals, mass_matters, totals_of_parts
 from ._libraries import library_of
 from ._problem import Array, Problem
+from ._rows import in_dtype
 from ._sweep import Sweep, prior_raised, sweep_rows, totals, totals_if_ordinary
 
 _Block = tuple[slice | EllipsisType, ...]
@@ -37,8 +38,8 @@ def sweep(
         compute = _loop.sweep if _loop.takes(problem) else sweep_rows
         found = compute(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
         return found._replace(
-            student=None if found.student is None else xp.astype(found.student, arrays.student.dtype, copy=False),
-            teacher=None if found.teacher is None else xp.astype(found.teacher, arrays.teacher.dtype, copy=False),
+            student=None if found.student is None else in_dtype(xp, found.student, arrays.student.dtype),
+            teacher=None if found.teacher is None else in_dtype(xp, found.teacher, arrays.teacher.dtype),
         )
     unreduced = problem.reduction == "none"
     to_student = xp.empty_like(arrays.student) if student else None
@@ -54,9 +55,9 @@ def sweep(
             upstream=upstream[block] if unreduced and upstream is not None else upstream,
         )
         if to_student is not None:
-            to_student[block] = xp.astype(found.student, to_student.dtype, copy=False)
+            to_student[block] = in_dtype(xp, found.student, to_student.dtype)
         if to_teacher is not None:
-            to_teacher[block] = xp.astype(found.teacher, to_teacher.dtype, copy=False)
+            to_teacher[block] = in_dtype(xp, found.teacher, to_teacher.dtype)
         return found.value, found.ordinary
 
     expected = None

@@ -47,6 +47,7 @@ from ._rows import (
     effective_weight,
     exactly,
     exponentials,
+    in_dtype,
     masked,
     maxima,
     maxima_of_moderate,
@@ -243,7 +244,7 @@ def prior_raised(problem: Problem, *, passes: int = 1) -> Problem:
             prior = xp.take(prior, index, axis=0)
             own = xp.reshape(xp.cumulative_sum(xp.ones_like(index)) - 1, labels.shape)
             labels = xp.where(known, own, xp.full_like(own, -1))
-    prior = _prior_weights(problem, xp.astype(prior, problem.dtype, copy=False))
+    prior = _prior_weights(problem, in_dtype(xp, prior, problem.dtype))
     return problem._replace(
         arrays=arrays._replace(prior=prior, labels=labels), numbers=problem.numbers._replace(gamma=1.0)
     )
@@ -259,7 +260,7 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     more need look no further.
     """
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
-    logits = tuple(xp.astype(x, dtype, copy=False) for x in (arrays.student, arrays.teacher))
+    logits = tuple(in_dtype(xp, x, dtype) for x in (arrays.student, arrays.teacher))
     if problem.presumed:
         return _Counted(logits, tuple(xp.max(x, axis=-1) for x in logits), None, None, _given_weight(problem))
     limit = _moderate(problem)
@@ -342,7 +343,7 @@ def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None)
     if arrays.prior is None:
         assert teacher is not None
         return _teacher_weights(problem, counted, teacher)
-    prior = xp.astype(arrays.prior, problem.dtype, copy=False)
+    prior = in_dtype(xp, arrays.prior, problem.dtype)
     if arrays.labels is None:
         w = chosen(xp, counted.counts, _prior_weights(problem, prior))
         mass = xp.sum(w, axis=-1)
