@@ -89,7 +89,9 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, conditions = _parse(experiment, arguments)
     variants = [name for name in experiment.variants if name in (options.only or experiment.variants)]
-    jobs = [Job(*job) for job in itertools.product(conditions, variants, range(options.seeds))]
+    # A seed's variants follow each other: a recipe may keep what they share, such as a teacher.
+    order = itertools.product(conditions, range(options.seeds), variants)
+    jobs = [Job(condition, variant, seed) for condition, seed, variant in order]
     try:
         found = dict(_progress(experiment, jobs, _metrics_of(experiment, jobs, conditions, options.processes)))
         results = {
