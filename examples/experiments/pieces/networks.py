@@ -7,14 +7,16 @@ from torch import nn
 def small(width: int, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Two strided convolutions and two linear layers; `width` scales them all.
 
-    Without batch normalisation, so a network does the same in training, in an attack and in evaluation.
+    Normalised by sample, not by batch, so the network does the same in training, in an attack and in evaluation.
     """
     channels, height, _ = shape
     side = (height + 3) // 4
     return nn.Sequential(
         nn.Conv2d(channels, width, 5, stride=2, padding=2),
+        nn.GroupNorm(1, width),
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 5, stride=2, padding=2),
+        nn.GroupNorm(1, 2 * width),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(2 * width * side * side, 8 * width),

@@ -56,18 +56,20 @@ def optimizer(
     return made, torch.optim.lr_scheduler.MultiStepLR(made, falls)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image shifted by up to four pixels, zeros coming in, and half of them mirrored: CIFAR's usual."""
+def augment(images: torch.Tensor, shift: int, mirror: bool, generator: torch.Generator) -> torch.Tensor:
+    """Each image moved by up to `shift` pixels either way, zeros coming in; with `mirror` half of them mirrored."""
+    if shift == 0 and not mirror:
+        return images
     count, _, height, width = images.shape
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
-    top, left = (torch.randint(9, (count, 1), generator=generator).to(images.device) for _ in range(2))
-    rows = (top + torch.arange(height, device=images.device))[:, None, :, None]
-    columns = (left + torch.arange(width, device=images.device))[:, None, None, :]
-    mirrored = (torch.rand(count, 1, 1, 1, generator=generator) < 0.5).to(images.device)
-    columns = torch.where(mirrored, columns.flip(-1), columns)
-    sample = torch.arange(count, device=images.device)[:, None, None, None]
-    channel = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-    return padded[sample, channel, rows, columns]
+    padded = nn.functional.pad(images, (shift, shift, shift, shift))
+    moves = torch.randint(2 * shift + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = moves[0] + torch.arange(height, device=images.device)
+    columns = moves[1] + torch.arange(width, device=images.device)
+    if mirror:
+        turned = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
+        columns = torch.where(turned, columns.flip(-1), columns)
+    moved = padded.take_along_dim(rows[:, None, :, None], dim=2)
+    return moved.take_along_dim(columns[:, None, None, :], dim=3)
 
 
 @torch.no_grad()
