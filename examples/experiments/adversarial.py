@@ -31,14 +31,14 @@ class Settings:
 
     epsilon: float = 0.2
     """How far the attack may move a pixel, of [0, 1], in training and in evaluation."""
-    size: int = 3000
+    size: int = 2000
     """Images to learn from."""
     data: str = "mnist"
     root: str | None = None
     network: tuple[int, ...] = (8,)
-    attack_steps: int = 5
+    attack_steps: int = 4
     """Of the attack in training; each goes epsilon / 4."""
-    epochs: int = 12
+    epochs: int = 10
     batch: int = 128
     optimizer: str = "sgd"
     learning_rate: float = 0.05
