@@ -4,7 +4,8 @@
 the clean images, and from the divergence between its logits on attacked and on clean images; the clean ones are the
 teacher, and the gradient goes to both. The attack in training is PGD on the same divergence; "none" trains on clean
 images alone. Robust accuracy is measured by attacks that the training did not use: PGD from several starts on the
-cross-entropy and on the margin, where an image counts only if it withstands all of them.
+cross-entropy and on the margin, where an image counts only if it withstands all of them. With the Adversarial
+Robustness Toolbox installed those that do are attacked by Square too.
 """
 
 import functools
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from pieces.attacks import pgd, withstood
+from pieces.attacks import HAS_SQUARE, pgd, withstood, withstood_square
 from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Weights, divergence
@@ -41,7 +42,7 @@ class Settings:
     epochs: int = 10
     batch: int = 128
     optimizer: str = "sgd"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     weight_decay: float = 5e-4
     warmup_epochs: int = 4
     """Epsilon and the divergence's weight grow linearly over so many epochs."""
@@ -57,6 +58,7 @@ class Settings:
     """Held-out images that are attacked in the evaluation."""
     evaluation_steps: int = 20
     restarts: int = 3
+    square_queries: int = 200
     steps_limit: int | None = None
 
 
@@ -136,10 +138,24 @@ def measure(network: nn.Module, data: Images, settings: Settings) -> dict[str, f
         restarts=settings.restarts,
         seed=EVALUATION_SEED,
     )
-    return {
+    metrics = {
         "clean": accuracy(logits_of(network, images), labels),
         "robust": 100 * standing.double().mean().item(),
     }
+    if HAS_SQUARE:
+        rows = some[standing.cpu()]
+        still = 0
+        if len(rows):
+            still = withstood_square(
+                network,
+                images[rows],
+                labels[rows],
+                epsilon=settings.epsilon,
+                queries=settings.square_queries,
+                seed=EVALUATION_SEED,
+            ).sum()
+        metrics["square"] = 100 * float(still) / len(some)
+    return metrics
 
 
 CIFAR100 = Settings(
@@ -149,13 +165,13 @@ CIFAR100 = Settings(
     network=(34, 10),
     attack_steps=10,
     epochs=200,
-    learning_rate=0.1,
     warmup_epochs=1,
     shift=4,
     mirror=True,
     evaluated=10_000,
     evaluation_steps=50,
     restarts=5,
+    square_queries=5000,
 )
 
 EXPERIMENT = Experiment(
@@ -163,7 +179,8 @@ EXPERIMENT = Experiment(
     title="Adversarial training",
     train=train,
     variants=VARIANTS,
-    metrics={"clean": "clean accuracy, %", "robust": "robust accuracy, %"},
+    metrics={"clean": "clean accuracy, %", "robust": "accuracy under PGD, %"}
+    | ({"square": "accuracy under PGD and Square, %"} if HAS_SQUARE else {}),
     conditions={
         "eps0.2-sgd": Settings(),
         "eps0.2-adam": Settings(optimizer="adam", learning_rate=3e-3, weight_decay=0.0),

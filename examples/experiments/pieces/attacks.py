@@ -1,12 +1,17 @@
 """Attacks within epsilon a pixel: projected gradient ascent (PGD), alone and several one after another."""
 
+import importlib.util
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits and labels to the scalar that the attack makes large."""
+
+HAS_SQUARE = importlib.util.find_spec("art") is not None
+"""Whether the Adversarial Robustness Toolbox, whose Square attack is used, is installed."""
 
 
 def pgd(
@@ -80,3 +85,29 @@ def withstood(
             with torch.no_grad():
                 standing[rows] = network(moved).argmax(dim=-1) == y
     return standing
+
+
+def withstood_square(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, epsilon: float, queries: int, seed: int
+) -> torch.Tensor:
+    """Which images are named right after the Square attack, which sees logits alone and no gradient.
+
+    A network that only hides its gradients withstands PGD, not this.
+    """
+    from art.attacks.evasion import SquareAttack
+    from art.estimators.classification import PyTorchClassifier
+
+    num_classes = network(images[:1]).shape[-1]
+    classifier = PyTorchClassifier(
+        network,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(images.shape[1:]),
+        nb_classes=num_classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if images.is_cuda else "cpu",
+    )
+    np.random.seed(seed)  # noqa: NPY002 - the toolbox draws from NumPy's global state
+    attack = SquareAttack(classifier, eps=epsilon, max_iter=queries, nb_restarts=1, verbose=False)
+    moved = attack.generate(images.cpu().numpy(), np.eye(num_classes)[labels.cpu().numpy()])
+    with torch.no_grad():
+        return network(torch.from_numpy(moved).to(images.device)).argmax(dim=-1) == labels

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -26,7 +27,7 @@ from . import report
 from .images import DATA_SETS, MNIST
 
 RESULTS = Path(__file__).parents[1] / "results"
-PACKAGES = ("numpy", "scipy", "torch", "torchvision", "jax", "optax", "mlxtend")
+PACKAGES = ("numpy", "scipy", "torch", "torchvision", "jax", "optax", "mlxtend", "adversarial-robustness-toolbox")
 # A run has one thread: runs in parallel are quicker than threads in networks this small, and repeat exactly.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -229,13 +230,11 @@ def _progress(
 
 
 def _versions() -> dict[str, str]:
+    """What is installed of that which a recipe may use."""
     versions = {"python": platform.python_version(), "gklx": gklx.__version__}
     for package in PACKAGES:
-        if package in sys.modules or package == "mlxtend":
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return versions
 
 
