@@ -5,7 +5,7 @@ settings, and other random numbers. It needs no PyTorch.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from pieces.losses import VARIANTS, Weights, divergence
 import gklx
 
 RAREST = 0.3  # the share of the classes, from the last, that count as rare
+
+ADAM = optax.scale_by_adam()
 
 Params = dict[str, Any]
 
@@ -56,7 +58,7 @@ class State(NamedTuple):
     """What training changes."""
 
     params: Params
-    optimizer: optax.OptState
+    adam: optax.OptState
     prior: gklx.ClassPriorState
 
 
@@ -85,20 +87,22 @@ def fit(
     images, labels = data.images[rows], data.labels[rows].astype(np.int32)
     params = network(jax.random.key(seed), width, images.shape[1:], data.num_classes)
     prior = gklx.ClassPriorState.uniform(data.num_classes, like=params["out"]["bias"])
-    state = State(params, descent(settings, len(labels)).init(params), prior)
-    step = make_step(variant, settings, len(labels))
+    state = State(params, ADAM.init(params), prior)
+    step = make_step(variant, settings.weights)
+    falls = [settings.epochs * eighths // 8 for eighths in (5, 6, 7)]
     for epoch, batches in enumerate(schedule(images, labels, seed, settings)):
         warmth = jnp.float32(min((epoch + 1) / settings.warmup_epochs, 1.0))
+        rate = jnp.float32(settings.learning_rate * 0.1 ** sum(epoch >= fall for fall in falls))
         for x, y in batches:
-            state = step(state, x, y, teacher, warmth)
+            state = step(state, x, y, teacher, warmth, rate)
         state = state._replace(prior=state.prior.advance())
     return state.params
 
 
-@functools.cache  # a step is compiled once a process, not once a seed
-def make_step(variant: str, settings: Settings, count: int) -> Any:
-    """The compiled step of gradient descent: from state, images, labels, teacher and warmth to the next state."""
-    loss, temperature = divergence(variant, settings.weights), settings.weights.weight_temperature
+@functools.cache  # a step is compiled once a process, not once a seed: what changes in a run is an argument
+def make_step(variant: str, weights: Weights) -> Callable[..., State]:
+    """The compiled step of Adam: from state, images, labels, teacher, warmth and learning rate to the next state."""
+    loss = divergence(variant, weights)
 
     def value_of(params: Params, x: jax.Array, y: jax.Array, target: Any, table: jax.Array, warmth: jax.Array) -> Any:
         student = logits(params, x)
@@ -106,35 +110,34 @@ def make_step(variant: str, settings: Settings, count: int) -> Any:
         return value if target is None else value + warmth * loss(student, target, y, table)
 
     @jax.jit
-    def step(state: State, x: jax.Array, y: jax.Array, teacher: Params | None, warmth: jax.Array) -> State:
-        params, optimizer, prior = state
+    def step(
+        state: State, x: jax.Array, y: jax.Array, teacher: Params | None, warmth: jax.Array, rate: jax.Array
+    ) -> State:
+        params, adam, prior = state
         target = None if teacher is None else logits(teacher, x)
         gradient = jax.grad(value_of)(params, x, y, target, prior.table, warmth)
-        updates, optimizer = descent(settings, count).update(gradient, optimizer, params)
+        updates, adam = ADAM.update(gradient, adam)
+        updates = jax.tree.map(lambda update: -rate * update, updates)
         if target is not None:
-            prior = prior.update(target, y, temperature=temperature)
-        return State(optax.apply_updates(params, updates), optimizer, prior)
+            prior = prior.update(target, y, temperature=weights.weight_temperature)
+        return State(optax.apply_updates(params, updates), adam, prior)
 
     return step
-
-
-def descent(settings: Settings, count: int) -> optax.GradientTransformation:
-    """Adam, its rate falling to a tenth after 5/8, 6/8 and 7/8 of the epochs."""
-    epoch = -(-count // settings.batch)
-    falls = {epoch * (settings.epochs * eighths // 8): 0.1 for eighths in (5, 6, 7)}
-    return optax.adam(optax.piecewise_constant_schedule(settings.learning_rate, falls))
 
 
 def schedule(
     images: np.ndarray, labels: np.ndarray, seed: int, settings: Settings
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """For each epoch its batches of moved images and labels; ends after `steps_limit` batches."""
+    """For each epoch its batches of moved images and labels; ends after `steps_limit` batches.
+
+    What does not fill a batch is left out until the next epoch: another size would be compiled anew.
+    """
     draw = np.random.default_rng(seed)
     left = settings.epochs * len(labels) if settings.steps_limit is None else settings.steps_limit
     for _ in range(settings.epochs):
-        order = draw.permutation(len(labels))
-        parts = np.split(order, range(settings.batch, len(order), settings.batch))[:left]
-        if not parts:
+        full = len(labels) // settings.batch
+        parts = draw.permutation(len(labels))[: full * settings.batch].reshape(full, settings.batch)[:left]
+        if not len(parts):
             return
         yield [(moved(images[rows], settings.shift, draw), labels[rows]) for rows in parts]
         left -= len(parts)
