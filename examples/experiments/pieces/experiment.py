@@ -110,7 +110,7 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{experiment.name}: interrupted, nothing was written", file=sys.stderr)
         return 130
-    except (RunError, OSError, concurrent.futures.process.BrokenProcessPool) as error:
+    except (RunError, OSError, concurrent.futures.BrokenExecutor) as error:
         print(f"{experiment.name}: error: {error}", file=sys.stderr)
         return 1
     print(report.table(results), end="")
@@ -121,16 +121,14 @@ def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.N
     """The options, and the settings of each condition that is to be run."""
     parser = _Parser(prog=f"{experiment.name}.py", description=experiment.title)
     parser.add_argument("--full", action="store_true", help="the papers' settings: hours, on a GPU where there is one")
-    parser.add_argument(
-        "--seeds", type=_positive, default=5, metavar="N", help="seeds 0 to N - 1 (default %(default)s)"
-    )
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (default %(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=experiment.variants, metavar="VARIANT", help=f"of {', '.join(experiment.variants)}"
     )
     parser.add_argument("--condition", nargs="+", metavar="NAME", help="only these conditions")
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         default=os.cpu_count() or 1,
         metavar="N",
         help="runs at a time (default %(default)s)",
@@ -139,7 +137,7 @@ def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.N
         "--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go (default results/)"
     )
     parser.add_argument(
-        "--steps-limit", type=_positive, metavar="N", help="stop each training after N steps: a trial run"
+        "--steps-limit", type=positive, metavar="N", help="stop each training after N steps: a trial run"
     )
     with_data = _has_field(next(iter(experiment.conditions.values())), "data")
     if with_data:
@@ -247,7 +245,7 @@ def _has_field(settings: Any, name: str) -> bool:
     return any(f.name == name for f in dataclasses.fields(settings))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

@@ -35,11 +35,6 @@ class Weights:
     weight_temperature: float = 1.0
 
 
-def uses_prior(name: str) -> bool:
-    """Whether the divergence weighs classes by a class prior where it gets one."""
-    return name in ("ikl", "gkl") or name.split("-")[1:2] == ["prior"]
-
-
 def divergence(name: str, weights: Weights) -> Divergence:
     """The divergence of that name.
 
