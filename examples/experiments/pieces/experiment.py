@@ -98,7 +98,9 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         results = {
             "experiment": experiment.name,
             "title": experiment.title,
-            "command": shlex.join(["python", f"examples/experiments/{experiment.name}.py", *arguments]),
+            "command": shlex.join(
+                ["python", f"examples/experiments/{experiment.name}.py", *_how_to_run().parse_known_args(arguments)[1]]
+            ),
             "versions": _versions(),
             "baseline": experiment.baseline,
             "metrics": dict(experiment.metrics),
@@ -119,23 +121,13 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 
 def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The options, and the settings of each condition that is to be run."""
-    parser = _Parser(prog=f"{experiment.name}.py", description=experiment.title)
+    parser = _Parser(prog=f"{experiment.name}.py", description=experiment.title, parents=[_how_to_run()])
     parser.add_argument("--full", action="store_true", help="the papers' settings: hours, on a GPU where there is one")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (default %(default)s)")
     parser.add_argument(
         "--only", nargs="+", choices=experiment.variants, metavar="VARIANT", help=f"of {', '.join(experiment.variants)}"
     )
     parser.add_argument("--condition", nargs="+", metavar="NAME", help="only these conditions")
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="runs at a time (default %(default)s)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go (default results/)"
-    )
     parser.add_argument(
         "--steps-limit", type=positive, metavar="N", help="stop each training after N steps: a trial run"
     )
@@ -161,6 +153,22 @@ def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.N
         if with_data and settings.data != MNIST and settings.root is None:
             parser.error(f"{settings.data} needs --root DIR, the folder that holds its files")
     return options, chosen
+
+
+def _how_to_run() -> argparse.ArgumentParser:
+    """The options that change nothing in what is found, and so are not in the recorded command."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="runs at a time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go (default results/)"
+    )
+    return parser
 
 
 def _metrics_of(
@@ -246,6 +254,7 @@ def _has_field(settings: Any, name: str) -> bool:
 
 
 def positive(text: str) -> int:
+    """A whole number above 0, as argparse reads it."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
