@@ -1,0 +1,222 @@
+"""Distils a larger network into a smaller one with each divergence, in JAX and optax.
+
+`python examples/experiments/distillation_jax.py` is `distillation.py` in JAX: the same MNIST images, networks and
+settings, and other random numbers. It needs no PyTorch.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from pieces.experiment import Experiment, main
+from pieces.images import Images, class_counts, load, subset
+from pieces.losses import VARIANTS, Weights, divergence
+
+import gklx
+
+RAREST = 0.3  # the share of the classes, from the last, that count as rare
+
+ADAM = optax.scale_by_adam()
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one condition."""
+
+    size: int
+    """Images to learn from, of both networks."""
+    imbalance: float = 1.0
+    """The first class's images over the last's."""
+    data: str = "mnist"
+    root: str | None = None
+    teacher: int = 16
+    """Channels of the first convolution."""
+    student: int = 4
+    teacher_epochs: int = 20
+    teacher_learning_rate: float = 2e-3
+    epochs: int = 20
+    batch: int = 64
+    learning_rate: float = 1e-2
+    warmup_epochs: int = 5
+    """The divergence's weight grows linearly over so many epochs."""
+    shift: int = 2
+    """Images are moved by up to so many pixels in training."""
+    weights: Weights = Weights(  # noqa: RUF009 - frozen
+        kl_weight=4.0, mse_weight=4.0, ce_weight=4.0, gamma=0.3, temperature=4.0, weight_temperature=4.0
+    )
+    steps_limit: int | None = None
+
+
+class State(NamedTuple):
+    """What training changes."""
+
+    params: Params
+    adam: optax.OptState
+    prior: gklx.ClassPriorState
+
+
+def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
+    """Trains a student and measures it on the images held out."""
+    data = load(settings.data, settings.root)
+    teacher = trained_teacher(seed, settings)
+    if variant == "teacher":
+        return measure(teacher, teacher, data)
+    return measure(fit(settings.student, data, seed, settings, variant, teacher), teacher, data)
+
+
+@functools.lru_cache(maxsize=1)  # the next run is most often of the same seed and condition
+def trained_teacher(seed: int, settings: Settings) -> Params:
+    """The larger network, trained on the labels."""
+    data = load(settings.data, settings.root)
+    alone = replace(settings, epochs=settings.teacher_epochs, learning_rate=settings.teacher_learning_rate)
+    return fit(settings.teacher, data, seed, alone)
+
+
+def fit(
+    width: int, data: Images, seed: int, settings: Settings, variant: str = "none", teacher: Params | None = None
+) -> Params:
+    """A network trained on the labels, and on a teacher where there is one."""
+    rows = subset(data.labels, class_counts(settings.size, data.num_classes, settings.imbalance), seed)
+    images, labels = data.images[rows], data.labels[rows].astype(np.int32)
+    params = network(jax.random.key(seed), width, images.shape[1:], data.num_classes)
+    prior = gklx.ClassPriorState.uniform(data.num_classes, like=params["out"]["bias"])
+    state = State(params, ADAM.init(params), prior)
+    step = make_step(variant, settings.weights)
+    falls = [settings.epochs * eighths // 8 for eighths in (5, 6, 7)]
+    for epoch, batches in enumerate(schedule(images, labels, seed, settings)):
+        warmth = jnp.float32(min((epoch + 1) / settings.warmup_epochs, 1.0))
+        rate = jnp.float32(settings.learning_rate * 0.1 ** sum(epoch >= fall for fall in falls))
+        for x, y in batches:
+            state = step(state, x, y, teacher, warmth, rate)
+        state = state._replace(prior=state.prior.advance())
+    return state.params
+
+
+@functools.cache  # a step is compiled once a process, not once a seed: what changes in a run is an argument
+def make_step(variant: str, weights: Weights) -> Callable[..., State]:
+    """The compiled step of Adam: from state, images, labels, teacher, warmth and learning rate to the next state."""
+    loss = divergence(variant, weights)
+
+    def value_of(params: Params, x: jax.Array, y: jax.Array, target: Any, table: jax.Array, warmth: jax.Array) -> Any:
+        student = logits(params, x)
+        value = optax.losses.softmax_cross_entropy_with_integer_labels(student, y).mean()
+        return value if target is None else value + warmth * loss(student, target, y, table)
+
+    @jax.jit
+    def step(
+        state: State, x: jax.Array, y: jax.Array, teacher: Params | None, warmth: jax.Array, rate: jax.Array
+    ) -> State:
+        params, adam, prior = state
+        target = None if teacher is None else logits(teacher, x)
+        gradient = jax.grad(value_of)(params, x, y, target, prior.table, warmth)
+        updates, adam = ADAM.update(gradient, adam)
+        updates = jax.tree.map(lambda update: -rate * update, updates)
+        if target is not None:
+            prior = prior.update(target, y, temperature=weights.weight_temperature)
+        return State(optax.apply_updates(params, updates), adam, prior)
+
+    return step
+
+
+def schedule(
+    images: np.ndarray, labels: np.ndarray, seed: int, settings: Settings
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """For each epoch its batches of moved images and labels; ends after `steps_limit` batches.
+
+    What does not fill a batch is left out until the next epoch: another size would be compiled anew.
+    """
+    draw = np.random.default_rng(seed)
+    left = settings.epochs * len(labels) if settings.steps_limit is None else settings.steps_limit
+    for _ in range(settings.epochs):
+        full = len(labels) // settings.batch
+        parts = draw.permutation(len(labels))[: full * settings.batch].reshape(full, settings.batch)[:left]
+        if not len(parts):
+            return
+        yield [(moved(images[rows], settings.shift, draw), labels[rows]) for rows in parts]
+        left -= len(parts)
+
+
+def moved(images: np.ndarray, shift: int, draw: np.random.Generator) -> np.ndarray:
+    """Each image moved by up to `shift` pixels either way, zeros coming in."""
+    count, _, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
+    down, right = draw.integers(2 * shift + 1, size=(2, count, 1))
+    rows, columns = down + np.arange(height), right + np.arange(width)
+    padded = np.take_along_axis(padded, rows[:, None, :, None], axis=2)
+    return np.take_along_axis(padded, columns[:, None, None, :], axis=3)
+
+
+def network(key: jax.Array, width: int, shape: tuple[int, ...], num_classes: int) -> Params:
+    """The parameters before training: two strided convolutions, each normalised, and two linear layers."""
+    channels, height, _ = shape
+    side = (height + 3) // 4
+    shapes = {
+        "first": (width, channels, 5, 5),
+        "second": (2 * width, width, 5, 5),
+        "hidden": (8 * width, 2 * width * side * side),
+        "out": (num_classes, 8 * width),
+    }
+    params = {}
+    for (name, weights), k in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
+        # Uniform within 1/√fan-in, as PyTorch's layers begin.
+        bound = float(np.prod(weights[1:])) ** -0.5
+        params[name] = {
+            "weights": jax.random.uniform(k, weights, jnp.float32, -bound, bound),
+            "bias": jnp.zeros(weights[0], jnp.float32),
+            "scale": jnp.ones(weights[0], jnp.float32),
+        }
+    return params
+
+
+def logits(params: Params, images: jax.Array) -> jax.Array:
+    """From images [N, channels, height, width] to logits [N, classes]."""
+    x = jnp.asarray(images)
+    for name in ("first", "second"):
+        layer = params[name]
+        x = jax.lax.conv_general_dilated(x, layer["weights"], window_strides=(2, 2), padding=((2, 2), (2, 2)))
+        x = jax.nn.standardize(x, axis=(1, 2, 3)) * layer["scale"][:, None, None] + layer["bias"][:, None, None]
+        x = jax.nn.relu(x)
+    x = x.reshape(len(x), -1)
+    x = jax.nn.relu(x @ params["hidden"]["weights"].T + params["hidden"]["bias"])
+    return x @ params["out"]["weights"].T + params["out"]["bias"]
+
+
+def measure(student: Params, teacher: Params, data: Images) -> dict[str, float]:
+    """The metrics on the images held out."""
+    mine, labels = logits(student, data.held_out), data.held_out_labels
+    right = np.asarray(mine.argmax(axis=-1)) == labels
+    rare = labels >= round(data.num_classes * (1 - RAREST))
+    return {
+        "accuracy": 100 * right.mean(),
+        "rare": 100 * right[rare].mean(),
+        "divergence": float(gklx.kl(mine, logits(teacher, data.held_out))),
+    }
+
+
+EXPERIMENT = Experiment(
+    name="distillation_jax",
+    title="Distillation into a smaller network, in JAX",
+    train=train,
+    variants=("teacher", *VARIANTS),
+    metrics={
+        "accuracy": "accuracy, %",
+        "rare": "accuracy in the last three tenths of the classes, %",
+        "divergence": "KL(teacher ‖ student), nats",
+    },
+    higher_is_better={"divergence": False},
+    conditions={"balanced-500": Settings(500), "longtailed-1000": Settings(1000, imbalance=20.0)},
+    full={
+        "balanced-3000": Settings(3000, teacher_epochs=240, epochs=240, warmup_epochs=20),
+        "longtailed-1000": Settings(1000, imbalance=20.0, teacher_epochs=240, epochs=240, warmup_epochs=20),
+    },
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(EXPERIMENT))
