@@ -429,7 +429,7 @@ def test_an_attack_stays_within_its_bounds_and_gains(torch, piece):
     assert all(weights.grad is None for weights in network.parameters())
 
 
-@pytest.mark.parametrize("name", ["adversarial", "distillation", "ablation"])
+@pytest.mark.parametrize("name", ["adversarial", "distillation", "ablation", "vision_language", "language_model"])
 def test_a_recipe_runs(torch, piece, mnist, run, name):
     experiment = piece(name).EXPERIMENT
     status, out, printed, errors = run(experiment, "--steps-limit", "2", "--seeds", "1")
@@ -465,3 +465,62 @@ def test_the_same_seed_gives_the_same_and_dkl_is_kl(torch, piece, mnist):
     assert_near(recipe.train("dkl", 5, settings)["divergence"], kl["divergence"], "float32", ulps=4096)
     assert recipe.train("kl", 6, settings) != kl
     assert recipe.train("teacher", 5, settings)["divergence"] == 0
+
+
+def test_captions_say_what_is_there(piece, mnist):
+    captions = piece("pieces.captions")
+    blank = np.zeros((2, 1, 28, 28), np.float32)
+    for row in range(4, 24):
+        blank[0, 0, row, 24 - row] = 1.0  # from the lower left to the upper right
+        blank[1, 0, row, row - 1 : row + 2] = 1.0
+    scale = captions.Scale(np.full(10, 0.05), np.array([-0.5, 0.5]))
+    said = captions.looks(blank, np.array([1, 7]), scale)
+    texts = captions.captions(said, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
+    assert [bytes(text).rstrip(b"\0") for text in texts] == [
+        b"a thin, right-leaning one",
+        b"a bold, left-leaning seven",
+    ]
+    every = captions.every_look("a {stroke}, {slant} {digit}")
+    assert len({bytes(text) for text in every}) == 60
+    assert (every[captions.index(said)] == texts).all()
+    told = captions.looks(mnist.images, mnist.labels, captions.scale_of(mnist.images, mnist.labels))
+    assert 0.4 < told.stroke.mean() < 0.6
+    assert np.bincount(told.slant).min() > 0.3 * len(mnist.labels)
+
+
+def test_captions_held_out_are_not_learned_from(piece):
+    captions = piece("pieces.captions")
+    assert not {*captions.HELD_OUT, captions.HELD_OUT_IN_FULL} & set(captions.TO_LEARN)
+    with pytest.raises(ValueError, match="may have 64 bytes, got 65"):
+        captions.as_bytes(["three", "x" * 65])
+
+
+def test_text_is_cut_and_split_by_documents(piece):
+    text = piece("pieces.text")
+    found = text.cut([b"abcde", b"xy"], 3)
+    assert found.bytes.tolist() == [[97, 98, 99], [100, 101, 0], [120, 121, 0]]
+    assert found.before.tolist() == [[0, 97, 98], [99, 100, 101], [0, 120, 121]]
+    assert found.counts.tolist() == [[True] * 3, [True, True, False], [True, True, False]]
+    learned, held_out = text.load(64)
+    assert not {row.tobytes() for row in held_out.bytes[held_out.counts.all(axis=1)]} & {
+        row.tobytes() for row in learned.bytes
+    }
+    assert 0.1 < len(held_out.bytes) / len(learned.bytes) < 0.4
+
+
+def test_padding_changes_nothing(torch, piece):
+    """What a model says after a document's end reaches neither a loss nor a gradient, NaN included."""
+    losses = piece("pieces.losses")
+    logits, towards = torch.randn(2, 3, 5, 256, generator=torch.Generator().manual_seed(0)).unbind()
+    real = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
+    after, prior = torch.arange(15).reshape(3, 5), torch.full((256, 256), 1 / 256)
+    for name in ("kl", "dkl", "ikl", "gkl"):
+        loss = losses.divergence(name, losses.Weights(gamma=0.5))
+        found = []
+        for padding in (0.0, torch.nan):
+            student = torch.where(real[..., None], logits, padding).requires_grad_()
+            value = loss(student, towards, after, prior, sample_weight=real)
+            found.append((value.item(), torch.autograd.grad(value, student)[0]))
+        assert found[0][0] == found[1][0]
+        assert found[0][1].equal(found[1][1])
+        assert (found[1][1][~real] == 0).all()
