@@ -286,12 +286,20 @@ def test_excess_of_dkl_is_twice_kl(logits):
     assert 9 < ratios[0] / ratios[1] < 11  # the first order in the distance
 
 
-def test_unequal_weights_have_no_potential(logits):
+def test_unequal_weights_have_no_potential(draw, logits):
     (s, *_), (t, *_) = logits
-    of = partial(one, gklx.dkl, temperature=2.0, mse_weight=3.0, ce_weight=0.5)
-    fisher = curvature(softmax(t / 2)) / 4
-    near(jacobian(lambda x: of(s, x, argnum=0), t), -0.5 * fisher, atol=1e-9)
-    near(jacobian(lambda x: of(x, t, argnum=1), s), -3.0 * fisher, atol=1e-9)
+    parts = {"mse_weight": 3.0, "ce_weight": 0.5, "temperature": 2.0}
+    fisher, given = curvature(softmax(t / 2)) / 4, draw.uniform(0.1, 2, (1, CLASSES))
+
+    def asymmetry(loss, s):
+        of = partial(one, loss, **parts)
+        return jacobian(lambda x: of(s, x, argnum=0), t) - jacobian(lambda x: of(x, t, argnum=1), s).T
+
+    near(asymmetry(gklx.dkl, s), (3.0 - 0.5) * fisher, atol=1e-9)
+    near(asymmetry(partial(gklx.gkl, prior=given, gamma=0.3), s), -0.5 * fisher, atol=1e-9)
+    for loss in (gklx.ikl, partial(gklx.gkl, gamma=0.3)):
+        near(asymmetry(loss, t), -0.5 * fisher, atol=1e-9)
+        assert np.abs(asymmetry(loss, s) + 0.5 * fisher).max() > 1e-3
 
 
 # --- the weighted mean-square error -----------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def plot_of(results: dict) -> str:
             x=step,
             y=altair.Y(
                 "difference:Q",
-                title="largest difference of a parameter from KL's",
+                title="largest parameter difference",
                 scale=altair.Scale(type="log", domain=[1e-18, 10]),
                 axis=altair.Axis(format="~e"),
             ),
@@ -223,7 +223,6 @@ def summary_of(results: dict) -> list[str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """A reader finds the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text)
     os.chmod(file.name, 0o644)
@@ -252,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # one order of summation, whatever the machine
     try:
+        options.out.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be is known before the training
         results = run(options.steps, options.seed)
         write_atomically(options.out / "trajectories.json", json.dumps(results, allow_nan=False) + "\n")
         write_atomically(options.out / "trajectories.svg", plot_of(results))
