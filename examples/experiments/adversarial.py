@@ -1,9 +1,9 @@
 """Adversarial training with each divergence: two strengths of the attack, two optimisers.
 
-`python examples/experiments/adversarial.py` takes minutes on MNIST. As in TRADES the network learns from the labels of
-the clean images, and from the divergence between its logits on attacked and on clean images; the clean ones are the
-teacher, and the gradient goes to both. The attack in training is PGD on the same divergence; "none" trains on clean
-images alone. Robust accuracy is measured by attacks that the training did not use: PGD from several starts on the
+`python examples/experiments/adversarial.py` takes some eight minutes on MNIST. As in TRADES the network learns from the
+labels of the clean images, and from the divergence between its logits on attacked and on clean images; the clean ones
+are the teacher, and the gradient goes to both. The attack in training is PGD on the same divergence; "none" trains on
+clean images alone. Robust accuracy is measured by attacks that the training did not use: PGD from several starts on the
 cross-entropy and on the margin, where an image counts only if it withstands all of them. With the Adversarial
 Robustness Toolbox installed those that do are attacked by Square too.
 """
