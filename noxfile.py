@@ -35,6 +35,10 @@ FILES = _ignored(
 )
 # The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
 KERNELS = _ignored("cuda_rows")
+# The theory's identities and the experiments: one session's.
+EVIDENCE = _ignored("experiments", "theory", "trajectories")
+# Of NumPy's tests those in which another Python changes nothing.
+ALIKE = _ignored("benches", "mutations")
 # Minutes of compiling that another Python changes nothing in.
 COMPILED = _ignored("docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify")
 
@@ -56,6 +60,7 @@ nox.options.sessions = [
     "together",
     "oldest",
     "kernels",
+    "evidence",
     "cupy",
     "docs",
     "package",
@@ -77,7 +82,9 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    once = KERNELS + (FILES if library != "numpy" else ())
+    once = KERNELS + EVIDENCE + (FILES if library != "numpy" else ())
+    if library == "numpy" and session.python != PYTHONS[0]:
+        once += ALIKE
     if library == "jax" and session.python != PYTHONS[0]:
         once += COMPILED
     _pytest(session, *once, backends=backends)
@@ -104,7 +111,7 @@ def together(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, *FILES, *KERNELS, backends="numpy")
+    _pytest(session, *FILES, *KERNELS, *EVIDENCE, backends="numpy")
 
 
 @nox.session(python=PYTHONS[0])
@@ -115,12 +122,23 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[0])
+def evidence(session: nox.Session) -> None:
+    """The identities of the theory page, and each experiment for two steps."""
+    _install(session, ["torch", "jax", "experiments"], "optax>=0.2.5", "sympy>=1.13")
+    _pytest(
+        session,
+        *(f"tests/test_{name}.py" for name in ("experiments", "theory", "trajectories")),
+        backends="numpy,torch,jax",
+    )
+
+
+@nox.session(python=PYTHONS[0])
 def cupy(session: nox.Session) -> None:
     """CuPy's tests, on a CUDA GPU."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
     _install(session, ["cupy"])
-    _pytest(session, *FILES, backends="numpy,cupy")
+    _pytest(session, *FILES, *EVIDENCE, backends="numpy,cupy")
 
 
 @nox.session(python=PYTHONS[0])

@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
+import gklx
 from pieces.attacks import HAS_SQUARE, pgd, withstood, withstood_square
 from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Weights, divergence
 from pieces.networks import build
 from pieces.training import accuracy, augment, device, held_out, logits_of, optimizer, schedule, tensors
-from torch import nn
-
-import gklx
 
 EVALUATION_SEED = 0  # the seed of the evaluation: the images and the attack's starts are the same for every network
 

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
+import gklx
 from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.networks import build
 from pieces.training import accuracy, augment, device, held_out, logits_of, optimizer, schedule, tensors
-from torch import nn
-
-import gklx
 
 RAREST = 0.3  # the share of the classes, from the last, that count as rare
 

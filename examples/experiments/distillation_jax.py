@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import gklx
 from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Weights, divergence
-
-import gklx
 
 RAREST = 0.3  # the share of the classes, from the last, that count as rare
 

@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+
+import gklx
 from pieces import text
 from pieces.experiment import Experiment, main
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.training import device, optimizer, schedule
-from torch import nn
-
-import gklx
 
 BYTES = 256
 

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+
+import gklx
 from pieces import captions
 from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.networks import small
 from pieces.training import accuracy, device, held_out, optimizer, schedule, tensors
-from torch import nn
-
-import gklx
 
 
 @dataclass(frozen=True)
