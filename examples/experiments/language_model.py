@@ -134,7 +134,11 @@ EXPERIMENT = Experiment(
     variants=("teacher", *VARIANTS),
     metrics={"bits": "bits a byte", "hits": "next byte foretold, %", "divergence": "KL(teacher ‖ student), nats"},
     higher_is_better={"bits": False, "divergence": False},
-    conditions={"help": Settings()},
+    conditions={
+        "help": Settings(),
+        # Is what IKL and GKL add more than a heavier KL would be?
+        "help-heavier": Settings(weights=Weights(kl_weight=3.0, mse_weight=1.5, ce_weight=3.0, gamma=0.5)),
+    },
     full={"help": LARGE},
 )
 
