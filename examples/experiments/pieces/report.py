@@ -26,7 +26,7 @@ def write(results: Results, directory: Path) -> list[Path]:
     }
     directory.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        _write_atomically(directory / file, text)
+        write_atomically(directory / file, text)
     return [directory / file for file in texts]
 
 
@@ -141,7 +141,8 @@ def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
