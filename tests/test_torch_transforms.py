@@ -355,14 +355,20 @@ def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
 
 
 @supports("compiler")
-def test_a_negative_weight_that_nobody_read_is_nan(compiled):
+@pytest.mark.parametrize("wrong", ["sample_weight", "prior", "labels"])
+@pytest.mark.parametrize("care", [False, True])
+def test_what_nobody_read_is_nan_and_no_plausible_number(compiled, wrong, care):
     compile_, _ = compiled
-    s, t = torch.randn(2, 3, 7).unbind()
+    s, t = torch.randn(2, 4, 7).unbind()
+    if care:
+        s[3, 1] = t[3, 1] = -torch.inf
     s.requires_grad_()
-    value = compile_(gklx.gkl)(s, t, sample_weight=torch.tensor([1.0, -1.0, 3.0]))
+    given = {"sample_weight": torch.ones(4), "prior": torch.rand(7, 7), "labels": torch.arange(4)}
+    given[wrong][1] = -1
+    value = compile_(partial(gklx.gkl, gamma=1.0))(s, t, **given)
     value.backward()
     assert value.isnan()
-    assert s.grad.isnan().any()
+    assert s.grad[1].isnan().all()
 
 
 @supports("compiler")

@@ -69,5 +69,7 @@ class Problem(NamedTuple):
     """None where this batch is all there is."""
     readable: bool = False
     """Whether values may be looked at, to spare finite logits the care that others need."""
+    unread: bool = False
+    """Whether nobody checked the arguments' values, and they must not be trusted though they could be read now."""
     presumed: bool = False
     """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""

@@ -119,6 +119,6 @@ def _swept_carefully(
     asked: Sequence[bool],
 ) -> Sweep:
     dtype = torch.promote_types(torch.float32, torch.promote_types(arrays.student.dtype, arrays.teacher.dtype))
-    problem = Problem(xp, dtype, Formula(*formula), reduction, Numbers(*numbers), arrays, None)
+    problem = Problem(xp, dtype, Formula(*formula), reduction, Numbers(*numbers), arrays, None, unread=True)
     value, student, teacher = asked
     return _blocks.sweep(problem, value=value, student=student, teacher=teacher, upstream=upstream)
