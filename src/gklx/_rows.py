@@ -102,7 +102,7 @@ def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Arra
 def softmax(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> Softmax:
     """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row."""
     e, total = exponentials(xp, z, temperature, any_counts)
-    return Softmax(z, e * as_column(1.0 / total), total, xp.log(total))
+    return Softmax(z, e / as_column(total), total, xp.log(total))
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:
