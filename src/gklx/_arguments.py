@@ -226,7 +226,7 @@ def _number(
     above_zero: bool = False,
     below_zero: bool = True,
 ) -> Number:
-    if library.number(value):
+    if not isinstance(value, float) and library.number(value):
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be a number, got an array of {dtype_name(value.dtype)}")
         if library.readable(value):
@@ -236,7 +236,7 @@ def _number(
 
 
 def _python_number(name: str, value: Any, *, above_zero: bool = False, below_zero: bool = True) -> float:
-    if isinstance(value, bool) or not isinstance(value, python_numbers.Real):
+    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, python_numbers.Real)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
     number = float(value)
     # By comparisons, which a compiler follows for a number that it keeps open.

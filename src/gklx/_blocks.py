@@ -115,7 +115,8 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     size = min(library.block(x) for x in given)
     if size == 0 or math.prod(shape) == 0:
         return prior_raised(problem) if library.sizes_known() else problem, [(...,)], 1
-    problem = problem._replace(readable=not problem.unread and all(library.readable(x) for x in given))
+    readable = not problem.unread and all(library.readable(x) for x in given)
+    problem = problem._replace(readable=readable, eager=True)
     _freed_memory.keep()
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
     if math.prod(shape[:-1]) * row <= size:

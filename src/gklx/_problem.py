@@ -71,5 +71,7 @@ class Problem(NamedTuple):
     """Whether values may be looked at, to spare finite logits the care that others need."""
     unread: bool = False
     """Whether nobody checked the arguments' values, and they must not be trusted though they could be read now."""
+    eager: bool = False
+    """Whether operations run at once and no autodiff records them: an array made on the way may be written over."""
     presumed: bool = False
     """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""

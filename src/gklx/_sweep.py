@@ -51,8 +51,10 @@ from ._rows import (
     masked,
     maxima,
     maxima_of_moderate,
+    minus,
     named_class,
     softmax,
+    times,
 )
 
 
@@ -99,6 +101,7 @@ class _Rows(NamedTuple):
     student: Softmax
     d: Array  # [..., C], teacher.z - student.z
     undefined: Array | None  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit; None: none
+    spend: bool  # whether the last reader of an array may write over it; of `sweep_rows`, in the order it reads in
 
 
 class _Weights(NamedTuple):
@@ -160,7 +163,7 @@ def sweep_rows(
     those of each sample's own entry under the reduction "none"; they are multiplied by `upstream`, of the value's
     shape.
     """
-    rows = _row_statistics(problem)
+    rows, eager = _row_statistics(problem), problem.eager
     spread = _spread(problem, rows) if needs_spread(problem, value=value, student=student, teacher=teacher) else None
     if of_batch is None and shares(problem):
         mass = None
@@ -179,16 +182,16 @@ def sweep_rows(
     rates = rates_of(problem, share, mse_weight, None if spread is None else spread.factor, upstream)
     to_teacher = to_student = None
     if teacher and spread is not None:
-        to_teacher = spread.weighted * _column(rates.teacher)
+        to_teacher = times(spread.weighted, _column(rates.teacher), eager)
     if student and rates.student is not None:
-        to_student = _probability_gap(problem, rows) * _column(rates.student)
+        to_student = times(_probability_gap(problem, rows), _column(rates.student), eager)
     if student and rates.teacher is not None and spread is not None and problem.formula.symmetric:
         if to_teacher is None or problem.presumed:
             # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended.
             opposite = spread.weighted * _column(-rates.teacher)
             to_student = opposite if to_student is None else to_student + opposite
         else:
-            to_student = -to_teacher if to_student is None else to_student - to_teacher
+            to_student = -to_teacher if to_student is None else minus(to_student, to_teacher, eager)
     return Sweep(
         loss,
         _exact_zero_outside(problem, rows, to_student) if student else None,
@@ -297,16 +300,17 @@ def _given_weight(problem: Problem) -> Array | float:
 def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
     """The student's (0) or the teacher's (1), at the temperature."""
     z = below(counted.logits[which], counted.top[which])
-    return softmax(problem.xp, z, problem.numbers.temperature, counted.any_counts)
+    return softmax(problem.xp, z, problem.numbers.temperature, counted.any_counts, eager=problem.eager)
 
 
 def _row_statistics(problem: Problem) -> _Rows:
     xp, counted = problem.xp, _counted(problem)
     student, teacher = _softmax(problem, counted, 0), _softmax(problem, counted, 1)
     if counted.counts is None:
-        return _Rows(counted, teacher, student, teacher.z - student.z, None)
+        d = minus(teacher.z, student.z, problem.eager and not _weights_need_logits(problem))
+        return _Rows(counted, teacher, student, d, None, problem.eager)
     d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)
-    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer))
+    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer), False)
 
 
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
@@ -326,10 +330,11 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
         upwards, downwards = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
-    d = d - as_column(divided(xp.sum(w * d, axis=-1), divisor))
+    mean = divided(xp.sum(w * d, axis=-1), divisor)
+    d = minus(d, as_column(mean), rows.spend and problem.formula.decomposed)  # KL's value reads d once more
     rest = divided(xp.sum(w * d, axis=-1), divisor)
     if infinite is None:
-        centred = d - as_column(rest)
+        centred = minus(d, as_column(rest), problem.eager)
         return _Spread(mass, factor, centred, w * centred, None)
     rest = xp.where(upwards, xp.inf, xp.where(downwards, -xp.inf, rest))
     rest = xp.where(upwards & downwards, xp.nan, rest)  # between opposite infinities there is no mean
@@ -377,6 +382,13 @@ def _prior_weights(problem: Problem, prior: Array) -> Array:
     return prior if exactly(problem.numbers.gamma, 1.0) else prior**problem.numbers.gamma
 
 
+def _weights_need_logits(problem: Problem) -> bool:
+    """Whether the weights are made of the teacher's logits, and not of its probabilities or a prior."""
+    numbers = problem.numbers
+    as_softmax = _same(numbers.weight_temperature, numbers.temperature)
+    return problem.arrays.prior is None and not (as_softmax and exactly(numbers.gamma, 1.0))
+
+
 def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _Weights:
     """softmax(t / weight_temperature)^gamma, which is exp(gamma z / weight_temperature) but for a factor."""
     xp, numbers = problem.xp, problem.numbers
@@ -391,7 +403,8 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
         z = xp.where(z < lowest, lowest, z)
-    w = chosen(xp, counts, xp.exp(gamma * z))
+    z = times(z, gamma, problem.eager and counts is None)  # its last reader: d is made by now
+    w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)
     normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     # As an array the exponent may change without PyTorch compiling again.
@@ -406,8 +419,8 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     keeps the digits where both rows are confident of one class, or close to each other.
     """
     xp, p = problem.xp, rows.teacher.probabilities
-    gap = rows.student.probabilities - p
-    return gap - p * as_column(xp.sum(gap, axis=-1))
+    gap = minus(rows.student.probabilities, p, rows.spend)
+    return minus(gap, times(p, as_column(xp.sum(gap, axis=-1)), rows.spend), problem.eager)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -424,7 +437,7 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     xp, temperature = problem.xp, problem.numbers.temperature
-    squares = xp.sum(spread.weighted * spread.centred, axis=-1)
+    squares = xp.sum(times(spread.centred, spread.weighted, rows.spend), axis=-1)
     mse = 0.5 * spread.factor * squares
     if problem.formula.tempered:
         mse = divided(divided(mse, temperature), temperature)
@@ -438,29 +451,25 @@ def _ce(problem: Problem, rows: _Rows) -> Array:
     xp, z = problem.xp, rows.student.z
     if rows.counted.counts is not None:
         z = xp.where(z == -xp.inf, 0.0, z)
-    mean = divided(xp.sum(rows.teacher.probabilities * z, axis=-1), problem.numbers.temperature)
+    mean = divided(xp.sum(times(z, rows.teacher.probabilities, rows.spend), axis=-1), problem.numbers.temperature)
     return _infinite_if_unreachable(problem, rows, rows.student.log_normalizer - mean)
 
 
 def _kl(problem: Problem, rows: _Rows) -> Array:
     """KL as sum_j p_j L_j + q_j - p_j with L = log p - log q, which is the same since p and q each sum to 1.
 
-    Every summand is >= 0, and for a small L it is p (L + expm1(-L)), free of the cancellation that leaves
-    nothing of the KL of two close rows.
+    Every summand is >= 0. With p - q = max(p, q) (1 - exp(-|L|)), of L's sign, it is free of the cancellation that
+    leaves nothing of the KL of two close rows.
     """
-    xp, d, counts = problem.xp, rows.d, rows.counted.counts
+    xp, counts, spend = problem.xp, rows.counted.counts, rows.spend
     p, q = rows.teacher.probabilities, rows.student.probabilities
-    infinite = None if counts is None else abs(d) == xp.inf
-    if infinite is not None:
-        d = xp.where(infinite, 0.0, d)
     normalizers = as_column(rows.teacher.log_normalizer - rows.student.log_normalizer)
-    ratio = divided(d, problem.numbers.temperature) - normalizers
-    far, close = p * ratio, abs(ratio) < 1
-    if infinite is not None:
-        far, close = xp.where(infinite, 0.0, far), close & ~infinite
-    far = far + (q - p)
-    small = xp.where(close, ratio, 0.0)
-    summand = xp.where(close, p * (small + xp.expm1(-small)), far)
+    ratio = minus(divided(rows.d, problem.numbers.temperature), normalizers, spend)
+    fallen = xp.copysign(xp.expm1(times(abs(ratio), -1.0, spend)), ratio)
+    fallen = times(fallen, xp.maximum(p, q), spend)  # p - q
+    if counts is not None:
+        ratio = xp.where(abs(ratio) == xp.inf, 0.0, ratio)  # where the teacher's p is 0; else KL is infinite
+    summand = minus(times(ratio, p, spend), fallen, spend)
     return _infinite_if_unreachable(problem, rows, xp.sum(chosen(xp, counts, summand), axis=-1))
 
 

@@ -36,7 +36,8 @@ def attach(problem: Problem) -> torch.Tensor:
         return _applied(_Loss, plan, arrays)
     if _transformed() or forward_ad._current_level >= 0:
         return _applied(_TransformableLoss, plan, arrays)
-    return _applied(_EagerLoss, plan, arrays)
+    value: torch.Tensor = _EagerLoss.apply(plan, *arrays)  # type: ignore[no-untyped-call]
+    return value
 
 
 def _applied(function: Any, plan: Any, arrays: Arrays) -> torch.Tensor:
@@ -85,33 +86,30 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
         if upstream is None:
             return None, None, None, None, None, None, None
-        plan, count = ctx.plan, len(Arrays._fields)
-        saved = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
-        arrays, of_batch, ahead = saved[:count], Totals(*saved[count : count + 2]), saved[count + 2 :]
-        wanted = ctx.needs_input_grad[1:3]
-        given: list[Any]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Someone may differentiate this again: redo the sweep where autograd sees it. What it then finds is
-            # the derivative of the gradient field, which for DKL is KL's Hessian.
-            given = _gradients(plan.on(arrays), None, wanted, upstream)
-        elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
-            given = _scaled(ahead, upstream.unsqueeze(-1) if plan.problem.reduction == "none" else upstream)
-        else:
-            known = None if of_batch.weight is None else of_batch
-            given = _gradients(plan.on(arrays), known, wanted, upstream)
-        return None, *given, None, None, None, None
+        # Saved tensors once: a checkpoint recomputes them when asked.
+        *arrays, weight, squared_mass, student, teacher = ctx.saved_tensors
+        of_batch = None if weight is None else Totals(weight, squared_mass)
+        return _passed_down(ctx, tuple(arrays), of_batch, (student, teacher), upstream)
 
 
-class _EagerLoss(_Loss):
-    """The same in the older form, in which PyTorch calls it at a smaller cost."""
+class _EagerLoss(torch.autograd.Function):
+    """The same in the older form, which need not return what it keeps: half of what PyTorch adds to a call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _Loss.forward(*inputs)
-        _Loss.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, plan: _Plan, *arrays: Any) -> Any:
+        problem = plan.on(arrays)
+        found = _blocks.sweep(problem, value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
+        ctx.plan, ctx.of_batch = plan, found.of_batch
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays, found.student, found.teacher)
+        return found.value
 
-    setup_context = torch.autograd.Function.setup_context
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        if upstream is None:
+            return None, None, None, None, None, None, None
+        *arrays, student, teacher = ctx.saved_tensors
+        return _passed_down(ctx, tuple(arrays), ctx.of_batch, (student, teacher), upstream)
 
 
 class _TransformableLoss(_Loss):
@@ -134,6 +132,23 @@ class _TransformableLoss(_Loss):
                     product = (gradient * direction).sum(axes)
                     tangent = product if tangent is None else tangent + product
         return tangent, None, None, None, None
+
+
+def _passed_down(
+    ctx: Any, arrays: tuple[Any, ...], of_batch: Totals | None, ahead: tuple[Any, ...], upstream: torch.Tensor
+) -> tuple[Any, ...]:
+    """What a backward pass returns: the gradients made ahead, or else made now, times the upstream one."""
+    plan, wanted = ctx.plan, ctx.needs_input_grad[1:3]
+    given: list[Any]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Someone may differentiate this again: redo the sweep where autograd sees it. What it then finds is
+        # the derivative of the gradient field, which for DKL is KL's Hessian.
+        given = _gradients(plan.on(arrays), None, wanted, upstream)
+    elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
+        given = _scaled(ahead, upstream.unsqueeze(-1) if plan.problem.reduction == "none" else upstream)
+    else:
+        given = _gradients(plan.on(arrays), of_batch, wanted, upstream)
+    return None, *given, None, None, None, None
 
 
 def _primal(x: torch.Tensor) -> torch.Tensor:
