@@ -116,7 +116,7 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     if size == 0 or math.prod(shape) == 0:
         return prior_raised(problem) if library.sizes_known() else problem, [(...,)], 1
     readable = not problem.unread and all(library.readable(x) for x in given)
-    problem = problem._replace(readable=readable, eager=True)
+    problem = problem._replace(readable=readable, eager=True, softmax=library.softmax(shape[-1]))
     _freed_memory.keep()
     row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
     if math.prod(shape[:-1]) * row <= size:

@@ -4,6 +4,7 @@ Array-API calls only. A class that does not count holds -inf from here on, whate
 its probability is 0.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -116,9 +117,22 @@ def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Arra
 
 
 def softmax(
-    xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None, *, eager: bool = False
+    xp: ModuleType,
+    z: Array,
+    temperature: Number,
+    any_counts: Array | None = None,
+    *,
+    eager: bool = False,
+    own: Callable[[Array], Array] | None = None,
 ) -> Softmax:
-    """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row."""
+    """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row.
+
+    By the library's `own` function, if there is one, where every class counts.
+    """
+    if own is not None and any_counts is None:
+        p = own(divided(z, temperature))
+        total = 1.0 / xp.max(p, axis=-1)  # the largest z is 0
+        return Softmax(z, p, total, xp.log(total))
     e, total = exponentials(xp, z, temperature, any_counts)
     if eager:
         e /= as_column(total)

@@ -300,7 +300,11 @@ def _given_weight(problem: Problem) -> Array | float:
 def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
     """The student's (0) or the teacher's (1), at the temperature."""
     z = below(counted.logits[which], counted.top[which])
-    return softmax(problem.xp, z, problem.numbers.temperature, counted.any_counts, eager=problem.eager)
+    return _softmax_of(problem, z, problem.numbers.temperature, counted.any_counts)
+
+
+def _softmax_of(problem: Problem, z: Array, temperature: Number, any_counts: Array | None) -> Softmax:
+    return softmax(problem.xp, z, temperature, any_counts, eager=problem.eager, own=problem.softmax)
 
 
 def _row_statistics(problem: Problem) -> _Rows:
@@ -395,7 +399,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     tau, gamma, counts = numbers.weight_temperature, numbers.gamma, counted.counts
     as_softmax = _same(tau, numbers.temperature)
     if exactly(gamma, 1.0):
-        w = (teacher if as_softmax else softmax(xp, teacher.z, tau, counted.any_counts)).probabilities
+        w = (teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)).probabilities
         mass = 1.0 if counts is None else xp.sum(w, axis=-1)
         return _Weights(w, mass, 1.0, mass)
     z = divided(teacher.z, tau)
