@@ -412,7 +412,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     total = xp.sum(w, axis=-1)
     normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     # As an array the exponent may change without PyTorch compiling again.
-    scale = normalizer ** (-gamma * xp.ones_like(normalizer))
+    scale = normalizer ** (-gamma if problem.eager else -gamma * xp.ones_like(normalizer))
     return _Weights(w, total, scale, scale * total)
 
 
