@@ -13,7 +13,7 @@ PACKAGE = HERE.parent / "src" / "gklx"
 
 MUTATIONS = {
     "gradient zeroed": ("_sweep.py", "return chosen(problem.xp, rows.counted.counts, gradient)", "return 0.0 * gradient"),
-    "mse sign": ("_sweep.py", "else minus(to_student, to_teacher, eager)", "else to_student + to_teacher"),
+    "mse sign": ("_sweep.py", "else minus(to_student, opposite, eager)", "else to_student + opposite"),
     "gap sign": ("_sweep.py", "gap = minus(rows.student.probabilities, p, rows.spend)", "gap = p - rows.student.probabilities"),
     "gradient scaled by 2": ("_batch.py", "teacher = share * (mse_weight * factor)", "teacher = 2.0 * share * (mse_weight * factor)"),
     "half forgotten": ("_sweep.py", "mse = 0.5 * spread.factor", "mse = spread.factor"),

@@ -186,12 +186,13 @@ def sweep_rows(
     if student and rates.student is not None:
         to_student = times(_probability_gap(problem, rows), _column(rates.student), eager)
     if student and rates.teacher is not None and spread is not None and problem.formula.symmetric:
-        if to_teacher is None or problem.presumed:
-            # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended.
+        if problem.presumed:
+            # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended, or equals one.
             opposite = spread.weighted * _column(-rates.teacher)
             to_student = opposite if to_student is None else to_student + opposite
         else:
-            to_student = -to_teacher if to_student is None else minus(to_student, to_teacher, eager)
+            opposite = times(spread.weighted, _column(rates.teacher), eager) if to_teacher is None else to_teacher
+            to_student = -opposite if to_student is None else minus(to_student, opposite, eager)
     return Sweep(
         loss,
         _exact_zero_outside(problem, rows, to_student) if student else None,
