@@ -31,7 +31,7 @@ CASES = (
     Case("gkl-tau", "gkl", {"gamma": 0.3, "weight_temperature": 4.0, "temperature": 4.0}),
     Case("gkl-prior", "gkl", {"gamma": 0.5, "mse_weight": 4.0, "ce_weight": 3.0}, "labels"),
     Case("gkl-rows", "gkl", {"gamma": 2.0}, "rows"),
-    Case("gkl-asymmetric", "gkl", {"symmetric": False, "normalize": "samples", "gamma": 0.7}),
+    Case("gkl-asymmetric", "gkl", {"symmetric": False, "normalize": "samples", "gamma": 0.7, "temperature": 2.0}),
     Case("gkl-samples", "gkl", {"normalize": "samples", "ce_weight": 0.0}, "labels"),
     Case("gkl-ce", "gkl", {"mse_weight": 0.0}),
 )

@@ -403,15 +403,15 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
         w = (teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)).probabilities
         mass = 1.0 if counts is None else xp.sum(w, axis=-1)
         return _Weights(w, mass, 1.0, mass)
+    normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     z = divided(teacher.z, tau)
     if counts is not None:
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
         z = xp.where(z < lowest, lowest, z)
-    z = times(z, gamma, problem.eager and counts is None)  # its last reader: d is made by now
+    z = times(z, gamma, problem.eager and counts is None)  # the teacher's, where tau is 1, and their last reader
     w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)
-    normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     # As an array the exponent may change without PyTorch compiling again.
     scale = normalizer ** (-gamma if problem.eager else -gamma * xp.ones_like(normalizer))
     return _Weights(w, total, scale, scale * total)

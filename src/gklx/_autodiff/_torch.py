@@ -93,7 +93,7 @@ class _Loss(torch.autograd.Function):
 
 
 class _EagerLoss(torch.autograd.Function):
-    """The same in the older form, which need not return what it keeps: half of what PyTorch adds to a call."""
+    """The same in the older form, which need not return what it keeps: PyTorch makes less of a call."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *arrays: Any) -> Any:
