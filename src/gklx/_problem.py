@@ -74,6 +74,6 @@ class Problem(NamedTuple):
     eager: bool = False
     """Whether operations run at once and no autodiff records them: an array made on the way may be written over."""
     softmax: Callable[[Array], Array] | None = None
-    """The library's own along the last axis, for rows that need no masks; None where ours is to be taken."""
+    """The library's own along the last axis; None where ours is to be taken."""
     presumed: bool = False
     """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""

@@ -127,11 +127,13 @@ def softmax(
 ) -> Softmax:
     """Softmax of z / temperature, z from `below`; 0 in a row where no class counts, None being no such row.
 
-    By the library's `own` function, if there is one, where every class counts.
+    By the library's `own` function, if there is one.
     """
-    if own is not None and any_counts is None:
+    if own is not None:
         p = own(divided(z, temperature))
-        total = 1.0 / xp.max(p, axis=-1)  # the largest z is 0
+        if any_counts is not None:
+            p = xp.where(as_column(any_counts), p, 0.0)
+        total = chosen(xp, any_counts, 1.0 / xp.max(p, axis=-1), 1.0)  # the largest z is 0
         return Softmax(z, p, total, xp.log(total))
     e, total = exponentials(xp, z, temperature, any_counts)
     if eager:
