@@ -36,7 +36,8 @@ FILES = _ignored(
 # The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
 KERNELS = _ignored("cuda_rows")
 # The theory's identities and the experiments: one session's.
-EVIDENCE = _ignored("experiments", "theory", "trajectories")
+EVIDENT = ("experiments", "theory", "trajectories")
+EVIDENCE = _ignored(*EVIDENT)
 # Of NumPy's tests those in which another Python changes nothing.
 ALIKE = _ignored("benches", "mutations")
 # Minutes of compiling that another Python changes nothing in.
@@ -125,11 +126,7 @@ def kernels(session: nox.Session) -> None:
 def evidence(session: nox.Session) -> None:
     """The identities of the theory page, and each experiment for two steps."""
     _install(session, ["torch", "jax", "experiments"], "optax>=0.2.5", "sympy>=1.13")
-    _pytest(
-        session,
-        *(f"tests/test_{name}.py" for name in ("experiments", "theory", "trajectories")),
-        backends="numpy,torch,jax",
-    )
+    _pytest(session, *(f"tests/test_{name}.py" for name in EVIDENT), backends="numpy,torch,jax")
 
 
 @nox.session(python=PYTHONS[0])

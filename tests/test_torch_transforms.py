@@ -287,34 +287,27 @@ def with_entries(x, value):
     return x
 
 
-def rows_that_need_care(name):
-    """Logits, and the arrays that go with them, in which some row is not ordinary in the way that is named."""
-    s, t = torch.randn(2, 6, 7)
-    weight = torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0, 1.0])
-    lone = s.clone()
-    lone[2] = -torch.inf
-    return {
-        "classes that both rule out": (with_entries(s, -torch.inf), with_entries(t, -torch.inf), {}),
-        "classes the student rules out": (with_entries(s, -torch.inf), t, {}),
-        "classes the teacher rules out": (s, with_entries(t, -torch.inf), {}),
-        "an infinite logit": (s, with_entries(t, torch.inf), {}),
-        "NaN": (with_entries(s, torch.nan), t, {}),
-        "NaN of weight 0": (with_entries(s, torch.nan), t, {"sample_weight": weight}),
-        "a student without a class": (lone, t, {}),
-        "differences that overflow": (s * 1e38, -t * 1e38, {}),
-    }[name]
+def without_a_class(s, row):
+    s = s.clone()
+    s[row] = -torch.inf
+    return s
 
 
-CARE = (
-    "classes that both rule out",
-    "classes the student rules out",
-    "classes the teacher rules out",
-    "an infinite logit",
-    "NaN",
-    "NaN of weight 0",
-    "a student without a class",
-    "differences that overflow",
-)
+# From ordinary logits to some of which a row is not, in the way that is named, and the arrays that go with them.
+CARE = {
+    "classes that both rule out": lambda s, t: (with_entries(s, -torch.inf), with_entries(t, -torch.inf), {}),
+    "classes the student rules out": lambda s, t: (with_entries(s, -torch.inf), t, {}),
+    "classes the teacher rules out": lambda s, t: (s, with_entries(t, -torch.inf), {}),
+    "an infinite logit": lambda s, t: (s, with_entries(t, torch.inf), {}),
+    "NaN": lambda s, t: (with_entries(s, torch.nan), t, {}),
+    "NaN of weight 0": lambda s, t: (
+        with_entries(s, torch.nan),
+        t,
+        {"sample_weight": torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0, 1.0])},
+    ),
+    "a student without a class": lambda s, t: (without_a_class(s, 2), t, {}),
+    "differences that overflow": lambda s, t: (s * 1e38, -t * 1e38, {}),
+}
 LOSSES = {
     "kl": gklx.kl,
     "dkl": gklx.dkl,
@@ -330,7 +323,7 @@ LOSSES = {
 def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
     """What is presumed of the rows is found out, and the careful sweep takes over."""
     compile_, _ = compiled
-    s, t, given = rows_that_need_care(name)
+    s, t, given = CARE[name](*torch.randn(2, 6, 7))
     loss = partial(LOSSES[loss], reduction="none", **given)
     found, expected = [], []
     for run, into in ((compile_(loss), found), (loss, expected)):
@@ -346,7 +339,7 @@ def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
     compile_, _ = compiled
-    s, t, _ = rows_that_need_care("classes that both rule out")
+    s, t, _ = CARE["classes that both rule out"](*torch.randn(2, 6, 7))
     s, t = (x.to(getattr(torch, half)) for x in (s, t))
     a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
     compile_(gklx.gkl)(a, b).backward()

@@ -15,12 +15,10 @@ from torch import nn
 
 import gklx
 from pieces.experiment import Experiment, main
-from pieces.images import Images, class_counts, load, subset
+from pieces.images import Images, class_counts, is_rare, load, subset
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.networks import build
 from pieces.training import accuracy, augment, device, held_out, logits_of, optimizer, schedule, tensors
-
-RAREST = 0.3  # the share of the classes, from the last, that count as rare
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def measure(student: nn.Module, teacher: nn.Module, data: Images) -> dict[str, f
     """The metrics on the images held out."""
     images, labels = held_out(data)
     logits = logits_of(student, images)
-    rare = labels >= round(data.num_classes * (1 - RAREST))
+    rare = is_rare(labels, data.num_classes)
     return {
         "accuracy": accuracy(logits, labels),
         "rare": accuracy(logits[rare], labels[rare]),

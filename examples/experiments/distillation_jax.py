@@ -16,10 +16,8 @@ import optax
 
 import gklx
 from pieces.experiment import Experiment, main
-from pieces.images import Images, class_counts, load, subset
+from pieces.images import Images, class_counts, is_rare, load, subset
 from pieces.losses import VARIANTS, Weights, divergence
-
-RAREST = 0.3  # the share of the classes, from the last, that count as rare
 
 ADAM = optax.scale_by_adam()
 
@@ -192,7 +190,7 @@ def measure(student: Params, teacher: Params, data: Images) -> dict[str, float]:
     """The metrics on the images held out."""
     mine, labels = logits(student, data.held_out), data.held_out_labels
     right = np.asarray(mine.argmax(axis=-1)) == labels
-    rare = labels >= round(data.num_classes * (1 - RAREST))
+    rare = is_rare(labels, data.num_classes)
     return {
         "accuracy": 100 * right.mean(),
         "rare": 100 * right[rare].mean(),

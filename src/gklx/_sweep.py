@@ -101,7 +101,6 @@ class _Rows(NamedTuple):
     student: Softmax
     d: Array  # [..., C], teacher.z - student.z
     undefined: Array | None  # [...], boolean: a logit that counts is NaN, or a softmax has no finite logit; None: none
-    spend: bool  # whether the last reader of an array may write over it; of `sweep_rows`, in the order it reads in
 
 
 class _Weights(NamedTuple):
@@ -313,9 +312,14 @@ def _row_statistics(problem: Problem) -> _Rows:
     student, teacher = _softmax(problem, counted, 0), _softmax(problem, counted, 1)
     if counted.counts is None:
         d = minus(teacher.z, student.z, problem.eager and not _weights_need_logits(problem))
-        return _Rows(counted, teacher, student, d, None, problem.eager)
+        return _Rows(counted, teacher, student, d, None)
     d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)
-    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer), False)
+    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer))
+
+
+def _spends(problem: Problem, counted: _Counted) -> bool:
+    """Whether the last reader of an array may write over it: of `sweep_rows`, in the order in which it reads."""
+    return problem.eager and counted.counts is None
 
 
 def _spread(problem: Problem, rows: _Rows) -> _Spread:
@@ -336,7 +340,9 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
     mean = divided(xp.sum(w * d, axis=-1), divisor)
-    d = minus(d, as_column(mean), rows.spend and problem.formula.decomposed)  # KL's value reads d once more
+    d = minus(
+        d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed
+    )  # KL's value reads d once more
     rest = divided(xp.sum(w * d, axis=-1), divisor)
     if infinite is None:
         centred = minus(d, as_column(rest), problem.eager)
@@ -409,7 +415,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
         z = xp.where(z < lowest, lowest, z)
-    z = times(z, gamma, problem.eager and counts is None)  # the teacher's, where tau is 1, and their last reader
+    z = times(z, gamma, _spends(problem, counted))  # the teacher's, where tau is 1, and their last reader
     w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)
     # As an array the exponent may change without PyTorch compiling again.
@@ -423,9 +429,9 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     The sum of the rounded differences is the error that the two normalisers brought in, spread as p is. Taking it out
     keeps the digits where both rows are confident of one class, or close to each other.
     """
-    xp, p = problem.xp, rows.teacher.probabilities
-    gap = minus(rows.student.probabilities, p, rows.spend)
-    return minus(gap, times(p, as_column(xp.sum(gap, axis=-1)), rows.spend), problem.eager)
+    xp, p, spend = problem.xp, rows.teacher.probabilities, _spends(problem, rows.counted)
+    gap = minus(rows.student.probabilities, p, spend)
+    return minus(gap, times(p, as_column(xp.sum(gap, axis=-1)), spend), problem.eager)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -442,7 +448,7 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     xp, temperature = problem.xp, problem.numbers.temperature
-    squares = xp.sum(times(spread.centred, spread.weighted, rows.spend), axis=-1)
+    squares = xp.sum(times(spread.centred, spread.weighted, _spends(problem, rows.counted)), axis=-1)
     mse = 0.5 * spread.factor * squares
     if problem.formula.tempered:
         mse = divided(divided(mse, temperature), temperature)
@@ -456,7 +462,8 @@ def _ce(problem: Problem, rows: _Rows) -> Array:
     xp, z = problem.xp, rows.student.z
     if rows.counted.counts is not None:
         z = xp.where(z == -xp.inf, 0.0, z)
-    mean = divided(xp.sum(times(z, rows.teacher.probabilities, rows.spend), axis=-1), problem.numbers.temperature)
+    weighted = times(z, rows.teacher.probabilities, _spends(problem, rows.counted))
+    mean = divided(xp.sum(weighted, axis=-1), problem.numbers.temperature)
     return _infinite_if_unreachable(problem, rows, rows.student.log_normalizer - mean)
 
 
@@ -466,7 +473,7 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     Every summand is >= 0. With p - q = max(p, q) (1 - exp(-|L|)), of L's sign, it is free of the cancellation that
     leaves nothing of the KL of two close rows.
     """
-    xp, counts, spend = problem.xp, rows.counted.counts, rows.spend
+    xp, counts, spend = problem.xp, rows.counted.counts, _spends(problem, rows.counted)
     p, q = rows.teacher.probabilities, rows.student.probabilities
     normalizers = as_column(rows.teacher.log_normalizer - rows.student.log_normalizer)
     ratio = minus(divided(rows.d, problem.numbers.temperature), normalizers, spend)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from . import _autodiff
 from ._problem import Array, Problem
-from ._rows import in_dtype
 from .losses import kl, problem_builder
 
 
@@ -157,5 +156,4 @@ def _evaluate(problem: Problem, numbers: tuple[int, ...], *, value: bool) -> tup
         raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
     result = _autodiff.value_and_gradients(problem, student=0 in numbers, teacher=1 in numbers, value=value)
     found = (result.student, result.teacher)
-    logits = (problem.arrays.student, problem.arrays.teacher)
-    return result.value, tuple(in_dtype(problem.xp, found[n], logits[n].dtype) for n in numbers)
+    return result.value, tuple(found[n] for n in numbers)

@@ -4,7 +4,7 @@ import functools
 import gzip
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ MNIST = "mnist"
 DATA_SETS = (MNIST, "cifar10", "cifar100")
 HELD_OUT = 200  # a class, of MNIST's 500
 SPLIT_SEED = 2024
+RAREST = 0.3  # the share of the classes, from the last, that count as rare
 
 
 class Images(NamedTuple):
@@ -55,6 +56,11 @@ def class_counts(size: int, num_classes: int, imbalance: float = 1.0) -> np.ndar
     """
     share = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
     return np.maximum(np.rint(size * share / share.sum()), 1).astype(int)
+
+
+def is_rare(labels: Any, num_classes: int) -> Any:
+    """Which labels, in any array, are of the classes that count as rare: the last, of a long tail the smallest."""
+    return labels >= round(num_classes * (1 - RAREST))
 
 
 def subset(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:

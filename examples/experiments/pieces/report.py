@@ -76,15 +76,9 @@ def plot(results: Results) -> str:
                     continue
                 ticks += [{"variant": variant, "value": value} for value in values]
                 estimate = statistics.mean(values)
-                ends = estimate.mean if math.isnan(estimate.low) else None
-                means.append(
-                    {
-                        "variant": variant,
-                        "value": estimate.mean,
-                        "low": estimate.low if ends is None else ends,
-                        "high": estimate.high if ends is None else ends,
-                    }
-                )
+                unknown = math.isnan(estimate.low)
+                low, high = (estimate.mean, estimate.mean) if unknown else (estimate.low, estimate.high)
+                means.append({"variant": variant, "value": estimate.mean, "low": low, "high": high})
             y = altair.Y("variant:N", sort=variants, title=None)
             x = altair.X("value:Q", title=label, scale=altair.Scale(zero=False))
             seeds = altair.Chart(altair.Data(values=ticks)).mark_tick(thickness=1.5, size=14, opacity=0.6, color="#777")
