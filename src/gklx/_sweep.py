@@ -340,9 +340,8 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
     mean = divided(xp.sum(w * d, axis=-1), divisor)
-    d = minus(
-        d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed
-    )  # KL's value reads d once more
+    # KL's value reads d once more.
+    d = minus(d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed)
     rest = divided(xp.sum(w * d, axis=-1), divisor)
     if infinite is None:
         centred = minus(d, as_column(rest), problem.eager)
