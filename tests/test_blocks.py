@@ -14,7 +14,7 @@ import gklx
 from backends import BY_NAME
 from cases import CASES, MASKS, call, loss_of, on
 from closeness import assert_close
-from gklx import _blocks, _libraries, _loop, _sweep
+from gklx import _blocks, _libraries, _sweep
 
 # In blocks of 2 rows of 7 classes: parts of one axis, whole slices of the first, parts of the second.
 KINDS = ("kl", "dkl-T", "gkl-tau", "gkl-prior", "gkl-rows", "gkl-asymmetric")
@@ -164,8 +164,8 @@ def loops(monkeypatch):
     backends.needs("jax")
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(_loop, "_FROM_BYTES", 0)
-    monkeypatch.setattr(_loop, "_BLOCK_BYTES", 2 * 7 * 8)
+    monkeypatch.setattr("gklx._autodiff._jax_loop._FROM_BYTES", 0)
+    monkeypatch.setattr("gklx._autodiff._jax_loop._BLOCK_BYTES", 2 * 7 * 8)
     return jax
 
 
@@ -191,7 +191,7 @@ def test_a_loop_is_the_whole(case, mask, loops):
 
 
 def test_a_batch_that_does_not_divide_is_not_looped_over(loops, monkeypatch):
-    monkeypatch.setattr(_loop, "_BLOCK_BYTES", 8 * 7 * 8)
+    monkeypatch.setattr("gklx._autodiff._jax_loop._BLOCK_BYTES", 8 * 7 * 8)
     s, t, _ = call(CASES[0], "none", batch=(23,))
     text = loops.jit(gklx.kl).lower(*(loops.numpy.asarray(x) for x in (s, t))).as_text(dialect="hlo")
     assert " while(" not in text
@@ -207,7 +207,7 @@ def test_a_loop_differentiates_again_and_maps(loops, monkeypatch):
         return of_one, product, loops.hessian(gklx.kl)(s[0], t[0]), loops.jacrev(loops.grad(gklx.kl, 1))(s[0], t[0])
 
     looped = loops.tree.leaves(loops.jit(lambda s, t: all_of(s, t))(s, t))
-    monkeypatch.setattr(_loop, "_FROM_BYTES", 2**40)
+    monkeypatch.setattr("gklx._autodiff._jax_loop._FROM_BYTES", 2**40)
     for one, other in zip(looped, loops.tree.leaves(loops.jit(all_of)(s, t)), strict=True):
         assert_close(one, np.asarray(other), backend, "float64", ulps=32)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from types import EllipsisType
 
-from . import _cuda, _freed_memory, _loop, _threads
+from . import _cuda, _freed_memory, _threads
 from ._batch import Totals, mass_matters, totals_of_parts
 from ._libraries import library_of
 from ._problem import Array, Problem
@@ -35,8 +35,7 @@ def sweep(
     xp, arrays = problem.xp, problem.arrays
     problem, blocks, workers = _divided(problem)
     if len(blocks) < 2:
-        compute = _loop.sweep if _loop.takes(problem) else sweep_rows
-        found = compute(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
+        found = sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
         return found._replace(
             student=None if found.student is None else in_dtype(xp, found.student, arrays.student.dtype),
             teacher=None if found.teacher is None else in_dtype(xp, found.teacher, arrays.teacher.dtype),

@@ -1,6 +1,6 @@
 """What one call asks for: a formula, its numbers and its arrays, already checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -77,3 +77,7 @@ class Problem(NamedTuple):
     """The library's own along the last axis; None where ours is to be taken."""
     presumed: bool = False
     """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""
+    top: tuple[Array, Array] | None = None
+    """The maxima of the student's and the teacher's rows, where these were seen to hold moderate numbers alone."""
+    together: Callable[[Sequence[Array]], Sequence[Array]] | None = None
+    """Sums along the last axis of several arrays in one reading; None where each is read by itself."""

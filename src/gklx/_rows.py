@@ -4,7 +4,7 @@ Array-API calls only. A class that does not count holds -inf from here on, whate
 its probability is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ class Softmax(NamedTuple):
     """[..., C], logits less their row's maximum; -inf where a class does not count."""
     probabilities: Array
     """[..., C]; 0 where a class does not count."""
+    relative: Array
+    """[..., C], the probabilities but for a factor: what sums are best made of."""
+    total: Array | float
+    """[...], the sum of the above; 1.0 where they are the probabilities themselves."""
     normalizer: Array
     """[...], the sum of exp(z / temperature)."""
     log_normalizer: Array
@@ -110,6 +114,11 @@ def times(x: Array, y: Array | float, over: bool) -> Array:
     return x
 
 
+def sums(xp: ModuleType, together: Callable[[Sequence[Array]], Sequence[Array]] | None, *xs: Array) -> Sequence[Array]:
+    """The sums of several arrays along the last axis, in one reading where there is a function for that."""
+    return [xp.sum(x, axis=-1) for x in xs] if together is None else together(xs)
+
+
 def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> tuple[Array, Array]:
     """exp(z / temperature), z from `below`, and its sums [...]: 1 where no class counts, None being no such row."""
     e = xp.exp(divided(z, temperature))
@@ -134,13 +143,27 @@ def softmax(
         if any_counts is not None:
             p = xp.where(as_column(any_counts), p, 0.0)
         total = chosen(xp, any_counts, 1.0 / xp.max(p, axis=-1), 1.0)  # the largest z is 0
-        return Softmax(z, p, total, xp.log(total))
+        return Softmax(z, p, p, 1.0, total, xp.log(total))
     e, total = exponentials(xp, z, temperature, any_counts)
     if eager:
         e /= as_column(total)
     else:
         e = e / as_column(total)
-    return Softmax(z, e, total, xp.log(total))
+    return Softmax(z, e, e, 1.0, total, xp.log(total))
+
+
+def softmaxes_together(
+    xp: ModuleType,
+    zs: tuple[Array, ...],
+    temperature: Number,
+    together: Callable[[Sequence[Array]], Sequence[Array]],
+) -> tuple[Softmax, ...]:
+    """As `softmax` where every class counts, of several arrays; their sums are of exponentials not yet divided."""
+    es = [xp.exp(divided(z, temperature)) for z in zs]
+    return tuple(
+        Softmax(z, e / as_column(total), e, total, total, xp.log(total))
+        for z, e, total in zip(zs, es, together(es), strict=True)
+    )
 
 
 def effective_weight(xp: ModuleType, sample_weight: Array | None, any_counts: Array, dtype: Any) -> Array:

@@ -54,6 +54,8 @@ from ._rows import (
     minus,
     named_class,
     softmax,
+    softmaxes_together,
+    sums,
     times,
 )
 
@@ -138,7 +140,7 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
 
     Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
     """
-    if not shares(problem) or not _moderate(problem) or problem.ranks is not None:
+    if not shares(problem) or problem.ranks is not None or (problem.top is None and not _may_look(problem)):
         return None
     if not mass_matters(problem):
         return totals_of(problem, _given_weight(problem), None)
@@ -163,7 +165,12 @@ def sweep_rows(
     shape.
     """
     rows, eager = _row_statistics(problem), problem.eager
-    spread = _spread(problem, rows) if needs_spread(problem, value=value, student=student, teacher=teacher) else None
+    spread = ce = None
+    product = _ce_product(problem, rows) if value and problem.formula.decomposed else None
+    if needs_spread(problem, value=value, student=student, teacher=teacher):
+        spread, ce = _spread(problem, rows, product)
+    elif product is not None:
+        ce = problem.xp.sum(product, axis=-1)
     if of_batch is None and shares(problem):
         mass = None
         if mass_matters(problem):
@@ -174,7 +181,7 @@ def sweep_rows(
     ordinary: Array | bool = rows.counted.counts is None
     loss = None
     if value:
-        of_samples = _samples(problem, rows, spread)
+        of_samples = _samples(problem, rows, spread, None if ce is None else _ce(problem, rows, ce))
         loss = value_of(problem, of_samples, mse_weight, share)
         if problem.presumed:
             ordinary = _all_finite(problem, of_samples)
@@ -214,8 +221,12 @@ def samples(problems: Sequence[Problem]) -> Scored:
     Of problems that differ in formula, gamma or prior alone: their softmaxes are taken once.
     """
     xp, rows = problems[0].xp, _row_statistics(problems[0])
-    ce = _ce(problems[0], rows) if any(each.formula.decomposed for each in problems) else None
-    losses = (_samples(each, rows, _spread(each, rows) if each.formula.decomposed else None, ce) for each in problems)
+    ce = None
+    if any(each.formula.decomposed for each in problems):
+        ce = _ce(problems[0], rows, xp.sum(_ce_product(problems[0], rows), axis=-1))
+    losses = (
+        _samples(each, rows, _spread(each, rows)[0] if each.formula.decomposed else None, ce) for each in problems
+    )
     finite = xp.isfinite(rows.student.log_normalizer)
     return Scored(
         tuple(losses),
@@ -264,11 +275,11 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     """
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
     logits = tuple(in_dtype(xp, x, dtype) for x in (arrays.student, arrays.teacher))
-    if problem.presumed:
-        return _Counted(logits, tuple(xp.max(x, axis=-1) for x in logits), None, None, _given_weight(problem))
-    limit = _moderate(problem)
-    if limit:
-        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
+    if problem.presumed or problem.top is not None:
+        known = problem.top or tuple(xp.max(x, axis=-1) for x in logits)
+        return _Counted(logits, known, None, None, _given_weight(problem))
+    if _may_look(problem):
+        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, moderate(problem))
         if top is not None:
             return _Counted(logits, (top[0], top[-1]), None, None, _given_weight(problem))
     s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
@@ -277,16 +288,18 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     return _Counted(logits, top, (s != -xp.inf) | (t != -xp.inf), any_counts, weight)
 
 
-def _moderate(problem: Problem) -> float:
+def moderate(problem: Problem) -> float:
     """The bound below which logits are moderate: quotients and squares are finite. 0 where no row may be ordinary."""
-    arrays, numbers = problem.arrays, problem.numbers
-    temperatures = numbers.temperature, numbers.weight_temperature
-    if not _prior_is_sound(problem) or arrays.where is not None:
-        return 0.0
-    if not all(isinstance(x, float) for x in temperatures):
+    temperatures = problem.numbers.temperature, problem.numbers.weight_temperature
+    if problem.arrays.where is not None or not all(isinstance(x, float) for x in temperatures):
         return 0.0
     largest = float(problem.xp.finfo(problem.dtype).max)
     return 0.1 * math.sqrt(largest) * float(min(1.0, *temperatures))
+
+
+def _may_look(problem: Problem) -> bool:
+    """Whether one may look if rows are ordinary, and they may be."""
+    return _prior_is_sound(problem) and moderate(problem) > 0.0
 
 
 def _given_weight(problem: Problem) -> Array | float:
@@ -294,7 +307,7 @@ def _given_weight(problem: Problem) -> Array | float:
     v = problem.arrays.sample_weight
     if v is None:
         return 1.0
-    return problem.xp.where(v >= 0, v, problem.xp.nan) if problem.presumed else v
+    return v if problem.readable else problem.xp.where(v >= 0, v, problem.xp.nan)
 
 
 def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
@@ -303,13 +316,21 @@ def _softmax(problem: Problem, counted: _Counted, which: int) -> Softmax:
     return _softmax_of(problem, z, problem.numbers.temperature, counted.any_counts)
 
 
+def _softmaxes(problem: Problem, counted: _Counted) -> tuple[Softmax, ...]:
+    """The student's and the teacher's, at the temperature."""
+    if problem.together is None:
+        return _softmax(problem, counted, 0), _softmax(problem, counted, 1)
+    zs = tuple(below(x, top) for x, top in zip(counted.logits, counted.top, strict=True))
+    return softmaxes_together(problem.xp, zs, problem.numbers.temperature, problem.together)
+
+
 def _softmax_of(problem: Problem, z: Array, temperature: Number, any_counts: Array | None) -> Softmax:
     return softmax(problem.xp, z, temperature, any_counts, eager=problem.eager, own=problem.softmax)
 
 
 def _row_statistics(problem: Problem) -> _Rows:
     xp, counted = problem.xp, _counted(problem)
-    student, teacher = _softmax(problem, counted, 0), _softmax(problem, counted, 1)
+    student, teacher = _softmaxes(problem, counted)
     if counted.counts is None:
         d = minus(teacher.z, student.z, problem.eager and not _weights_need_logits(problem))
         return _Rows(counted, teacher, student, d, None)
@@ -322,8 +343,8 @@ def _spends(problem: Problem, counted: _Counted) -> bool:
     return problem.eager and counted.counts is None
 
 
-def _spread(problem: Problem, rows: _Rows) -> _Spread:
-    """The differences d about their weighted mean."""
+def _spread(problem: Problem, rows: _Rows, beside: Array | None = None) -> tuple[_Spread, Array | None]:
+    """The differences d about their weighted mean; and the sums of `beside`, [..., C], which is read with them."""
     xp, d = problem.xp, rows.d
     w, total, scale, mass = _class_weights(problem, rows.counted, rows.teacher)
     factor = mass * scale
@@ -339,17 +360,19 @@ def _spread(problem: Problem, rows: _Rows) -> _Spread:
         upwards, downwards = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
-    mean = divided(xp.sum(w * d, axis=-1), divisor)
+    first, *others = sums(xp, problem.together, w * d, *(() if beside is None else (beside,)))
+    beside_summed = others[0] if others else None
+    mean = divided(first, divisor)
     # KL's value reads d once more.
     d = minus(d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed)
     rest = divided(xp.sum(w * d, axis=-1), divisor)
     if infinite is None:
         centred = minus(d, as_column(rest), problem.eager)
-        return _Spread(mass, factor, centred, w * centred, None)
+        return _Spread(mass, factor, centred, w * centred, None), beside_summed
     rest = xp.where(upwards, xp.inf, xp.where(downwards, -xp.inf, rest))
     rest = xp.where(upwards & downwards, xp.nan, rest)  # between opposite infinities there is no mean
     centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(rest)))
-    return _Spread(mass, factor, centred, w * centred, upwards | downwards)
+    return _Spread(mass, factor, centred, w * centred, upwards | downwards), beside_summed
 
 
 def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> _Weights:
@@ -405,9 +428,11 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     tau, gamma, counts = numbers.weight_temperature, numbers.gamma, counted.counts
     as_softmax = _same(tau, numbers.temperature)
     if exactly(gamma, 1.0):
-        w = (teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)).probabilities
-        mass = 1.0 if counts is None else xp.sum(w, axis=-1)
-        return _Weights(w, mass, 1.0, mass)
+        weighing = teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)
+        if counts is None:
+            return _Weights(weighing.relative, weighing.total, 1.0 / weighing.total, 1.0)
+        mass = xp.sum(weighing.probabilities, axis=-1)
+        return _Weights(weighing.probabilities, mass, 1.0, mass)
     normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     z = divided(teacher.z, tau)
     if counts is not None:
@@ -436,10 +461,9 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | None = None) -> Samples:
+def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | None) -> Samples:
     if not problem.formula.decomposed:
         return Samples(_kl(problem, rows), None, None, None)
-    ce = _ce(problem, rows) if ce is None else ce
     if spread is None:
         return Samples(None, None, ce, None)
     return Samples(None, _mse(problem, rows, spread), ce, spread.mass)
@@ -457,12 +481,16 @@ def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     return xp.where(spread.infinite & ~rows.undefined & ~xp.isnan(spread.mass), xp.inf, mse)
 
 
-def _ce(problem: Problem, rows: _Rows) -> Array:
+def _ce_product(problem: Problem, rows: _Rows) -> Array:
+    """What the mean of the student's z by the teacher's probabilities is the sum of, but for the teacher's total."""
     xp, z = problem.xp, rows.student.z
     if rows.counted.counts is not None:
         z = xp.where(z == -xp.inf, 0.0, z)
-    weighted = times(z, rows.teacher.probabilities, _spends(problem, rows.counted))
-    mean = divided(xp.sum(weighted, axis=-1), problem.numbers.temperature)
+    return times(z, rows.teacher.relative, _spends(problem, rows.counted))
+
+
+def _ce(problem: Problem, rows: _Rows, product_summed: Array) -> Array:
+    mean = divided(divided(product_summed, rows.teacher.total), problem.numbers.temperature)
     return _infinite_if_unreachable(problem, rows, rows.student.log_normalizer - mean)
 
 

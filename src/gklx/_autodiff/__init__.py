@@ -1,9 +1,11 @@
 """Hands the analytic gradients to the libraries that differentiate: one small module a library.
 
-Each module offers two functions:
+Each module offers three functions:
 
     tracks(problem) -> bool     could the library be differentiating through the problem's logits?
     attach(problem) -> value    the loss, with the sweep's gradients registered as its derivative
+    with_gradients(problem, value=, student=, teacher=) -> Sweep
+                                as `sweep`, the value as from `attach`
 """
 
 from types import ModuleType
@@ -25,11 +27,9 @@ def value(problem: Problem) -> Array:
 def value_and_gradients(problem: Problem, *, student: bool, teacher: bool, value: bool) -> Sweep:
     """Value and gradients from one sweep; a value that may be differentiated again is attached as in `value`."""
     adapter = _adapter(library_of(problem.arrays.student))
-    attached = adapter is not None and value and adapter.tracks(problem)
-    result = sweep(problem, value=value and not attached, student=student, teacher=teacher)
-    if attached and adapter is not None:
-        result = result._replace(value=adapter.attach(problem))
-    return result
+    compute = adapter.with_gradients if adapter is not None and adapter.tracks(problem) else sweep
+    found: Sweep = compute(problem, value=value, student=student, teacher=teacher)
+    return found
 
 
 def _adapter(library: Library | None) -> ModuleType | None:

@@ -7,26 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .. import _loop
 from .._problem import Array, Arrays, Formula, Numbers, Problem, Ranks, Reduction
 from .._sweep import Sweep, prior_raised, sweep_rows
-
-
-def tracks(problem: Problem) -> bool:
-    """Whether JAX traces any part of the problem."""
-    return any(isinstance(x, jax.core.Tracer) for x in (*problem.arrays, *problem.numbers))
-
-
-def attach(problem: Problem) -> Array:
-    """The loss; JAX sees the sweep's gradients as its derivative."""
-    static, traced = [], []
-    for x in problem.numbers:
-        static.append(x if isinstance(x, float) else None)
-        traced.append(None if isinstance(x, float) else x)
-    plan = _Plan(problem.dtype, problem.formula, problem.reduction, Numbers(*static), problem.ranks)
-    arrays = problem.arrays
-    rest = (arrays._replace(student=None, teacher=None), Numbers(*traced))
-    return _loss(plan, arrays.student, arrays.teacher, rest)
+from . import _jax_look, _jax_loop
 
 
 class _Plan(NamedTuple):
@@ -39,8 +22,46 @@ class _Plan(NamedTuple):
     ranks: Ranks | None
 
 
+class _Asked(NamedTuple):
+    """Which results."""
+
+    value: bool
+    student: bool
+    teacher: bool
+
+
 _Rest = tuple[Arrays, Numbers]
 """The arrays without the logits, and the traced numbers, None where not traced."""
+
+
+def tracks(problem: Problem) -> bool:
+    """Whether JAX traces any part of the problem."""
+    return any(isinstance(x, jax.core.Tracer) for x in (*problem.arrays, *problem.numbers))
+
+
+def attach(problem: Problem) -> Array:
+    """The loss; JAX sees the sweep's gradients as its derivative."""
+    plan, rest = _taken_apart(problem)
+    return _loss(plan, problem.arrays.student, problem.arrays.teacher, rest)
+
+
+def with_gradients(problem: Problem, *, value: bool, student: bool, teacher: bool) -> Sweep:
+    """As `sweep`, all of it differentiable again."""
+    plan, rest = _taken_apart(problem)
+    s, t = problem.arrays.student, problem.arrays.teacher
+    found, to_student, to_teacher = _with_gradients(plan, _Asked(value, student, teacher), s, t, rest)
+    to_student = None if to_student is None else to_student.astype(s.dtype)
+    to_teacher = None if to_teacher is None else to_teacher.astype(t.dtype)
+    return Sweep(found, to_student, to_teacher, None, ordinary=False)
+
+
+def _taken_apart(problem: Problem) -> tuple[_Plan, _Rest]:
+    static, traced = [], []
+    for x in problem.numbers:
+        static.append(x if isinstance(x, float) else None)
+        traced.append(None if isinstance(x, float) else x)
+    plan = _Plan(problem.dtype, problem.formula, problem.reduction, Numbers(*static), problem.ranks)
+    return plan, (problem.arrays._replace(student=None, teacher=None), Numbers(*traced))
 
 
 def _problem(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Problem:
@@ -53,14 +74,14 @@ def _problem(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Proble
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
-    return _swept(_problem(plan, student, teacher, rest), value=True).value
+    return _swept(_problem(plan, student, teacher, rest), _Asked(value=True, student=False, teacher=False)).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     d_logits = _logits_alone(tangents)
-    wanted = tuple(not isinstance(x, SymbolicZero) for x in d_logits)
-    value, *gradients = _with_gradients(plan, wanted, *primals)
+    student, teacher = (not isinstance(x, SymbolicZero) for x in d_logits)
+    value, *gradients = _with_gradients(plan, _Asked(True, student, teacher), *primals)
     tangent: Array = jnp.zeros(value.shape, value.dtype)
     for gradient, direction in zip(gradients, d_logits, strict=True):
         if gradient is not None:
@@ -70,31 +91,32 @@ def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _with_gradients(
-    plan: _Plan, wanted: tuple[bool, bool], student: Array, teacher: Array, rest: _Rest
-) -> tuple[Any, ...]:
-    """The value, and the gradients of each sample's own entry, from one sweep."""
-    problem = _problem(plan, student, teacher, rest)
-    found = _swept(problem, value=True, student=wanted[0], teacher=wanted[1])
+def _with_gradients(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
+    """The value, and the gradients of each sample's own entry, from one sweep; None where not asked for."""
+    found = _swept(_problem(plan, student, teacher, rest), asked)
     return found.value, found.student, found.teacher
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
-def _with_gradients_jvp(plan: _Plan, wanted: tuple[bool, bool], primals: Any, tangents: Any) -> Any:
+def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any) -> Any:
     """Further derivatives: of the value by the rule above, of the gradients by JAX's own of the formulas."""
     d_logits, rest = _logits_alone(tangents), primals[2]
 
     def apart(student: Array, teacher: Array) -> tuple[Any, ...]:
-        found = _swept(_problem(plan, student, teacher, rest), student=wanted[0], teacher=wanted[1])
-        return _loss(plan, student, teacher, rest), found.student, found.teacher
+        problem = _problem(plan, student, teacher, rest)
+        compute = (
+            _jax_loop.sweep if _jax_look.takes(problem) else sweep_rows
+        )  # JAX is to differentiate the formulas alone
+        found = compute(problem, student=asked.student, teacher=asked.teacher)
+        return _loss(plan, student, teacher, rest) if asked.value else None, found.student, found.teacher
 
     directions = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in d_logits)
     return jax.jvp(apart, primals[:2], tuple(directions))
 
 
-def _swept(problem: Problem, *, value: bool = False, student: bool = False, teacher: bool = False) -> Sweep:
-    sweep = _loop.sweep if _loop.takes(problem) else sweep_rows
-    return sweep(problem, value=value, student=student, teacher=teacher)
+def _swept(problem: Problem, asked: _Asked) -> Sweep:
+    sweep = _jax_look.sweep if _jax_look.takes(problem) else sweep_rows
+    return sweep(problem, **asked._asdict())
 
 
 def _logits_alone(tangents: tuple[Any, ...]) -> tuple[Any, Any]:

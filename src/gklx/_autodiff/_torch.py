@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from .. import _blocks
 from .._batch import Totals
 from .._problem import Arrays, Problem
+from .._sweep import Sweep
 from . import _torch_compiled as _compiled
 
 
@@ -38,6 +39,12 @@ def attach(problem: Problem) -> torch.Tensor:
         return _applied(_TransformableLoss, plan, arrays)
     value: torch.Tensor = _EagerLoss.apply(plan, *arrays)  # type: ignore[no-untyped-call]
     return value
+
+
+def with_gradients(problem: Problem, *, value: bool, student: bool, teacher: bool) -> Sweep:
+    """As `sweep`, the value as from `attach`."""
+    found = _blocks.sweep(problem, student=student, teacher=teacher)
+    return found._replace(value=attach(problem)) if value else found
 
 
 def _applied(function: Any, plan: Any, arrays: Arrays) -> torch.Tensor:

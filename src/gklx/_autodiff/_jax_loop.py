@@ -5,20 +5,16 @@ this costs take longer than the arithmetic. Over several devices XLA divides the
 """
 
 import math
-import sys
 from typing import Any
 
-from ._batch import Totals, mass_matters, over_ranks
-from ._problem import Array, Problem
-from ._sweep import Sweep, prior_raised, sweep_rows, totals
+from jax import lax
+
+from .._batch import Totals, mass_matters, over_ranks
+from .._problem import Array, Problem
+from .._sweep import Sweep, prior_raised, sweep_rows, totals, totals_if_ordinary
 
 _FROM_BYTES = 3 * 2**20
 _BLOCK_BYTES = 2**20
-
-
-def takes(problem: Problem) -> bool:
-    """Whether JAX traces the problem, for the one CPU it has, and its rows are many and fall into equal blocks."""
-    return _blocks(problem) > 1
 
 
 def sweep(
@@ -30,10 +26,13 @@ def sweep(
     teacher: bool = False,
     upstream: Array | None = None,
 ) -> Sweep:
-    """As `_sweep.sweep_rows`."""
+    """As `_sweep.sweep_rows`, in a loop where the rows are many and fall into equal blocks."""
+    blocks = _blocks(problem)
+    if blocks == 1:
+        return sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
     problem = prior_raised(problem, passes=2 if mass_matters(problem) else 1)
-    jax, xp, arrays = sys.modules["jax"], problem.xp, problem.arrays
-    shape, blocks = arrays.student.shape, _blocks(problem)
+    xp, arrays = problem.xp, problem.arrays
+    shape = arrays.student.shape
     unreduced = problem.reduction == "none"
 
     def in_blocks(x: Array | None, axes: int) -> Array | None:
@@ -49,10 +48,14 @@ def sweep(
     )
 
     def part(block: Any) -> Problem:
-        return problem._replace(arrays=block if arrays.labels is None else block._replace(prior=arrays.prior))
+        own, top = block
+        return problem._replace(arrays=own if arrays.labels is None else own._replace(prior=arrays.prior), top=top)
 
+    of_rows = rows, None if problem.top is None else tuple(in_blocks(x, 0) for x in problem.top)
+    if of_batch is None and problem.top is not None:
+        of_batch = totals_if_ordinary(problem)
     if of_batch is None:
-        found = jax.lax.map(lambda block: totals(part(block)._replace(ranks=None)), rows)
+        found = lax.map(lambda block: totals(part(block)._replace(ranks=None)), of_rows)
         of_batch = None if found is None else over_ranks(problem, Totals(*(xp.sum(x) for x in found)))
 
     def run(block: Any) -> tuple[Array | None, ...]:
@@ -61,7 +64,7 @@ def sweep(
         swept = sweep_rows(part(own), of_batch, upstream=above if unreduced else upstream, **asked)
         return swept.value, swept.student, swept.teacher
 
-    values, *gradients = jax.lax.map(run, (rows, in_blocks(upstream, 0) if unreduced else None))
+    values, *gradients = lax.map(run, (of_rows, in_blocks(upstream, 0) if unreduced else None))
     if value:
         values = xp.reshape(values, shape[:-1]) if unreduced else xp.sum(values)
     to_student, to_teacher = (None if x is None else xp.reshape(x, shape) for x in gradients)
@@ -70,12 +73,7 @@ def sweep(
 
 def _blocks(problem: Problem) -> int:
     """How many there are: the fewest of at most `_BLOCK_BYTES`, or not many more where the rows divide into those."""
-    jax = sys.modules.get("jax")
-    s, t = problem.arrays.student, problem.arrays.teacher
-    if jax is None or not any(isinstance(x, jax.core.Tracer) for x in (s, t)):
-        return 1
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return 1
+    s = problem.arrays.student
     rows, size = math.prod(s.shape[:-1]), math.prod(s.shape) * problem.xp.finfo(problem.dtype).bits // 8
     if size < _FROM_BYTES:
         return 1
