@@ -155,18 +155,94 @@ def test_a_prior_is_raised_once_on_its_smaller_side(monkeypatch, blocks_of, kind
         assert_close(one, other, BY_NAME["numpy"], "float64", ulps=4)
 
 
-# --- loops in a compiled program --------------------------------------------------------------------------------------
+# --- programs that JAX compiles ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def loops(monkeypatch):
-    """JAX with the one device that its loops are for, and blocks of 2 rows of 7 classes."""
+def one_cpu(monkeypatch):
+    """JAX with the one device that its looks and loops are for."""
     backends.needs("jax")
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    return jax
+
+
+@pytest.fixture
+def loops(one_cpu, monkeypatch):
+    """And blocks of 2 rows of 7 classes."""
     monkeypatch.setattr("gklx._autodiff._jax_loop._FROM_BYTES", 0)
     monkeypatch.setattr("gklx._autodiff._jax_loop._BLOCK_BYTES", 2 * 7 * 8)
-    return jax
+    return one_cpu
+
+
+def unusual(s, t, given):
+    """The same call where a row is not ordinary, in each way in which it may not be."""
+    rows = {
+        "absent": (-np.inf, -np.inf),
+        "nan": (np.nan, t[3]),
+        "infinite": (np.where(np.arange(7) == 2, -np.inf, s[3]), t[3]),
+        "opposite": (s[3], np.where(np.arange(7) == 2, np.inf, t[3])),
+        "large": (1e200 * s[3], t[3]),
+    }
+    for name, row in rows.items():
+        a, b = s.copy(), t.copy()
+        a[3], b[3] = row
+        yield name, a, b, given
+        yield f"{name}, of no weight", a, b, given | {"sample_weight": np.asarray([1.0, 0.5, 2.0, 0.0, 1.0])}
+    if "prior" in given:
+        for name, weight in {"negative": -0.5, "unbounded": np.inf, "nan": np.nan}.items():
+            prior = given["prior"].copy()
+            prior[3, 4] = weight
+            yield f"{name} prior", s, t, given | {"prior": prior}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in (*KINDS, "gkl")], ids=lambda case: case.id)
+def test_a_program_with_a_look_in_it_computes_what_one_without_does(case, one_cpu, monkeypatch):
+    backend = BY_NAME["jax"]
+    s, t, given = call(case, "none", batch=(5,))
+    given |= {"sample_weight": np.asarray([1.0, 0.5, 2.0, 3.0, 1.0])}
+
+    def both(s, t, given):
+        by_jax = one_cpu.grad(partial(loss_of(case), **given), (0, 1))(s, t)
+        return [*outcomes(case, s, t, given)[0], *outcomes(case, s, t, given)[1], *by_jax]
+
+    with_a_look = one_cpu.jit(lambda *given: both(*given))
+    for name, *these in [("ordinary", s, t, given), *unusual(s, t, given)]:
+        these = on(backend, "float64", *these)
+        monkeypatch.setattr(one_cpu, "device_count", lambda: 1)
+        found = with_a_look(*these)
+        monkeypatch.setattr(one_cpu, "device_count", lambda: 2)
+        expected = one_cpu.jit(both)(*these)
+        for one, other in zip(found, expected, strict=True):
+            scale = np.nanmax(np.abs(np.where(np.isfinite(other), other, 0.0)))
+            np.testing.assert_allclose(one, other, rtol=1e-13, atol=1e-14 * scale, err_msg=name)
+
+
+def test_the_branch_without_masks_is_that_of_ordinary_rows_alone(one_cpu, monkeypatch):
+    """It is spoilt here, so that what takes it gives itself away."""
+    monkeypatch.setattr("gklx._autodiff._jax_look._together", lambda xs: [np.nan + x.sum(axis=-1) for x in xs])
+    case = next(case for case in CASES if case.id == "gkl-rows")
+    s, t, given = call(case, "none", batch=(5,))
+    loss = one_cpu.jit(loss_of(case, reduction="sum"))
+    assert np.isnan(loss(s, t, **given))
+    assert all(np.isnan(x) for x in one_cpu.vmap(loss)(s, t, **given))
+    absent = np.full((1, 7), -np.inf)
+    s, t = np.concatenate([s, absent]), np.concatenate([t, absent])
+    given = {"prior": np.concatenate([given["prior"], np.ones((1, 7))])}
+    assert np.isfinite(loss(s, t, **given))
+    # The ordinary samples beside the one that is not, too: a branch for each would compute both for all.
+    assert all(np.isfinite(x) for x in one_cpu.vmap(loss)(s, t, **given))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 1_000, 1_009, 50_257, 100_000])
+def test_sums_in_one_reading_keep_their_digits(classes, one_cpu):
+    from gklx._autodiff import _jax_look
+
+    rng = np.random.default_rng(0)
+    xs = [np.exp(rng.standard_normal((8, classes))).astype(np.float32) for _ in range(3)]
+    for x, found in zip(xs, one_cpu.jit(_jax_look._together)([one_cpu.numpy.asarray(x) for x in xs]), strict=True):
+        exact = x.astype(np.float64).sum(axis=-1)
+        assert np.max(np.abs(np.asarray(found) - exact) / np.spacing(exact.astype(np.float32))) <= 4
 
 
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
@@ -197,7 +273,10 @@ def test_a_batch_that_does_not_divide_is_not_looped_over(loops, monkeypatch):
     assert " while(" not in text
 
 
-def test_a_loop_differentiates_again_and_maps(loops, monkeypatch):
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_look_and_a_loop_differentiate_again_and_map(blocks, loops, monkeypatch):
+    if not blocks:
+        monkeypatch.setattr("gklx._autodiff._jax_loop._FROM_BYTES", 2**40)
     backend = BY_NAME["jax"]
     s, t, _ = on(backend, "float64", *call(CASES[0], "none", batch=(2, 6)))
 
@@ -207,7 +286,7 @@ def test_a_loop_differentiates_again_and_maps(loops, monkeypatch):
         return of_one, product, loops.hessian(gklx.kl)(s[0], t[0]), loops.jacrev(loops.grad(gklx.kl, 1))(s[0], t[0])
 
     looped = loops.tree.leaves(loops.jit(lambda s, t: all_of(s, t))(s, t))
-    monkeypatch.setattr("gklx._autodiff._jax_loop._FROM_BYTES", 2**40)
+    monkeypatch.setattr(loops, "device_count", lambda: 2)
     for one, other in zip(looped, loops.tree.leaves(loops.jit(all_of)(s, t)), strict=True):
         assert_close(one, np.asarray(other), backend, "float64", ulps=32)
 
