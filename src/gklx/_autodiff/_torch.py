@@ -22,10 +22,10 @@ def tracks(problem: Problem) -> bool:
 
 def attach(problem: Problem) -> torch.Tensor:
     """The loss; its derivatives are those of the sweep."""
+    if torch.compiler.is_compiling() and not _transformed() and _compiled.takes(problem):
+        return _compiled.attach(problem)
     arrays = problem.arrays
     bare = problem._replace(arrays=Arrays(*[None] * len(arrays)))
-    if torch.compiler.is_compiling() and not _transformed() and _compiled.takes(problem):
-        return _applied(_compiled.CompiledLoss, bare, arrays)
     logits = arrays.student, arrays.teacher
     plan = _Plan(
         bare,

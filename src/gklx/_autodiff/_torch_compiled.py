@@ -33,35 +33,75 @@ def takes(problem: Problem) -> bool:
     )
 
 
-class CompiledLoss(torch.autograd.Function):
+def attach(problem: Problem) -> torch.Tensor:
+    """The loss; its derivatives are those of the sweep."""
+    value: torch.Tensor = _in_graph(tuple(problem.formula), tuple(problem.numbers), problem.reduction, *problem.arrays)
+    return value
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _in_graph(formula: tuple[bool, ...], numbers: tuple[float, ...], reduction: Any, *arrays: Any) -> torch.Tensor:
+    """Left to the compiler's second stage, which sees the operations; the first would see all of the sweep's Python.
+
+    At each call of the program it makes sure that no function or class it saw has changed: some 50 µs.
+    """
+    value: torch.Tensor = _Loss.apply(formula, numbers, reduction, *arrays)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Loss(torch.autograd.Function):
     """Keeps its inputs, and makes the gradients in the backward pass; what both need the compiler decides to keep."""
 
     @staticmethod
-    def forward(problem: Problem, *arrays: Any) -> Any:
-        problem = problem._replace(arrays=Arrays(*arrays), presumed=True)
+    def forward(ctx: Any, formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, *arrays: Any) -> Any:
+        problem = _presumed(formula, numbers, reduction, arrays)
         found = _blocks.sweep(problem, value=True)
         _mend(problem, found.ordinary, found.value, None, None)
-        return found.value, *kept(found.of_batch), found.ordinary
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.problem, *arrays = inputs
-        _, *rest = output
-        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        # A number that the compiler has left open would be a constant of the backward pass; as a tensor it is kept.
+        ctx.plan = formula, [x if isinstance(x, float) else None for x in problem.numbers], reduction
+        opened = [None if isinstance(x, float) else x for x in problem.numbers]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays, *rest)
+        ctx.save_for_backward(*arrays, *kept(found.of_batch), found.ordinary, *opened)
+        return found.value
 
     @staticmethod
-    def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
+    def backward(ctx: Any, upstream: Any) -> Any:
+        nothing = (None,) * len(ctx.needs_input_grad)
         if upstream is None:
-            return None, None, None, None, None, None, None
-        *arrays, weight, squared_mass, ordinary = ctx.saved_tensors
-        problem = ctx.problem._replace(arrays=Arrays(*arrays), presumed=True)
+            return nothing
+        saved = list(ctx.saved_tensors)
+        opened = [saved.pop() for _ in Numbers._fields][::-1]
+        *arrays, weight, squared_mass, ordinary = saved
+        formula, known, reduction = ctx.plan
+        numbers = [b if a is None else a for a, b in zip(known, opened, strict=True)]
+        problem = _presumed(formula, numbers, reduction, arrays)
         of_batch = None if weight is None else Totals(weight, squared_mass)
-        student, teacher = ctx.needs_input_grad[1:3]
+        student, teacher = ctx.needs_input_grad[3:5]
         found = _blocks.sweep(problem, of_batch, student=student, teacher=teacher, upstream=upstream)
         _mend(problem, ordinary, None, found.student, found.teacher, upstream=upstream)
-        return None, found.student, found.teacher, None, None, None, None
+        return None, None, None, found.student, found.teacher, *nothing[5:]
+
+
+def _presumed(formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, arrays: Sequence[Any]) -> Problem:
+    """The problem, its rows presumed ordinary; with tensors where the compiler has left numbers or sizes open.
+
+    Of samples so many as may be there is no Python number: their weights of 1 are summed.
+    """
+    given = Arrays(*arrays)
+    batch = given.student.shape[:-1]
+    if given.sample_weight is None and not all(isinstance(n, int) for n in batch):
+        given = given._replace(sample_weight=given.student.new_ones(batch, dtype=_dtype(given)))
+    one = torch.ones((), dtype=_dtype(given))
+    numbers = [x if isinstance(x, (float, torch.Tensor)) else one * x for x in numbers]
+    return _problem(formula, numbers, reduction, given)._replace(presumed=True)
+
+
+def _problem(formula: Sequence[bool], numbers: Sequence[float], reduction: Any, arrays: Arrays) -> Problem:
+    return Problem(xp, _dtype(arrays), Formula(*formula), reduction, Numbers(*numbers), arrays, None)
+
+
+def _dtype(arrays: Arrays) -> torch.dtype:
+    return torch.promote_types(torch.float32, torch.promote_types(arrays.student.dtype, arrays.teacher.dtype))
 
 
 def kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -117,8 +157,7 @@ def _swept_carefully(
     upstream: torch.Tensor | None,
     asked: Sequence[bool],
 ) -> Sweep:
-    dtype = torch.promote_types(torch.float32, torch.promote_types(arrays.student.dtype, arrays.teacher.dtype))
-    problem = Problem(xp, dtype, Formula(*formula), reduction, Numbers(*numbers), arrays, None, unread=True)
+    problem = _problem(formula, numbers, reduction, arrays)._replace(unread=True)
     value, student, teacher = asked
     return _blocks.sweep(problem, value=value, student=student, teacher=teacher, upstream=upstream)
 
