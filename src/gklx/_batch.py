@@ -56,8 +56,11 @@ def totals_of(problem: Problem, v: Array | float, mass: Array | float | None) ->
 
 
 def _total(problem: Problem, x: Array | float) -> Number:
-    """The sum over the samples, of a number too."""
-    return x * math.prod(problem.arrays.student.shape[:-1]) if isinstance(x, float) else problem.xp.sum(x)
+    """The sum over the samples, of a number too; a number where it may be read, since what follows is then no array."""
+    if isinstance(x, float):
+        return x * math.prod(problem.arrays.student.shape[:-1])
+    total = problem.xp.sum(x)
+    return float(total) if problem.readable else total
 
 
 def totals_of_parts(problem: Problem, parts: Sequence[Totals]) -> Totals:

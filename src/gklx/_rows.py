@@ -22,10 +22,18 @@ class Softmax(NamedTuple):
     """[..., C], the probabilities but for a factor: what sums are best made of."""
     total: Array | float
     """[...], the sum of the above; 1.0 where they are the probabilities themselves."""
-    normalizer: Array
-    """[...], the sum of exp(z / temperature)."""
-    log_normalizer: Array
+    summed: Array | None
+    """[...], the sum of exp(z / temperature); None where nothing but the largest probability tells it."""
+
+
+def normalizer(xp: ModuleType, of: Softmax) -> Array:
+    """[...], the sum of exp(z / temperature), where z is 0 at the largest probability."""
+    return 1.0 / xp.max(of.probabilities, axis=-1) if of.summed is None else of.summed
+
+
+def log_normalizer(xp: ModuleType, of: Softmax) -> Array:
     """[...], its logarithm; log p = z / temperature - this."""
+    return -xp.log(xp.max(of.probabilities, axis=-1)) if of.summed is None else xp.log(of.summed)
 
 
 def as_column(x: Array) -> Array:
@@ -140,16 +148,17 @@ def softmax(
     """
     if own is not None:
         p = own(divided(z, temperature))
-        if any_counts is not None:
-            p = xp.where(as_column(any_counts), p, 0.0)
-        total = chosen(xp, any_counts, 1.0 / xp.max(p, axis=-1), 1.0)  # the largest z is 0
-        return Softmax(z, p, p, 1.0, total, xp.log(total))
+        if any_counts is None:
+            return Softmax(z, p, p, 1.0, None)
+        total = xp.where(any_counts, 1.0 / xp.max(p, axis=-1), 1.0)
+        p = xp.where(as_column(any_counts), p, 0.0)
+        return Softmax(z, p, p, 1.0, total)
     e, total = exponentials(xp, z, temperature, any_counts)
     if eager:
         e /= as_column(total)
     else:
         e = e / as_column(total)
-    return Softmax(z, e, e, 1.0, total, xp.log(total))
+    return Softmax(z, e, e, 1.0, total)
 
 
 def softmaxes_together(
@@ -161,8 +170,7 @@ def softmaxes_together(
     """As `softmax` where every class counts, of several arrays; their sums are of exponentials not yet divided."""
     es = [xp.exp(divided(z, temperature)) for z in zs]
     return tuple(
-        Softmax(z, e / as_column(total), e, total, total, xp.log(total))
-        for z, e, total in zip(zs, es, together(es), strict=True)
+        Softmax(z, e / as_column(total), e, total, total) for z, e, total in zip(zs, es, together(es), strict=True)
     )
 
 

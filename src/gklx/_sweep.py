@@ -48,11 +48,13 @@ from ._rows import (
     exactly,
     exponentials,
     in_dtype,
+    log_normalizer,
     masked,
     maxima,
     maxima_of_moderate,
     minus,
     named_class,
+    normalizer,
     softmax,
     softmaxes_together,
     sums,
@@ -227,11 +229,12 @@ def samples(problems: Sequence[Problem]) -> Scored:
     losses = (
         _samples(each, rows, _spread(each, rows)[0] if each.formula.decomposed else None, ce) for each in problems
     )
-    finite = xp.isfinite(rows.student.log_normalizer)
+    of_student, of_teacher = log_normalizer(xp, rows.student), log_normalizer(xp, rows.teacher)
+    finite = xp.isfinite(of_student)
     return Scored(
         tuple(losses),
-        xp.exp(-rows.student.log_normalizer),  # the largest logit is 0 by now
-        xp.exp(-rows.teacher.log_normalizer),
+        xp.exp(-of_student),  # the largest logit is 0 by now
+        xp.exp(-of_teacher),
         finite if rows.counted.any_counts is None else rows.counted.any_counts,
         ~finite if rows.undefined is None else rows.undefined,
     )
@@ -335,7 +338,7 @@ def _row_statistics(problem: Problem) -> _Rows:
         d = minus(teacher.z, student.z, problem.eager and not _weights_need_logits(problem))
         return _Rows(counted, teacher, student, d, None)
     d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)
-    return _Rows(counted, teacher, student, d, xp.isnan(teacher.log_normalizer + student.log_normalizer))
+    return _Rows(counted, teacher, student, d, xp.isnan(log_normalizer(xp, teacher) + log_normalizer(xp, student)))
 
 
 def _spends(problem: Problem, counted: _Counted) -> bool:
@@ -433,7 +436,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
             return _Weights(weighing.relative, weighing.total, 1.0 / weighing.total, 1.0)
         mass = xp.sum(weighing.probabilities, axis=-1)
         return _Weights(weighing.probabilities, mass, 1.0, mass)
-    normalizer = teacher.normalizer if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
+    of_softmax = normalizer(xp, teacher) if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
     z = divided(teacher.z, tau)
     if counts is not None:
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
@@ -443,7 +446,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)
     # As an array the exponent may change without PyTorch compiling again.
-    scale = normalizer ** (-gamma if problem.eager else -gamma * xp.ones_like(normalizer))
+    scale = of_softmax ** (-gamma if problem.eager else -gamma * xp.ones_like(of_softmax))
     return _Weights(w, total, scale, scale * total)
 
 
@@ -491,7 +494,7 @@ def _ce_product(problem: Problem, rows: _Rows) -> Array:
 
 def _ce(problem: Problem, rows: _Rows, product_summed: Array) -> Array:
     mean = divided(divided(product_summed, rows.teacher.total), problem.numbers.temperature)
-    return _infinite_if_unreachable(problem, rows, rows.student.log_normalizer - mean)
+    return _infinite_if_unreachable(problem, rows, log_normalizer(problem.xp, rows.student) - mean)
 
 
 def _kl(problem: Problem, rows: _Rows) -> Array:
@@ -502,7 +505,7 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     """
     xp, counts, spend = problem.xp, rows.counted.counts, _spends(problem, rows.counted)
     p, q = rows.teacher.probabilities, rows.student.probabilities
-    normalizers = as_column(rows.teacher.log_normalizer - rows.student.log_normalizer)
+    normalizers = as_column(log_normalizer(xp, rows.teacher) - log_normalizer(xp, rows.student))
     ratio = minus(divided(rows.d, problem.numbers.temperature), normalizers, spend)
     fallen = xp.copysign(xp.expm1(times(abs(ratio), -1.0, spend)), ratio)
     fallen = times(fallen, xp.maximum(p, q), spend)  # p - q
