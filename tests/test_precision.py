@@ -31,9 +31,11 @@ def logits(rng, kind, rows, classes):
 
 @pytest.mark.parametrize("kind", ["plain", "offsets", "confident", "confident-teacher", "opposed", "wide"])
 @pytest.mark.parametrize(("classes", "ulps"), [(10, 32), (1_000, 32), (100_000, 128)])
-def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps):
-    if backend.name in ("jax-jit", "dask", "numpy-readonly", "strict-device1") and classes == 100_000:
+def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps, monkeypatch):
+    if backend.name in ("dask", "numpy-readonly", "strict-device1") and classes == 100_000:
         pytest.skip(f"{backend.name} runs what another backend runs at this size")
+    if backend.name == "jax-jit":  # for one CPU programs have a branch, and sums, of their own
+        monkeypatch.setattr("jax.device_count", lambda: 1)
     s, t = logits(np.random.default_rng(1), kind, 4 if classes > 10 else 64, classes)
     given_s, given_t, _ = on(backend, "float32", s, t, {})
     exact_s, exact_t, _ = rounded(backend, "float32", s, t, {})

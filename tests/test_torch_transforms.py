@@ -264,6 +264,23 @@ def test_compiled_without_a_graph_break(compiled, case, mask):
 
 
 @supports("compiler")
+@EACH
+def test_compiled_by_a_compiler_that_runs_the_graph_as_it_is(compiled, case):
+    compile_, _ = compiled
+    loss, s, t = given(case, "none")
+    for negligible in (False, True):
+        if negligible:
+            s[1], t[1] = -torch.inf, -torch.inf
+        expected = gklx.grad(loss, (0, 1))(s, t)
+        a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+        value = compile_(loss, backend="eager")(a, b)
+        same(value, loss(s, t))
+        value.backward()
+        same(a.grad, expected[0], ulps=64)
+        same(b.grad, expected[1], ulps=64)
+
+
+@supports("compiler")
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor")
 def test_compiled_by_the_default_compiler(compiled):
     compile_, _ = compiled

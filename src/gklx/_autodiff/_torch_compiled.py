@@ -43,7 +43,8 @@ def attach(problem: Problem) -> torch.Tensor:
 def _in_graph(formula: tuple[bool, ...], numbers: tuple[float, ...], reduction: Any, *arrays: Any) -> torch.Tensor:
     """Left to the compiler's second stage, which sees the operations; the first would see all of the sweep's Python.
 
-    At each call of the program it makes sure that no function or class it saw has changed: some 50 µs.
+    At each call of the program it makes sure that no function or class it saw has changed: some 50 µs. A compiler
+    without a second stage has this function called as it is.
     """
     value: torch.Tensor = _Loss.apply(formula, numbers, reduction, *arrays)  # type: ignore[no-untyped-call]
     return value
@@ -54,14 +55,17 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, *arrays: Any) -> Any:
-        problem = _presumed(formula, numbers, reduction, arrays)
+        ctx.presumed = torch.compiler.is_compiling()
+        problem = _of_call(formula, numbers, reduction, arrays, presumed=ctx.presumed)
         found = _blocks.sweep(problem, value=True)
-        _mend(problem, found.ordinary, found.value, None, None)
+        ordinary = found.ordinary if ctx.presumed else None
+        if ordinary is not None:
+            _mend(problem, ordinary, found.value, None, None)
         # A number that the compiler has left open would be a constant of the backward pass; as a tensor it is kept.
         ctx.plan = formula, [x if isinstance(x, float) else None for x in problem.numbers], reduction
         opened = [None if isinstance(x, float) else x for x in problem.numbers]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arrays, *kept(found.of_batch), found.ordinary, *opened)
+        ctx.save_for_backward(*arrays, *kept(found.of_batch), ordinary, *opened)
         return found.value
 
     @staticmethod
@@ -74,16 +78,19 @@ class _Loss(torch.autograd.Function):
         *arrays, weight, squared_mass, ordinary = saved
         formula, known, reduction = ctx.plan
         numbers = [b if a is None else a for a, b in zip(known, opened, strict=True)]
-        problem = _presumed(formula, numbers, reduction, arrays)
+        problem = _of_call(formula, numbers, reduction, arrays, presumed=ctx.presumed)
         of_batch = None if weight is None else Totals(weight, squared_mass)
         student, teacher = ctx.needs_input_grad[3:5]
         found = _blocks.sweep(problem, of_batch, student=student, teacher=teacher, upstream=upstream)
-        _mend(problem, ordinary, None, found.student, found.teacher, upstream=upstream)
+        if ordinary is not None:
+            _mend(problem, ordinary, None, found.student, found.teacher, upstream=upstream)
         return None, None, None, found.student, found.teacher, *nothing[5:]
 
 
-def _presumed(formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, arrays: Sequence[Any]) -> Problem:
-    """The problem, its rows presumed ordinary; with tensors where the compiler has left numbers or sizes open.
+def _of_call(
+    formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, arrays: Sequence[Any], *, presumed: bool
+) -> Problem:
+    """The problem, with tensors where the compiler has left numbers or sizes open.
 
     Of samples so many as may be there is no Python number: their weights of 1 are summed.
     """
@@ -93,11 +100,11 @@ def _presumed(formula: Sequence[bool], numbers: Sequence[Any], reduction: Any, a
         given = given._replace(sample_weight=given.student.new_ones(batch, dtype=_dtype(given)))
     one = torch.ones((), dtype=_dtype(given))
     numbers = [x if isinstance(x, (float, torch.Tensor)) else one * x for x in numbers]
-    return _problem(formula, numbers, reduction, given)._replace(presumed=True)
+    return _problem(formula, numbers, reduction, given)._replace(presumed=presumed)
 
 
 def _problem(formula: Sequence[bool], numbers: Sequence[float], reduction: Any, arrays: Arrays) -> Problem:
-    return Problem(xp, _dtype(arrays), Formula(*formula), reduction, Numbers(*numbers), arrays, None)
+    return Problem(xp, _dtype(arrays), Formula(*formula), reduction, Numbers(*numbers), arrays, None, unread=True)
 
 
 def _dtype(arrays: Arrays) -> torch.dtype:
@@ -157,7 +164,7 @@ def _swept_carefully(
     upstream: torch.Tensor | None,
     asked: Sequence[bool],
 ) -> Sweep:
-    problem = _problem(formula, numbers, reduction, arrays)._replace(unread=True)
+    problem = _problem(formula, numbers, reduction, arrays)
     value, student, teacher = asked
     return _blocks.sweep(problem, value=value, student=student, teacher=teacher, upstream=upstream)
 
