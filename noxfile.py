@@ -41,7 +41,9 @@ EVIDENCE = _ignored(*EVIDENT)
 # Of NumPy's tests those in which another Python changes nothing.
 ALIKE = _ignored("benches", "mutations")
 # Minutes of compiling that another Python changes nothing in.
-COMPILED = _ignored("docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify")
+COMPILED = _ignored(
+    "blocks", "docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify"
+)
 
 # pyenv shows the interpreters it holds only where asked to.
 if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
