@@ -254,12 +254,11 @@ def beside(library: Library, x: Array) -> Any:
 
 # NumPy makes a name anew each time it is asked for it: 2 microseconds.
 _NUMPY_NAMES = {np.dtype(name): name for name in ("bool", "float16", "float32", "float64", "int32", "int64")}
-_NUMPY_DTYPES = {type(dtype) for dtype in _NUMPY_NAMES}
 
 
 def dtype_name(dtype: Any) -> str:
     """'float32' of any library's float32."""
-    known = _NUMPY_NAMES.get(dtype) if type(dtype) in _NUMPY_DTYPES else None
+    known = _NUMPY_NAMES.get(dtype) if isinstance(dtype, np.dtype) else None
     return known or str(getattr(dtype, "name", dtype)).rpartition(".")[2]
 
 

@@ -122,10 +122,13 @@ def kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | N
 
 def _mend(problem: Problem, ordinary: Any, *outputs: Any, upstream: Any = None) -> None:
     *arrays, _ = problem.arrays
-    one = torch.ones((), dtype=torch.float64)
-    # As a tensor, for an operator's numbers are constants to the compiler, which would compile again at each new one.
-    numbers = torch.stack([one * x for x in problem.numbers])
-    torch.ops.gklx.mend(*outputs, ordinary, upstream, *arrays, list(problem.formula), numbers, problem.reduction)
+    numbers, opened = list(problem.numbers), None
+    if not all(isinstance(x, float) for x in numbers):
+        one = torch.ones((), dtype=torch.float64)
+        numbers, opened = [], torch.stack([one * x for x in numbers])
+    torch.ops.gklx.mend(
+        *outputs, ordinary, upstream, *arrays, list(problem.formula), numbers, opened, problem.reduction
+    )
 
 
 def _mend_where_due(
@@ -140,17 +143,20 @@ def _mend_where_due(
     labels: torch.Tensor | None,
     sample_weight: torch.Tensor | None,
     formula: Sequence[bool],
-    numbers: torch.Tensor,
+    numbers: Sequence[float],
+    opened: torch.Tensor | None,
     reduction: str,
 ) -> None:
-    """Write what a careful sweep finds over the first three, those that are there, unless the rows are ordinary."""
+    """Write what a careful sweep finds over the first three, those that are there, unless the rows are ordinary.
+
+    The numbers are those of `opened` where the compiler has left some open.
+    """
     if bool(ordinary):
         return
     arrays = Arrays(student, teacher, prior, labels, sample_weight, None)
     outputs = {"value": value, "student": to_student, "teacher": to_teacher}
-    found = _swept_carefully(
-        arrays, formula, numbers.tolist(), reduction, upstream, [x is not None for x in outputs.values()]
-    )
+    numbers = numbers if opened is None else opened.tolist()
+    found = _swept_carefully(arrays, formula, numbers, reduction, upstream, [x is not None for x in outputs.values()])
     for name, output in outputs.items():
         if output is not None:
             output.copy_(getattr(found, name))
