@@ -163,9 +163,15 @@ def test_the_gradient_of_a_hyper_parameter_is_an_error_and_never_a_silent_zero(n
     same(of_stopped(0.5), gklx.gkl(s, t, **{name: 0.5}))
 
 
+@pytest.fixture(params=[1, 8])
+def devices(request, monkeypatch):
+    """As in a process of one CPU, whose programs look at the rows and loop over blocks, and of several devices."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
 @supports("export")
 @supports("batch size left open")
-def test_export_for_any_batch_size():
+def test_export_for_any_batch_size(devices):
     from jax import export
 
     step = jax.jit(jax.value_and_grad(partial(gklx.gkl, gamma=0.5)))
@@ -180,7 +186,7 @@ def test_export_for_any_batch_size():
 
 
 @supports("batch size left open")
-def test_export_for_any_batch_size_with_a_class_prior():
+def test_export_for_any_batch_size_with_a_class_prior(devices):
     def step(s, t, prior, labels):
         return gklx.gkl(s, t, prior=prior, labels=labels, gamma=0.5)
 

@@ -21,8 +21,9 @@ _SHORTEST_CHAIN = 4
 
 
 def takes(problem: Problem) -> bool:
-    """Whether JAX traces the logits, for the one CPU it has."""
-    if not any(isinstance(x, jax.core.Tracer) for x in problem.arrays[:2]):
+    """Whether JAX traces the logits, of known shape, for the one CPU it has."""
+    logits = problem.arrays[:2]
+    if not any(isinstance(x, jax.core.Tracer) for x in logits) or not all(isinstance(n, int) for n in logits[0].shape):
         return False
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 

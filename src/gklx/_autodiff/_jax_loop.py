@@ -17,23 +17,14 @@ _FROM_BYTES = 3 * 2**20
 _BLOCK_BYTES = 2**20
 
 
-def sweep(
-    problem: Problem,
-    of_batch: Totals | None = None,
-    *,
-    value: bool = False,
-    student: bool = False,
-    teacher: bool = False,
-    upstream: Array | None = None,
-) -> Sweep:
+def sweep(problem: Problem, *, value: bool = False, student: bool = False, teacher: bool = False) -> Sweep:
     """As `_sweep.sweep_rows`, in a loop where the rows are many and fall into equal blocks."""
     blocks = _blocks(problem)
     if blocks == 1:
-        return sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
+        return sweep_rows(problem, value=value, student=student, teacher=teacher)
     problem = prior_raised(problem, passes=2 if mass_matters(problem) else 1)
     xp, arrays = problem.xp, problem.arrays
     shape = arrays.student.shape
-    unreduced = problem.reduction == "none"
 
     def in_blocks(x: Array | None, axes: int) -> Array | None:
         return None if x is None else xp.reshape(x, (blocks, -1, *shape[len(shape) - axes :]))
@@ -52,21 +43,18 @@ def sweep(
         return problem._replace(arrays=own if arrays.labels is None else own._replace(prior=arrays.prior), top=top)
 
     of_rows = rows, None if problem.top is None else tuple(in_blocks(x, 0) for x in problem.top)
-    if of_batch is None and problem.top is not None:
-        of_batch = totals_if_ordinary(problem)
+    of_batch = None if problem.top is None else totals_if_ordinary(problem)
     if of_batch is None:
         found = lax.map(lambda block: totals(part(block)._replace(ranks=None)), of_rows)
         of_batch = None if found is None else over_ranks(problem, Totals(*(xp.sum(x) for x in found)))
 
     def run(block: Any) -> tuple[Array | None, ...]:
-        own, above = block
-        asked = {"value": value, "student": student, "teacher": teacher}
-        swept = sweep_rows(part(own), of_batch, upstream=above if unreduced else upstream, **asked)
+        swept = sweep_rows(part(block), of_batch, value=value, student=student, teacher=teacher)
         return swept.value, swept.student, swept.teacher
 
-    values, *gradients = lax.map(run, (of_rows, in_blocks(upstream, 0) if unreduced else None))
+    values, *gradients = lax.map(run, of_rows)
     if value:
-        values = xp.reshape(values, shape[:-1]) if unreduced else xp.sum(values)
+        values = xp.reshape(values, shape[:-1]) if problem.reduction == "none" else xp.sum(values)
     to_student, to_teacher = (None if x is None else xp.reshape(x, shape) for x in gradients)
     return Sweep(values, to_student, to_teacher, of_batch, ordinary=False)
 
