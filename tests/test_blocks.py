@@ -92,20 +92,25 @@ def test_ordinary_rows_come_out_as_with_the_masks(backend, case, wide):
         assert_close(one, backend.numpy(other), backend, wide, ulps=8)
 
 
+# From a student's and a teacher's ordinary row to one that is not.
+EXTREMES = {
+    "absent": lambda s, t: (-np.inf, -np.inf),
+    "nan": lambda s, t: (np.nan, t),
+    "infinite": lambda s, t: (np.where(np.arange(7) == 2, -np.inf, s), t),
+    "opposite": lambda s, t: (s, np.where(np.arange(7) == 2, np.inf, t)),
+    "large": lambda s, t: (1e200 * s, t),
+}
+
+
 @pytest.mark.parametrize("row", [0, 4])
-@pytest.mark.parametrize("extreme", ["absent", "nan", "infinite", "large"])
+@pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
 def test_a_row_that_is_not_ordinary_is_found_in_whichever_block(backend, case, extreme, row, blocks_of):
     """The sums of an ordinary batch are taken for granted only until then."""
     if backend.library.block(backend.array([0.0])) == 0:
         pytest.skip(f"{backend.name} is given all rows at once")
     s, t, given = call(case, "none", batch=(5,))
-    s[row], t[row] = {
-        "absent": (-np.inf, -np.inf),
-        "nan": (np.nan, t[row]),
-        "infinite": (np.where(np.arange(7) == 2, -np.inf, s[row]), t[row]),
-        "large": (1e200 * s[row], t[row]),
-    }[extreme]
+    s[row], t[row] = EXTREMES[extreme](s[row], t[row])
     s, t, given = on(backend, "float64", s, t, given)
     blocks_of(2**40)
     with np.errstate(all="ignore"):
@@ -177,16 +182,9 @@ def loops(one_cpu, monkeypatch):
 
 def unusual(s, t, given):
     """The same call where a row is not ordinary, in each way in which it may not be."""
-    rows = {
-        "absent": (-np.inf, -np.inf),
-        "nan": (np.nan, t[3]),
-        "infinite": (np.where(np.arange(7) == 2, -np.inf, s[3]), t[3]),
-        "opposite": (s[3], np.where(np.arange(7) == 2, np.inf, t[3])),
-        "large": (1e200 * s[3], t[3]),
-    }
-    for name, row in rows.items():
+    for name, extreme in EXTREMES.items():
         a, b = s.copy(), t.copy()
-        a[3], b[3] = row
+        a[3], b[3] = extreme(s[3], t[3])
         yield name, a, b, given
         yield f"{name}, of no weight", a, b, given | {"sample_weight": np.asarray([1.0, 0.5, 2.0, 0.0, 1.0])}
     if "prior" in given:

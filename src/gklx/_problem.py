@@ -36,6 +36,17 @@ class Numbers(NamedTuple):
     ce_weight: Number
 
 
+def parted(numbers: Numbers) -> tuple[Numbers, Numbers]:
+    """The Python numbers, and the arrays that stand for a number; None in the places of the others."""
+    known = Numbers(*(x if isinstance(x, float) else None for x in numbers))
+    return known, Numbers(*(None if isinstance(x, float) else x for x in numbers))
+
+
+def joined(known: Numbers, arrays: Numbers) -> Numbers:
+    """The numbers that `parted` took apart."""
+    return Numbers(*(b if a is None else a for a, b in zip(known, arrays, strict=True)))
+
+
 class Arrays(NamedTuple):
     """The arrays of a call, as the caller gave them, but for constants cut from any autodiff graph."""
 

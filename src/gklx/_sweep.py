@@ -142,7 +142,7 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
 
     Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
     """
-    if not shares(problem) or problem.ranks is not None or (problem.top is None and not _may_look(problem)):
+    if not shares(problem) or problem.ranks is not None or (problem.top is None and not _looks_below(problem)):
         return None
     if not mass_matters(problem):
         return totals_of(problem, _given_weight(problem), None)
@@ -281,8 +281,9 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     if problem.presumed or problem.top is not None:
         known = problem.top or tuple(xp.max(x, axis=-1) for x in logits)
         return _Counted(logits, known, None, None, _given_weight(problem))
-    if _may_look(problem):
-        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, moderate(problem))
+    limit = _looks_below(problem)
+    if limit:
+        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
         if top is not None:
             return _Counted(logits, (top[0], top[-1]), None, None, _given_weight(problem))
     s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
@@ -300,9 +301,9 @@ def moderate(problem: Problem) -> float:
     return 0.1 * math.sqrt(largest) * float(min(1.0, *temperatures))
 
 
-def _may_look(problem: Problem) -> bool:
-    """Whether one may look if rows are ordinary, and they may be."""
-    return _prior_is_sound(problem) and moderate(problem) > 0.0
+def _looks_below(problem: Problem) -> float:
+    """That bound for a look at the rows; 0 where none may be taken either."""
+    return moderate(problem) if _prior_is_sound(problem) else 0.0
 
 
 def _given_weight(problem: Problem) -> Array | float:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .._problem import Array, Arrays, Formula, Numbers, Problem, Ranks, Reduction
+from .._problem import Array, Arrays, Formula, Numbers, Problem, Ranks, Reduction, joined, parted
 from .._sweep import Sweep, prior_raised, sweep_rows
 from . import _jax_look, _jax_loop
 
@@ -56,20 +56,16 @@ def with_gradients(problem: Problem, *, value: bool, student: bool, teacher: boo
 
 
 def _taken_apart(problem: Problem) -> tuple[_Plan, _Rest]:
-    static, traced = [], []
-    for x in problem.numbers:
-        static.append(x if isinstance(x, float) else None)
-        traced.append(None if isinstance(x, float) else x)
-    plan = _Plan(problem.dtype, problem.formula, problem.reduction, Numbers(*static), problem.ranks)
-    return plan, (problem.arrays._replace(student=None, teacher=None), Numbers(*traced))
+    static, traced = parted(problem.numbers)
+    plan = _Plan(problem.dtype, problem.formula, problem.reduction, static, problem.ranks)
+    return plan, (problem.arrays._replace(student=None, teacher=None), traced)
 
 
 def _problem(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Problem:
     dtype, formula, reduction, static, ranks = plan
     arrays, traced = rest
-    numbers = Numbers(*(b if a is None else a for a, b in zip(static, traced, strict=True)))
     arrays = arrays._replace(student=student, teacher=teacher)
-    return prior_raised(Problem(jnp, dtype, formula, reduction, numbers, arrays, ranks))
+    return prior_raised(Problem(jnp, dtype, formula, reduction, joined(static, traced), arrays, ranks))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -103,19 +99,18 @@ def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any)
     d_logits, rest = _logits_alone(tangents), primals[2]
 
     def apart(student: Array, teacher: Array) -> tuple[Any, ...]:
-        problem = _problem(plan, student, teacher, rest)
-        compute = (
-            _jax_loop.sweep if _jax_look.takes(problem) else sweep_rows
-        )  # JAX is to differentiate the formulas alone
-        found = compute(problem, student=asked.student, teacher=asked.teacher)
+        found = _swept(_problem(plan, student, teacher, rest), asked._replace(value=False), look=False)
         return _loss(plan, student, teacher, rest) if asked.value else None, found.student, found.teacher
 
     directions = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in d_logits)
     return jax.jvp(apart, primals[:2], tuple(directions))
 
 
-def _swept(problem: Problem, asked: _Asked) -> Sweep:
-    sweep = _jax_look.sweep if _jax_look.takes(problem) else sweep_rows
+def _swept(problem: Problem, asked: _Asked, *, look: bool = True) -> Sweep:
+    """The sweep; without a look for JAX to differentiate, which is to see the formulas alone."""
+    if not _jax_look.takes(problem):
+        return sweep_rows(problem, **asked._asdict())
+    sweep = _jax_look.sweep if look else _jax_loop.sweep
     return sweep(problem, **asked._asdict())
 
 

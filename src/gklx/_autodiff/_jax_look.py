@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._batch import Totals
 from .._problem import Array, Problem
 from .._sweep import Sweep, moderate
 from . import _jax_loop
@@ -29,19 +28,18 @@ def takes(problem: Problem) -> bool:
 
 
 def sweep(problem: Problem, *, value: bool = False, student: bool = False, teacher: bool = False) -> Sweep:
-    """As `_sweep.sweep_rows`."""
-
-    def run(problem: Problem) -> Sweep:
-        found = _jax_loop.sweep(problem, value=value, student=student, teacher=teacher)
-        of_batch = found.of_batch and Totals(*(jnp.asarray(x, problem.dtype) for x in found.of_batch))
-        return found._replace(of_batch=of_batch, ordinary=jnp.asarray(found.ordinary))
-
+    """As `_sweep.sweep_rows`, but for what the rows of the batch share."""
     if not _worth_it(problem):
-        return run(problem)
+        return _jax_loop.sweep(problem, value=value, student=student, teacher=teacher)
+
+    def run(problem: Problem) -> tuple[Array | None, ...]:
+        found = _jax_loop.sweep(problem, value=value, student=student, teacher=teacher)
+        return found.value, found.student, found.teacher
+
     top, ordinary = _seen(problem)
     spared = problem._replace(top=top, together=_together)
-    found: Sweep = lax.cond(_of_all(ordinary), lambda: run(spared), lambda: run(problem))
-    return found
+    loss, to_student, to_teacher = lax.cond(_of_all(ordinary), lambda: run(spared), lambda: run(problem))
+    return Sweep(loss, to_student, to_teacher, None, ordinary=False)
 
 
 def _worth_it(problem: Problem) -> bool:

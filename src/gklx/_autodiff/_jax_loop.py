@@ -43,7 +43,7 @@ def sweep(problem: Problem, *, value: bool = False, student: bool = False, teach
         return problem._replace(arrays=own if arrays.labels is None else own._replace(prior=arrays.prior), top=top)
 
     of_rows = rows, None if problem.top is None else tuple(in_blocks(x, 0) for x in problem.top)
-    of_batch = None if problem.top is None else totals_if_ordinary(problem)
+    of_batch = totals_if_ordinary(problem)
     if of_batch is None:
         found = lax.map(lambda block: totals(part(block)._replace(ranks=None)), of_rows)
         of_batch = None if found is None else over_ranks(problem, Totals(*(xp.sum(x) for x in found)))

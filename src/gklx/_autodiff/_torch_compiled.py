@@ -14,7 +14,7 @@ import torch
 
 from .. import _blocks
 from .._batch import Totals
-from .._problem import Arrays, Formula, Numbers, Problem
+from .._problem import Arrays, Formula, Numbers, Problem, joined, parted
 from .._sweep import Sweep
 
 
@@ -62,8 +62,8 @@ class _Loss(torch.autograd.Function):
         if ordinary is not None:
             _mend(problem, ordinary, found.value, None, None)
         # A number that the compiler has left open would be a constant of the backward pass; as a tensor it is kept.
-        ctx.plan = formula, [x if isinstance(x, float) else None for x in problem.numbers], reduction
-        opened = [None if isinstance(x, float) else x for x in problem.numbers]
+        known, opened = parted(problem.numbers)
+        ctx.plan = formula, known, reduction
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arrays, *kept(found.of_batch), ordinary, *opened)
         return found.value
@@ -73,11 +73,10 @@ class _Loss(torch.autograd.Function):
         nothing = (None,) * len(ctx.needs_input_grad)
         if upstream is None:
             return nothing
-        saved = list(ctx.saved_tensors)
-        opened = [saved.pop() for _ in Numbers._fields][::-1]
-        *arrays, weight, squared_mass, ordinary = saved
+        saved, numbers_from = ctx.saved_tensors, -len(Numbers._fields)
+        *arrays, weight, squared_mass, ordinary = saved[:numbers_from]
         formula, known, reduction = ctx.plan
-        numbers = [b if a is None else a for a, b in zip(known, opened, strict=True)]
+        numbers = joined(known, Numbers(*saved[numbers_from:]))
         problem = _of_call(formula, numbers, reduction, arrays, presumed=ctx.presumed)
         of_batch = None if weight is None else Totals(weight, squared_mass)
         student, teacher = ctx.needs_input_grad[3:5]
@@ -95,11 +94,10 @@ def _of_call(
     Of samples so many as may be there is no Python number: their weights of 1 are summed.
     """
     given = Arrays(*arrays)
-    batch = given.student.shape[:-1]
+    batch, dtype = given.student.shape[:-1], _dtype(given)
     if given.sample_weight is None and not all(isinstance(n, int) for n in batch):
-        given = given._replace(sample_weight=given.student.new_ones(batch, dtype=_dtype(given)))
-    one = torch.ones((), dtype=_dtype(given))
-    numbers = [x if isinstance(x, (float, torch.Tensor)) else one * x for x in numbers]
+        given = given._replace(sample_weight=given.student.new_ones(batch, dtype=dtype))
+    numbers = [x if isinstance(x, (float, torch.Tensor)) else torch.ones((), dtype=dtype) * x for x in numbers]
     return _problem(formula, numbers, reduction, given)._replace(presumed=presumed)
 
 
