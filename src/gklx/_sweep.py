@@ -120,6 +120,7 @@ class _Spread(NamedTuple):
     centred: Array  # [..., C], d - mu
     weighted: Array  # [..., C], w (d - mu) but for a factor
     infinite: Array | None  # [...], boolean: some d of weight is; None: none
+    squares: tuple[Array, Array] | None = None  # [...], if made at once: sum w (d - m)^2 / W, m near mu, and (mu - m)^2
 
 
 def totals(problem: Problem) -> Totals | None:
@@ -186,7 +187,7 @@ def sweep_rows(
         of_samples = _samples(problem, rows, spread, None if ce is None else _ce(problem, rows, ce))
         loss = value_of(problem, of_samples, mse_weight, share)
         if problem.presumed:
-            ordinary = _all_finite(problem, of_samples)
+            ordinary = _all_fine(problem, of_samples, spread)
     rates = rates_of(problem, share, mse_weight, None if spread is None else spread.factor, upstream)
     to_teacher = to_student = None
     if teacher and spread is not None:
@@ -370,6 +371,11 @@ def _spread(problem: Problem, rows: _Rows, beside: Array | None = None) -> tuple
     # KL's value reads d once more.
     d = minus(d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed)
     rest = divided(xp.sum(w * d, axis=-1), divisor)
+    if problem.presumed:
+        # A loop over the rows is spared: the squares are summed about the first step's mean, along with the second's.
+        squares = xp.sum(w * d * d, axis=-1), rest * rest
+        centred = d - as_column(rest)
+        return _Spread(mass, factor, centred, w * centred, None, squares), beside_summed
     if infinite is None:
         centred = minus(d, as_column(rest), problem.eager)
         return _Spread(mass, factor, centred, w * centred, None), beside_summed
@@ -475,7 +481,10 @@ def _samples(problem: Problem, rows: _Rows, spread: _Spread | None, ce: Array | 
 
 def _mse(problem: Problem, rows: _Rows, spread: _Spread) -> Array:
     xp, temperature = problem.xp, problem.numbers.temperature
-    squares = xp.sum(times(spread.centred, spread.weighted, _spends(problem, rows.counted)), axis=-1)
+    if spread.squares is None:
+        squares = xp.sum(times(spread.centred, spread.weighted, _spends(problem, rows.counted)), axis=-1)
+    else:
+        squares = spread.squares[0] - spread.squares[1]
     mse = 0.5 * spread.factor * squares
     if problem.formula.tempered:
         mse = divided(divided(mse, temperature), temperature)
@@ -516,15 +525,18 @@ def _kl(problem: Problem, rows: _Rows) -> Array:
     return _infinite_if_unreachable(problem, rows, xp.sum(chosen(xp, counts, summand), axis=-1))
 
 
-def _all_finite(problem: Problem, of: Samples) -> Array:
+def _all_fine(problem: Problem, of: Samples, spread: _Spread | None) -> Array:
     """Whether every sample's loss is a finite number, whatever it weighs, which no row gives that needs masks.
 
-    A difference d that is infinite or NaN is so in the product with its weight as well, a weight of 0 included.
+    A difference d that is infinite or NaN is so in the product with its weight as well, a weight of 0 included. Nor may
+    the squares, if made at once, have lost digits where one was taken from the other.
     """
     xp, parts = problem.xp, [x for x in (of.kl, of.mse, of.ce) if x is not None]
     fine = xp.isfinite(parts[0])
     for x in parts[1:]:
         fine = fine & xp.isfinite(x)
+    if of.mse is not None and spread is not None and spread.squares is not None:
+        fine = fine & (8.0 * spread.squares[1] <= spread.squares[0])
     return xp.all(fine)
 
 

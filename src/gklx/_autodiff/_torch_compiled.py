@@ -2,8 +2,8 @@
 
 The compiler fuses the sweep into a few loops, in which the masks that NaN and infinite logits take would cost as much
 as all else. A compiled program cannot look first and choose; so it computes without masks, finds out on the way whether
-every sample's loss is finite, and leaves what to do if not to an operator that it calls and does not look into. That
-one does the sweep again, with all care, and writes over what was found.
+every sample's loss is finite and exact, and leaves what to do if not to an operator that it calls and does not look
+into. That one does the sweep again, with all care, and writes over what was found.
 """
 
 from collections.abc import Sequence
