@@ -122,15 +122,48 @@ def test_a_row_that_is_not_ordinary_is_found_in_whichever_block(backend, case, e
 
 
 def test_the_sums_of_an_ordinary_batch_are_made_once(monkeypatch, blocks_of):
-    """KL's mean and GKL's normaliser are known where the teacher's own probabilities weigh; a power of them is not."""
+    """KL's mean and GKL's normaliser are known where the teacher's own probabilities weigh; a power of them is not.
+
+    A prior's is a sum that takes no look at a logit, unless its table is longer than the batch.
+    """
     runs = []
     monkeypatch.setattr(_blocks, "totals", lambda problem: runs.append(1) or _sweep.totals(problem))
-    s, t, _ = call(CASES[0], "none", batch=(8,))
+    s, t, given = call(next(case for case in CASES if case.id == "gkl-prior"), "none", batch=(8,))
+    rows = {"prior": given["prior"][given["labels"]]}
     blocks_of(2 * 7 * 8)
-    for loss, expected in ((gklx.kl, 0), (gklx.gkl, 0), (partial(gklx.gkl, gamma=0.5), 4)):
+    half = partial(gklx.gkl, gamma=0.5)
+    for loss, more, expected in (
+        (gklx.kl, {}, 0),
+        (gklx.gkl, {}, 0),
+        (half, {}, 4),
+        (half, given, 0),
+        (half, rows, 0),
+        (gklx.gkl, given, 0),
+        (gklx.gkl, {"prior": given["prior"], "labels": given["labels"][:6]}, 3),
+    ):
         runs.clear()
-        gklx.grad(loss)(s, t)
+        samples = len(more.get("labels", s))
+        gklx.grad(loss)(s[:samples], t[:samples], **more)
         assert len(runs) == expected
+
+
+@pytest.mark.parametrize("samples", [5, 9])
+def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, blocks_of):
+    """Of a table of 7 rows, of which the samples may be fewer or more."""
+    if backend.library.block(backend.array([0.0])) == 0:
+        pytest.skip(f"{backend.name} is given all rows at once")
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    s, t, given = call(case, "none", batch=(samples,))
+    given["sample_weight"] = np.arange(samples) % 3 / 2.0
+    given["labels"][given["sample_weight"] == 0] = -3
+    s, t, given = on(backend, "float64", s, t, given)
+    blocks_of(2**40)
+    whole = outcomes(case, s, t, given)
+    blocks_of(2 * 7 * 8)
+    parts = outcomes(case, s, t, given)
+    for one, other in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
+        assert np.isfinite(backend.numpy(other)).all()
+        np.testing.assert_allclose(backend.numpy(one), backend.numpy(other), rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["table", "rows", "few samples"])

@@ -28,7 +28,7 @@ MUTATIONS = {
     "gamma forgotten": ("_sweep.py", "    z = times(z, gamma, _spends(problem, counted))", "    gamma = 1.0"),
     "scale forgotten": ("_sweep.py", "scale = of_softmax ** (-gamma", "scale = of_softmax ** (0.0"),
     "prior transposed": ("_sweep.py", "    w = xp.reshape(xp.take(prior, index, axis=0)", "    w = xp.reshape(xp.take(xp.matrix_transpose(prior), index, axis=0)"),
-    "weight temperature forgotten": ("_sweep.py", "numbers.weight_temperature, numbers.gamma, counted", "numbers.temperature, numbers.gamma, counted"),
+    "weight temperature forgotten": ("_sweep.py", "numbers.weight_temperature, numbers.gamma, problem.softmax", "numbers.temperature, numbers.gamma, problem.softmax"),
     "KL weighed by the student": ("_sweep.py", "minus(times(ratio, p, spend), fallen, spend)", "minus(times(ratio, q, spend), fallen, spend)"),
     "CE of the wrong normaliser": ("_sweep.py", "log_normalizer(problem.xp, rows.student) - mean)", "log_normalizer(problem.xp, rows.teacher) - mean)"),
     "masked classes weigh": ("_sweep.py", "    w = chosen(xp, counted.counts, _prior_weights(problem, w))\n    mass = xp.where(known", "    w = _prior_weights(problem, w)\n    mass = xp.where(known"),

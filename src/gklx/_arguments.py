@@ -189,10 +189,9 @@ def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any,
     if tuple(v.shape) != batch:
         raise ValueError(f"sample_weight must have one weight a sample, shape {_text(batch)}, got {_shape(v)}")
     v = xp.astype(v, dtype, copy=False)
-    if readable:
-        good = (v >= 0) & (v < xp.inf)
-        if not bool(xp.all(good)):
-            raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, ~good)}")
+    if readable and not _all_weights(xp, v):
+        bad = ~((v >= 0) & (v < xp.inf))
+        raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, bad)}")
     return v
 
 
@@ -252,14 +251,22 @@ def _python_number(name: str, value: Any, *, above_zero: bool = False, below_zer
 def _values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
     """Labels that name a class and priors that are weights, in every sample that counts."""
     logits = (arrays.student, arrays.teacher)
-    bad = ~((prior >= 0) & (prior < xp.inf))
-    if bool(xp.any(bad)):
+    if not _all_weights(xp, prior):
+        bad = ~((prior >= 0) & (prior < xp.inf))
         if arrays.labels is None:
             bad = bad & counting(xp, logits, arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad)}")
     if arrays.labels is not None:
         _label_values(xp, arrays.labels, arrays.student.shape[-1], logits, arrays.where, arrays.sample_weight)
+
+
+def _all_weights(xp: ModuleType, x: Array) -> bool:
+    """Whether every entry is finite and not negative, by its extremes, which are NaN where an entry is.
+
+    A table of classes may be larger than the batch: two sums' worth of reading, and no array written.
+    """
+    return math.prod(x.shape) == 0 or (bool(xp.min(x) >= 0) and bool(xp.max(x) < math.inf))
 
 
 def _label_values(

@@ -133,6 +133,19 @@ def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Arra
     return e, chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)
 
 
+def summed_exponentials(
+    xp: ModuleType,
+    z: Array,
+    temperature: Number,
+    any_counts: Array | None = None,
+    own: Callable[[Array], Array] | None = None,
+) -> Array:
+    """[...], the sums alone; of ordinary rows by the library's `own` softmax, if there is one: 1 at the largest z."""
+    if own is None or any_counts is not None:
+        return exponentials(xp, z, temperature, any_counts)[1]
+    return normalizer(xp, softmax(xp, z, temperature, own=own))
+
+
 def softmax(
     xp: ModuleType,
     z: Array,

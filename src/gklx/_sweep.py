@@ -46,7 +46,6 @@ from ._rows import (
     divided,
     effective_weight,
     exactly,
-    exponentials,
     in_dtype,
     log_normalizer,
     masked,
@@ -57,6 +56,7 @@ from ._rows import (
     normalizer,
     softmax,
     softmaxes_together,
+    summed_exponentials,
     sums,
     times,
 )
@@ -131,25 +131,26 @@ def totals(problem: Problem) -> Totals | None:
     if not shares(problem):
         return None
     counted = _counted(problem, at_teacher_alone=True)
-    mass = None
-    if mass_matters(problem):
-        teacher = _softmax(problem, counted, 1) if problem.arrays.prior is None else None
-        mass = _class_weights(problem, counted, teacher).mass
-    return totals_of(problem, counted.sample_weight, mass)
+    return totals_of(problem, counted.sample_weight, _mass(problem, counted) if mass_matters(problem) else None)
 
 
 def totals_if_ordinary(problem: Problem) -> Totals | None:
     """As `totals`, in a batch of ordinary rows alone, where that takes no look at the logits; None otherwise.
 
-    Every sample then counts, and the teacher's own probabilities, where they are the weights, have W = 1.
+    Every sample and class then counts: the teacher's own probabilities, where they are the weights, have W = 1, and a
+    prior's W are sums that no logit has a part in.
     """
     if not shares(problem) or problem.ranks is not None or (problem.top is None and not _looks_below(problem)):
         return None
+    v = _given_weight(problem)
     if not mass_matters(problem):
-        return totals_of(problem, _given_weight(problem), None)
-    if problem.arrays.prior is None and exactly(problem.numbers.gamma, 1.0):
-        return totals_of(problem, _given_weight(problem), 1.0)
-    return None
+        return totals_of(problem, v, None)
+    prior, samples = problem.arrays.prior, math.prod(problem.arrays.student.shape[:-1])
+    if prior is None:
+        return totals_of(problem, v, 1.0) if exactly(problem.numbers.gamma, 1.0) else None
+    if problem.arrays.labels is not None and prior.shape[0] > samples:  # of so long a table the samples' rows are less
+        return None
+    return totals_of(problem, v, _prior_mass(problem, v))
 
 
 def sweep_rows(
@@ -403,6 +404,26 @@ def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None)
     return _Weights(w, mass, 1.0, mass)
 
 
+def _prior_mass(problem: Problem, v: Array | float) -> Array:
+    """W of a prior where every class counts; of a table its rows are summed and not each sample's."""
+    xp, labels, dtype = problem.xp, problem.arrays.labels, problem.dtype
+    prior = _prior_weights(problem, in_dtype(xp, problem.arrays.prior, dtype))
+    sums = xp.sum(prior, axis=-1)
+    if labels is None:
+        return sums
+    known, index = _rows_of_table(problem, prior)
+    return xp.where(known | (v == 0), xp.reshape(xp.take(sums, index, axis=0), labels.shape), xp.nan)
+
+
+def _mass(problem: Problem, counted: _Counted) -> Array | float:
+    """W alone, for which the teacher's own weights take its normaliser and not its probabilities."""
+    if problem.arrays.prior is not None:
+        return _class_weights(problem, counted, None).mass
+    if exactly(problem.numbers.gamma, 1.0):
+        return _class_weights(problem, counted, _softmax(problem, counted, 1)).mass
+    return _raised_weights(problem, counted, below(counted.logits[1], counted.top[1]), None).mass
+
+
 def _rows_of_table(problem: Problem, table: Array) -> tuple[Array, Array]:
     """Whether each sample's label names a row, [...], and the row's number, 0 where none; flat."""
     xp, labels = problem.xp, problem.arrays.labels
@@ -433,27 +454,42 @@ def _weights_need_logits(problem: Problem) -> bool:
 
 
 def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _Weights:
-    """softmax(t / weight_temperature)^gamma, which is exp(gamma z / weight_temperature) but for a factor."""
+    """softmax(t / weight_temperature)^gamma, but for a factor."""
     xp, numbers = problem.xp, problem.numbers
-    tau, gamma, counts = numbers.weight_temperature, numbers.gamma, counted.counts
+    tau = numbers.weight_temperature
     as_softmax = _same(tau, numbers.temperature)
-    if exactly(gamma, 1.0):
-        weighing = teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)
-        if counts is None:
-            return _Weights(weighing.relative, weighing.total, 1.0 / weighing.total, 1.0)
-        mass = xp.sum(weighing.probabilities, axis=-1)
-        return _Weights(weighing.probabilities, mass, 1.0, mass)
-    of_softmax = normalizer(xp, teacher) if as_softmax else exponentials(xp, teacher.z, tau, counted.any_counts)[1]
-    z = divided(teacher.z, tau)
+    if not exactly(numbers.gamma, 1.0):
+        return _raised_weights(problem, counted, teacher.z, normalizer(xp, teacher) if as_softmax else None)
+    weighing = teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)
+    if counted.counts is None:
+        return _Weights(weighing.relative, weighing.total, 1.0 / weighing.total, 1.0)
+    mass = xp.sum(weighing.probabilities, axis=-1)
+    return _Weights(weighing.probabilities, mass, 1.0, mass)
+
+
+def _raised_weights(problem: Problem, counted: _Counted, z: Array, of_softmax: Array | None) -> _Weights:
+    """The same for any gamma: exp(gamma z / weight_temperature) but for a factor.
+
+    `of_softmax` is the sum of exp(z / weight_temperature), None where it is not known.
+    """
+    xp, numbers, counts = problem.xp, problem.numbers, counted.counts
+    tau, gamma, own = numbers.weight_temperature, numbers.gamma, problem.softmax
+    if of_softmax is None:
+        of_softmax = summed_exponentials(xp, z, tau, counted.any_counts, own)
+    # As an array the exponent may change without PyTorch compiling again.
+    scale = of_softmax ** (-gamma if problem.eager else -gamma * xp.ones_like(of_softmax))
+    z = divided(z, tau)
     if counts is not None:
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
         lowest = 0.5 * float(xp.finfo(problem.dtype).min)  # NumPy 1 would widen float32 for its very lowest number
         z = xp.where(z < lowest, lowest, z)
     z = times(z, gamma, _spends(problem, counted))  # the teacher's, where tau is 1, and their last reader
+    if own is not None and counts is None:
+        w = softmax(xp, z, 1.0, own=own)
+        mass = scale * normalizer(xp, w)
+        return _Weights(w.probabilities, 1.0, mass, mass)
     w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)
-    # As an array the exponent may change without PyTorch compiling again.
-    scale = of_softmax ** (-gamma if problem.eager else -gamma * xp.ones_like(of_softmax))
     return _Weights(w, total, scale, scale * total)
 
 
