@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -292,6 +293,31 @@ def test_compiled_by_the_default_compiler(compiled):
     same(value, loss(s, t), dtype="float32")
     for found, expected in zip((a.grad, b.grad), gklx.grad(loss, (0, 1))(s, t), strict=True):
         same(found, expected, dtype="float32", ulps=64)
+
+
+@supports("compiler")
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor")
+def test_a_compiled_program_is_kept_on_disk(compiled, monkeypatch, tmp_path):
+    """What docs/speed.md tells of the compiler's cache."""
+    import torch._inductor.config as options
+    from torch._dynamo.utils import counters
+
+    if not hasattr(options, "unsafe_marked_cacheable_functions"):
+        pytest.skip("this PyTorch takes no function for cacheable on trust")
+    name = "gklx._autodiff._torch_compiled._in_graph"
+    assert name in (Path(__file__).parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(options, "unsafe_marked_cacheable_functions", {name: gklx.__version__})
+    compile_, _ = compiled
+    s, t = torch.randn(2, 6, 7).unbind()
+    expected = gklx.grad(gklx.gkl)(s, t)
+    for outcome in ("autograd_cache_saved", "autograd_cache_hit"):
+        torch.compiler.reset()
+        counters.clear()
+        a = s.clone().requires_grad_()
+        compile_(gklx.gkl, backend="inductor")(a, t).backward()
+        assert counters["aot_autograd"][outcome] == 1
+        same(a.grad, expected, dtype="float32")
 
 
 OUT = [(0, 1), (3, 4), (4, 0)]
