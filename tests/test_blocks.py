@@ -53,7 +53,8 @@ def test_blocks_are_the_whole(backend, case, mask, blocks_of):
         for one, other in zip(parts[0], whole[0], strict=True):
             assert_close(backend.xp.asarray(one), backend.numpy(other), backend, "float64", ulps=4, by="entry")
         for one, other in zip(parts[1], whole[1], strict=True):
-            assert_close(one, backend.numpy(other), backend, "float64", ulps=4)
+            # PyTorch's exponential rounds by an entry's place in a vector register, which blocks change.
+            assert_close(one, backend.numpy(other), backend, "float64", ulps=16)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (3, 7), (7,), (1, 3, 7), (2, 1, 7), (2, 3, 1), (1, 1, 1)])
