@@ -116,3 +116,17 @@ def test_no_tensor_has_two_class_axes():
     finally:
         tracemalloc.stop()
     assert peak < 16 * s.nbytes
+
+
+def test_eager_pytorch_does_without_its_compiler():
+    """Which takes seconds to import."""
+    backends.needs("torch")
+    code = (
+        "import sys, torch, gklx; "
+        "s = torch.zeros(2, 3, requires_grad=True); "
+        "gklx.gkl(s, torch.eye(2, 3)).backward(); "
+        "gklx.value_and_grad(gklx.gkl)(s.detach(), torch.eye(2, 3)); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from .. import _blocks
 from .._batch import Totals
 from .._problem import Arrays, Problem
 from .._sweep import Sweep
-from . import _torch_compiled as _compiled
+from ._torch_totals import kept
 
 
 def tracks(problem: Problem) -> bool:
@@ -22,8 +22,11 @@ def tracks(problem: Problem) -> bool:
 
 def attach(problem: Problem) -> torch.Tensor:
     """The loss; its derivatives are those of the sweep."""
-    if torch.compiler.is_compiling() and not _transformed() and _compiled.takes(problem):
-        return _compiled.attach(problem)
+    if torch.compiler.is_compiling():
+        from . import _torch_compiled  # with it comes PyTorch's compiler, which takes seconds to import
+
+        if _torch_compiled.takes(problem):
+            return _torch_compiled.attach(problem)
     arrays = problem.arrays
     bare = problem._replace(arrays=Arrays(*[None] * len(arrays)))
     logits = arrays.student, arrays.teacher
@@ -78,7 +81,7 @@ class _Loss(torch.autograd.Function):
     def forward(plan: _Plan, *arrays: Any) -> Any:
         problem = plan.on(arrays)
         found = _blocks.sweep(problem, value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
-        return found.value, *_compiled.kept(found.of_batch), found.student, found.teacher
+        return found.value, *kept(found.of_batch), found.student, found.teacher
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -193,7 +196,5 @@ def _left_to_others() -> bool:
     return torch.compiler.is_compiling() or _transformed()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _transformed() -> bool:
-    # Asked while compiling: the compiler follows the question, but not to its right answer.
     return torch._C._functorch.peek_interpreter_stack() is not None

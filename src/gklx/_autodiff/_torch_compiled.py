@@ -16,6 +16,7 @@ from .. import _blocks
 from .._batch import Totals
 from .._problem import Arrays, Formula, Numbers, Problem, joined, parted
 from .._sweep import Sweep
+from ._torch_totals import kept
 
 
 def takes(problem: Problem) -> bool:
@@ -26,11 +27,18 @@ def takes(problem: Problem) -> bool:
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has no such question
     return (
         not exporting()
+        and not _transformed()
         and problem.arrays.student.device.type == "cpu"
         and problem.arrays.where is None
         and problem.ranks is None
         and all(isinstance(x, float) for x in problem.numbers)
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transformed() -> bool:
+    # The compiler would follow the question, but not to its right answer.
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def attach(problem: Problem) -> torch.Tensor:
@@ -107,15 +115,6 @@ def _problem(formula: Sequence[bool], numbers: Sequence[float], reduction: Any, 
 
 def _dtype(arrays: Arrays) -> torch.dtype:
     return torch.promote_types(torch.float32, torch.promote_types(arrays.student.dtype, arrays.teacher.dtype))
-
-
-def kept(of_batch: Totals | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Totals as tensors that autograd can keep; None where nothing was summed, and they are cheaper known again."""
-    if of_batch is None or all(isinstance(x, float) for x in of_batch):
-        return None, None
-    like = next(x for x in of_batch if not isinstance(x, float))
-    weight, squared_mass = (like.new_tensor(x) if isinstance(x, float) else x for x in of_batch)
-    return weight, squared_mass
 
 
 def _mend(problem: Problem, ordinary: Any, *outputs: Any, upstream: Any = None) -> None:
