@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ._problem import Array, Number, Problem
-from ._rows import divided, exactly
+from ._rows import divided, exactly, product
 
 
 class Samples(NamedTuple):
@@ -51,7 +51,7 @@ def shares(problem: Problem) -> bool:
 
 def totals_of(problem: Problem, v: Array | float, mass: Array | float | None) -> Totals:
     """The totals of samples of those weights and masses, over all ranks."""
-    squared = 0.0 if mass is None else _total(problem, v * mass * mass)
+    squared = 0.0 if mass is None else _total(problem, product(mass * mass, v))
     return over_ranks(problem, Totals(_total(problem, v), squared))
 
 
@@ -119,7 +119,7 @@ def rates_of(
         share = share * upstream
     teacher = None
     if factor is not None:
-        teacher = share * (mse_weight * factor)
+        teacher = product(share * mse_weight, factor)
         if formula.tempered:
             teacher = divided(divided(teacher, numbers.temperature), numbers.temperature)
     if exactly(numbers.ce_weight, 0.0):

@@ -28,7 +28,7 @@ class Softmax(NamedTuple):
 
 def normalizer(xp: ModuleType, of: Softmax) -> Array:
     """[...], the sum of exp(z / temperature), where z is 0 at the largest probability."""
-    return 1.0 / xp.max(of.probabilities, axis=-1) if of.summed is None else of.summed
+    return xp.max(of.probabilities, axis=-1) ** -1.0 if of.summed is None else of.summed
 
 
 def log_normalizer(xp: ModuleType, of: Softmax) -> Array:
@@ -104,6 +104,11 @@ def exactly(x: Number, value: float) -> bool:
 def divided(x: Array, by: Number) -> Array:
     """`x / by`, without a pass over the array where `by` is exactly 1."""
     return x if exactly(by, 1.0) else x / by
+
+
+def product(x: Number, y: Number) -> Number:
+    """`x * y`, without one over an array where the other is exactly 1."""
+    return x if exactly(y, 1.0) else y if exactly(x, 1.0) else x * y
 
 
 def minus(x: Array, y: Array, over: bool) -> Array:

@@ -357,7 +357,9 @@ def _spread(problem: Problem, rows: _Rows, beside: Array | None = None) -> tuple
     if problem.presumed and not isinstance(total, float):
         # Then the mean takes no division a row, at which PyTorch's compiler would end its loop over the rows.
         w, total, factor = w / as_column(total), 1.0, factor * total
-    divisor = total if isinstance(total, float) else xp.where(total == 0, 1.0, total)
+    divisor = total
+    if not isinstance(total, float) and (rows.counted.counts is not None or problem.arrays.prior is not None):
+        divisor = xp.where(total == 0, 1.0, total)  # the teacher's own weights hold an e^0
     infinite = None
     if rows.counted.counts is not None:
         weighing = xp.where(w == 0, 0.0, d)
