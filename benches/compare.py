@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import agreement
 import bandwidth
+import dispatch
 import memory
 import peers
 import plots
@@ -33,7 +34,7 @@ from machine import load, machine, slug
 from peers import PEERS, Call, Peer, Task
 from rich.console import Console
 from rich.table import Table
-from timing import ratio, spread, take_turns
+from timing import ratio, take_turns
 
 import gklx
 
@@ -237,22 +238,34 @@ def small(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
-def dispatch(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Take gkl less the same formulas as bare array operations, at the smallest input, turn by turn.
+def overhead(bench: Bench) -> list[dict[str, Any]]:
+    """Take what gklx adds to its array operations at the smallest input; on a GPU kernels take their place."""
+    task = bench.task(*bench.plan.small[0])
+    own = [peer for peer in bench.here if peer.own and peer.loss == "gkl" and peer.backend in ("NumPy", "PyTorch")]
+    if bench.device != "cpu":
+        return []
+    bench.say("operations alone")
+    return [
+        dispatch.measure(peer.library, peer.backend, *bench.plan.small[0], bench.plan.turns, bench.plan.seconds)
+        for peer in bench.chosen(task, own)
+    ]
 
-    What is left is what gklx adds to the arithmetic: checks, masks, the choice of a library, autograd. On so few
-    numbers an operation's own work is nothing and its call everything, so the operations that gklx makes beyond the
-    bare ones are in it too.
-    """
-    found = []
-    for own in (row for row in rows if row["own"] and row["loss"] == "gkl"):
-        for bare in rows:
-            if bare["what"] == "GKL on whole arrays" and _place(bare) == _place(own):
-                left = [a - b for a, b in zip(own["turns"], bare["turns"], strict=True)]
-                place = {key: own[key] for key in ("backend", "batch", "classes")}
-                counts = {"operations": own["operations"], "bare_operations": bare["operations"]}
-                found.append({**place, **spread(left, "seconds"), "bare_seconds": bare["seconds"], **counts})
-    return found
+
+def one_or_two(bench: Bench) -> list[dict[str, Any]]:
+    """Divide the time of both gradients by that of the student's alone, of gkl with gamma 1, turn by turn."""
+    rows = []
+    for batch, classes in bench.plan.sizes:
+        both, student = (bench.task(batch, classes, gradient) for gradient in ("both", "student"))
+        own = [peer for peer in bench.here if peer.own and peer.loss == "gkl γ=1"]
+        for peer in bench.chosen(student, own):
+            bench.say(f"one gradient or two: {batch:,} × {classes:,}, {peer.backend}")
+            with peers.cleared(bench.device):
+                calls = {"both": peer.build(both), "student": peer.build(student)}
+                taken = take_turns(calls, bench.plan.turns, bench.plan.seconds)
+                del calls
+            found = ratio(taken["both"].turns, taken["student"].turns)
+            rows.append({"backend": peer.backend, "batch": batch, "classes": classes, **found})
+    return rows
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -322,11 +335,9 @@ def run(plan: Plan, device: str, only: str | None, say: Callable[[str], None]) -
     say("a copy")
     copy = bandwidth.measure(libraries, device, plan.copied, plan.turns)
     rows = sizes(bench) + growth(bench)
-    few = small(bench)
-    rows += few
+    rows += small(bench)
     for row in rows:
         row["bandwidth"] = row["least_bytes_per_second"] / copy["bytes_per_second"]
-    smallest = [row for row in few if (row["batch"], row["classes"]) == plan.small[0]]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": {**about, "device": device, "threads": threads(libraries)},
@@ -336,7 +347,8 @@ def run(plan: Plan, device: str, only: str | None, say: Callable[[str], None]) -
         "copy": copy,
         "rows": rows,
         "ratios": ratios(rows),
-        "dispatch": dispatch(smallest),
+        "one_or_two": one_or_two(bench),
+        "dispatch": overhead(bench),
         "memory": taken_memory(bench, __file__),
         "peers": [peer.name for peer in PEERS],
         "left_out": bench.left_out,

@@ -23,10 +23,13 @@ Peak of one call beyond its inputs, its results included, in a fresh process aft
 library's own count, and in arrays as large as the logits; *resident* is what the system sees.""",
     "Small": """\
 Value and both gradients, medians. *Operations* are those that PyTorch's dispatcher is asked for, views among them.""",
+    "One": """\
+Of `gkl` with γ = 1: the time of the value and both gradients over that of the value and the student's gradient alone,
+turn by turn.""",
     "Dispatch": """\
-`gkl`'s time less that of the same formulas as bare array operations without a check (*GKL on whole arrays*), turn by
-turn, at the smallest input, where an operation costs its call and nothing else. It holds checks, masks, the choice of a
-library, autograd, and every operation made beyond the bare ones.""",
+At the smallest input, where an operation costs its call and nothing else: a call of `gkl` by `value_and_grad`, and the
+array operations that it makes, repeated without gklx around them, turn by turn. What the call takes longer is the
+overhead. *Bare* are the same formulas without a check (*GKL on whole arrays*).""",
     "Agreement": """\
 The worst difference of any task from gklx in float64 on the same logits, of the value and of the row's largest entry of
 a gradient.""",
@@ -46,6 +49,7 @@ def tables(result: dict[str, Any]) -> Tables:
     found += [
         ("Growth in the number of classes", *_growth(rows)),
         ("Memory", *_memory(result["memory"])),
+        ("One gradient or two", *_one_or_two(result["one_or_two"])),
         ("Small inputs", *_small(rows)),
         ("Dispatch overhead", *_dispatch(result["dispatch"])),
         ("Agreement", *_agreement(rows)),
@@ -131,15 +135,26 @@ def _small(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     return ["peer", *(f"{batch:,} × {classes:,}" for batch, classes in places), "operations"], cells
 
 
+def _one_or_two(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    places = _unique((row["batch"], row["classes"]) for row in rows)
+    by = {(row["backend"], row["batch"], row["classes"]): row for row in rows}
+    return ["backend", *(f"{batch:,} × {classes:,}" for batch, classes in places)], [
+        [backend, *(_ratio(by[backend, *place]) if (backend, *place) in by else "" for place in places)]
+        for backend in _unique(row["backend"] for row in rows)
+    ]
+
+
 def _dispatch(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    headings = ["backend", "size", "overhead (IQR)", "bare operations", "operations", "of them bare"]
+    headings = ["backend", "size", "overhead (IQR)", "call", "its operations alone", "operations", "bare"]
     return headings, [
         [
             row["backend"],
             f"{row['batch']:,} × {row['classes']:,}",
             f"{seconds(row['seconds'])} ({seconds(row['seconds_q1'])} – {seconds(row['seconds_q3'])})",
+            seconds(row["call_seconds"]),
+            seconds(row["alone_seconds"]),
+            f"{row['operations']}",
             seconds(row["bare_seconds"]),
-            *("" if row[key] is None else f"{row[key]}" for key in ("operations", "bare_operations")),
         ]
         for row in rows
     ]

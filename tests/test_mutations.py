@@ -26,7 +26,7 @@ MUTATIONS = {
     "mean not centred": ("_sweep.py", "    rest = divided(xp.sum(w * d, axis=-1), divisor)\n", "    d = d + as_column(mean)\n    rest = 0.0 * mean\n"),
     "teacher and student swapped": ("_sweep.py", "    d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)", "    d = chosen(xp, counted.counts, student.z) - chosen(xp, counted.counts, teacher.z)"),
     "gamma forgotten": ("_sweep.py", "    z = times(z, gamma, _spends(problem, counted))", "    gamma = 1.0"),
-    "scale forgotten": ("_sweep.py", "scale = of_softmax ** (-gamma", "scale = of_softmax ** (0.0"),
+    "scale forgotten": ("_sweep.py", "power = -gamma if problem.eager", "power = 0.0 if problem.eager"),
     "prior transposed": ("_sweep.py", "    w = xp.reshape(xp.take(prior, index, axis=0)", "    w = xp.reshape(xp.take(xp.matrix_transpose(prior), index, axis=0)"),
     "weight temperature forgotten": ("_sweep.py", "numbers.weight_temperature, numbers.gamma, problem.softmax", "numbers.temperature, numbers.gamma, problem.softmax"),
     "KL weighed by the student": ("_sweep.py", "minus(times(ratio, p, spend), fallen, spend)", "minus(times(ratio, q, spend), fallen, spend)"),

@@ -46,7 +46,7 @@ def problem_of(
     library = _one_library(present)
     ranks = ranks_of(library)
     to_read = sample_weight is not None or prior is not None
-    readable = to_read and all(library.readable(x) for x in present.values())
+    readable = to_read and library.readable(*present.values())
     xp = library.namespace()
     dtype = _logits(xp, {"student_logits": student_logits, "teacher_logits": teacher_logits})
     if student_logits.shape != teacher_logits.shape:
@@ -99,7 +99,7 @@ def labelled_logits(
     named = {"logits": logits, "labels": labels, "sample_weight": sample_weight}
     present = {name: x for name, x in named.items() if x is not None}
     library = _one_library(present)
-    readable = all(library.readable(x) for x in present.values())
+    readable = library.readable(*present.values())
     xp = library.namespace()
     dtype = _logits(xp, {"logits": logits})
     if logits.shape[-1] != num_classes:

@@ -111,13 +111,13 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
     assert library is not None
     given = [x for x in problem.arrays if x is not None]
     shape = tuple(problem.arrays.student.shape)
-    size = min(library.block(x) for x in given)
+    size = library.block(*given)
     if size == 0 or math.prod(shape) == 0:
         return prior_raised(problem) if library.sizes_known() else problem, [(...,)], 1
-    readable = not problem.unread and all(library.readable(x) for x in given)
+    readable = not problem.unread and library.readable(*given)
     problem = problem._replace(readable=readable, eager=True, softmax=library.softmax(shape[-1]))
     _freed_memory.keep()
-    row = shape[-1] * problem.xp.finfo(problem.dtype).bits // 8
+    row = shape[-1] * (8 if problem.dtype == problem.xp.float64 else 4)
     if math.prod(shape[:-1]) * row <= size:
         return prior_raised(problem), [(...,)], 1
     blocks = list(_slices(shape[:-1], max(1, size // row)))

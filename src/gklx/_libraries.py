@@ -31,14 +31,14 @@ class Library(NamedTuple):
     """Imports and returns its array-API namespace, array-api-compat's where it has one."""
     recognises: Callable[[Any], bool]
     """Whether an array is this library's; imports nothing."""
-    readable: Callable[[Array], bool]
-    """Whether reading a value of this array costs neither a device sync nor a compilation."""
+    readable: Callable[..., bool]
+    """Whether reading a value of any of these arrays costs neither a device sync nor a compilation."""
     to_numpy: Callable[[Array], Any]
     """A NumPy copy on the host; never called inside a loss or a gradient."""
     device: Callable[[Array], Any] = compat.device
     """The device of an array; None where it has none to tell, as under tracing or over several devices."""
-    block: Callable[[Array], int] = lambda x: 0
-    """How many bytes of one array a block of rows may hold; 0 where all rows are to be worked off at once."""
+    block: Callable[..., int] = lambda *xs: 0
+    """How many bytes of one of these arrays a block of rows may hold; 0 where all rows are to be worked off at once."""
     needs_threads: bool = False
     """Whether blocks are best run side by side: the library lets go of the interpreter, and has no threads itself."""
     softmax: Callable[[int], Callable[[Array], Array] | None] = lambda classes: None
@@ -128,29 +128,29 @@ def _is_strict(x: Any) -> bool:
     return strict is not None and hasattr(x, "__array_namespace__") and x.__array_namespace__() is strict
 
 
-def _strict_on_cpu(x: Array) -> bool:
-    return bool(x.device == sys.modules["array_api_strict"].Device("CPU_DEVICE"))
+def _strict_on_cpu(*xs: Array) -> bool:
+    cpu = sys.modules["array_api_strict"].Device("CPU_DEVICE")
+    return all(x.device == cpu for x in xs)
 
 
-def _torch_readable(x: Array) -> bool:
+def _torch_readable(*xs: Array) -> bool:
     torch = sys.modules["torch"]
-    return (
-        x.device.type == "cpu"
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    wrapped, plain = torch._C._functorch.is_functorch_wrapped_tensor, (torch.Tensor, torch.nn.Parameter)
+    return not torch.compiler.is_compiling() and all(
+        type(x) in plain and x.device.type == "cpu" and not wrapped(x) for x in xs
     )
 
 
-def _torch_block(x: Array) -> int:
+def _torch_block(*xs: Array) -> int:
     torch = sys.modules["torch"]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if (
         torch.compiler.is_compiling()
-        or (x.requires_grad and torch.is_grad_enabled())
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or (torch.is_grad_enabled() and any(x.requires_grad for x in xs))
+        or any(wrapped(x) for x in xs)
     ):
         return 0
-    return _BLOCK_ON_CPU * torch.get_num_threads() if x.device.type == "cpu" else _BLOCK_ON_GPU
+    return _BLOCK_ON_CPU * torch.get_num_threads() if xs[0].device.type == "cpu" else _BLOCK_ON_GPU
 
 
 def _torch_softmax(classes: int) -> Callable[[Array], Array] | None:
@@ -163,9 +163,9 @@ def _jax_device(x: Array) -> Any:
     return device if hasattr(device, "platform") else None
 
 
-def _jax_readable(x: Array) -> bool:
+def _jax_readable(*xs: Array) -> bool:
     jax = sys.modules["jax"]
-    if isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices()):
+    if any(isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices()) for x in xs):
         return False
     # Under tracing what is computed from a concrete array is traced as well.
     return not isinstance(jax.numpy.zeros(()) + 0, jax.core.Tracer)
@@ -177,9 +177,9 @@ LIBRARIES: tuple[Library, ...] = (
         backend="numpy",
         namespace=_import_numpy,
         recognises=_is_plain_numpy,
-        readable=lambda x: True,
+        readable=lambda *xs: True,
         to_numpy=_numpy,
-        block=lambda x: _BLOCK_ON_CPU,
+        block=lambda *xs: _BLOCK_ON_CPU,
         needs_threads=True,
     ),
     Library(
@@ -219,9 +219,9 @@ LIBRARIES: tuple[Library, ...] = (
         backend="cupy",
         namespace=_import_cupy,
         recognises=compat.is_cupy_array,
-        readable=lambda x: False,
+        readable=lambda *xs: False,
         to_numpy=lambda x: x.get(),
-        block=lambda x: _BLOCK_ON_GPU,
+        block=lambda *xs: _BLOCK_ON_GPU,
         devices="CUDA",
     ),
     Library(
@@ -229,7 +229,7 @@ LIBRARIES: tuple[Library, ...] = (
         backend="dask",
         namespace=_import_dask,
         recognises=compat.is_dask_array,
-        readable=lambda x: False,
+        readable=lambda *xs: False,
         to_numpy=lambda x: x.compute(),
         lazy=True,
     ),
@@ -239,7 +239,7 @@ LIBRARIES: tuple[Library, ...] = (
         namespace=_import_strict,
         recognises=_is_strict,
         readable=_strict_on_cpu,
-        block=lambda x: _BLOCK_ON_CPU,
+        block=lambda *xs: _BLOCK_ON_CPU,
         to_numpy=lambda x: _numpy(x.to_device(sys.modules["array_api_strict"].Device("CPU_DEVICE"))),
         dtypes=("float32", "float64"),
     ),

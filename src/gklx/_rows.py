@@ -26,13 +26,13 @@ class Softmax(NamedTuple):
     """[...], the sum of exp(z / temperature); None where nothing but the largest probability tells it."""
 
 
-def normalizer(xp: ModuleType, of: Softmax) -> Array:
-    """[...], the sum of exp(z / temperature), where z is 0 at the largest probability."""
-    return xp.max(of.probabilities, axis=-1) ** -1.0 if of.summed is None else of.summed
+def normalizer(xp: ModuleType, of: Softmax, power: Number) -> Array:
+    """[...], the sum of exp(z / temperature), where z is 0 at the largest probability, to a power."""
+    return xp.max(of.probabilities, axis=-1) ** -power if of.summed is None else of.summed**power
 
 
 def log_normalizer(xp: ModuleType, of: Softmax) -> Array:
-    """[...], its logarithm; log p = z / temperature - this."""
+    """[...], the logarithm of that sum; log p = z / temperature - this."""
     return -xp.log(xp.max(of.probabilities, axis=-1)) if of.summed is None else xp.log(of.summed)
 
 
@@ -142,13 +142,14 @@ def summed_exponentials(
     xp: ModuleType,
     z: Array,
     temperature: Number,
+    power: Number,
     any_counts: Array | None = None,
     own: Callable[[Array], Array] | None = None,
 ) -> Array:
-    """[...], the sums alone; of ordinary rows by the library's `own` softmax, if there is one: 1 at the largest z."""
+    """[...], the sums alone, to a power; of ordinary rows by the library's `own` softmax, if there is one."""
     if own is None or any_counts is not None:
-        return exponentials(xp, z, temperature, any_counts)[1]
-    return normalizer(xp, softmax(xp, z, temperature, own=own))
+        return exponentials(xp, z, temperature, any_counts)[1] ** power
+    return normalizer(xp, softmax(xp, z, temperature, own=own), power)
 
 
 def softmax(

@@ -24,7 +24,9 @@ nothing but moderate numbers, all of which count, are spared the masks that this
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from ._batch import (
     Samples,
@@ -299,8 +301,12 @@ def moderate(problem: Problem) -> float:
     temperatures = problem.numbers.temperature, problem.numbers.weight_temperature
     if problem.arrays.where is not None or not all(isinstance(x, float) for x in temperatures):
         return 0.0
-    largest = float(problem.xp.finfo(problem.dtype).max)
-    return 0.1 * math.sqrt(largest) * float(min(1.0, *temperatures))
+    return 0.1 * _square_root_of_largest(problem.xp, problem.dtype) * float(min(1.0, *temperatures))
+
+
+@cache
+def _square_root_of_largest(xp: ModuleType, dtype: Any) -> float:
+    return math.sqrt(float(xp.finfo(dtype).max))
 
 
 def _looks_below(problem: Problem) -> float:
@@ -461,7 +467,7 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     tau = numbers.weight_temperature
     as_softmax = _same(tau, numbers.temperature)
     if not exactly(numbers.gamma, 1.0):
-        return _raised_weights(problem, counted, teacher.z, normalizer(xp, teacher) if as_softmax else None)
+        return _raised_weights(problem, counted, teacher.z, teacher if as_softmax else None)
     weighing = teacher if as_softmax else _softmax_of(problem, teacher.z, tau, counted.any_counts)
     if counted.counts is None:
         return _Weights(weighing.relative, weighing.total, 1.0 / weighing.total, 1.0)
@@ -469,17 +475,13 @@ def _teacher_weights(problem: Problem, counted: _Counted, teacher: Softmax) -> _
     return _Weights(weighing.probabilities, mass, 1.0, mass)
 
 
-def _raised_weights(problem: Problem, counted: _Counted, z: Array, of_softmax: Array | None) -> _Weights:
-    """The same for any gamma: exp(gamma z / weight_temperature) but for a factor.
-
-    `of_softmax` is the sum of exp(z / weight_temperature), None where it is not known.
-    """
+def _raised_weights(problem: Problem, counted: _Counted, z: Array, of: Softmax | None) -> _Weights:
+    """The same for any gamma: exp(gamma z / weight_temperature) but for a factor; `of` is the softmax, if made."""
     xp, numbers, counts = problem.xp, problem.numbers, counted.counts
     tau, gamma, own = numbers.weight_temperature, numbers.gamma, problem.softmax
-    if of_softmax is None:
-        of_softmax = summed_exponentials(xp, z, tau, counted.any_counts, own)
     # As an array the exponent may change without PyTorch compiling again.
-    scale = of_softmax ** (-gamma if problem.eager else -gamma * xp.ones_like(of_softmax))
+    power = -gamma if problem.eager else -gamma * xp.ones_like(counted.top[1])
+    scale = summed_exponentials(xp, z, tau, power, counted.any_counts, own) if of is None else normalizer(xp, of, power)
     z = divided(z, tau)
     if counts is not None:
         # At p = 0 the exponent is gamma times a large negative number, not times -inf, so that 0^0 = 1.
@@ -488,7 +490,7 @@ def _raised_weights(problem: Problem, counted: _Counted, z: Array, of_softmax: A
     z = times(z, gamma, _spends(problem, counted))  # the teacher's, where tau is 1, and their last reader
     if own is not None and counts is None:
         w = softmax(xp, z, 1.0, own=own)
-        mass = scale * normalizer(xp, w)
+        mass = scale / xp.max(w.probabilities, axis=-1)  # whose z is 0
         return _Weights(w.probabilities, 1.0, mass, mass)
     w = chosen(xp, counts, xp.exp(z))
     total = xp.sum(w, axis=-1)

@@ -21,7 +21,7 @@ def takes(problem: Problem) -> bool:
     library = library_of(s)
     if library is None or library.backend not in ("cupy", "torch") or math.prod(s.shape) == 0:
         return False
-    if library.backend == "torch" and (library.block(s) == 0 or not _on_nvidia(s) or not _plain(problem)):
+    if library.backend == "torch" and (not _on_nvidia(s) or library.block(s) == 0 or not _plain(problem)):
         return False
     return launch.available()
 

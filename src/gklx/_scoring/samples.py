@@ -112,7 +112,7 @@ def _raw(
     for name in names:
         problems[name] = problem_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
-    readable = all(_library(x).readable(x) for x in (s, t)) and s.shape[0] > 0
+    readable = _library(s).readable(s, t) and s.shape[0] > 0
     xp, found = first.xp, samples([each._replace(readable=readable) for each in problems.values()])
     of = dict(zip(names, found.losses, strict=True))
     columns = [of["kl"].kl] if "kl" in names else []
