@@ -35,15 +35,15 @@ FILES = _ignored(
 )
 # The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
 KERNELS = _ignored("cuda_rows")
+# All libraries side by side: one session's.
+SIDE_BY_SIDE = _ignored("agreement")
 # The theory's identities and the experiments: one session's.
 EVIDENT = ("experiments", "theory", "trajectories")
 EVIDENCE = _ignored(*EVIDENT)
 # Of NumPy's tests those in which another Python changes nothing.
 ALIKE = _ignored("benches", "mutations")
-# Minutes of compiling that another Python changes nothing in.
-COMPILED = _ignored(
-    "blocks", "docs", "example_jax", "jax_transforms", "many_devices", "score_inputs", "testing", "verify"
-)
+# Of JAX's tests those in which another Python may change something; the others are minutes of compiling.
+PYTHONIC = tuple(f"tests/test_{name}.py" for name in ("autodiff", "errors", "extremes", "prior", "theorem"))
 
 # pyenv shows the interpreters it holds only where asked to.
 if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
@@ -72,7 +72,8 @@ nox.options.sessions = [
 
 def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     project = f".[{','.join(extras)}]" if extras else "."
-    session.install(project, *TOOLS, *more, "-c", "tests/constraints.txt")
+    # Python compiles what it imports; of the thousands of files of a library that is a small part.
+    session.install("--no-compile", project, *TOOLS, *more, "-c", "tests/constraints.txt")
 
 
 def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
@@ -85,12 +86,12 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    once = KERNELS + EVIDENCE + (FILES if library != "numpy" else ())
+    chosen = KERNELS + EVIDENCE + SIDE_BY_SIDE + (FILES if library != "numpy" else ())
     if library == "numpy" and session.python != PYTHONS[0]:
-        once += ALIKE
+        chosen += ALIKE
     if library == "jax" and session.python != PYTHONS[0]:
-        once += COMPILED
-    _pytest(session, *once, backends=backends)
+        chosen = PYTHONIC
+    _pytest(session, *chosen, backends=backends)
 
 
 @nox.session(python=PYTHONS[0])
@@ -151,14 +152,14 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    session.install(".[torch,jax,dask,strict,score]", "mypy>=1.13", "-c", "tests/constraints.txt")
+    session.install("--no-compile", ".[torch,jax,dask,strict,score]", "mypy>=1.13", "-c", "tests/constraints.txt")
     session.run("mypy", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """The site, in docs/_build/html; a warning is an error, and so is a reference that leads nowhere."""
-    session.install(".[docs,torch]", "-c", "tests/constraints.txt")
+    session.install("--no-compile", ".[docs,torch]", "-c", "tests/constraints.txt")
     # The width of the command's help.
     strictly = ("--fail-on-warning", "--keep-going", "--nitpicky", "--fresh-env")
     session.run("sphinx-build", *strictly, *session.posargs, "docs", "docs/_build/html", env={"COLUMNS": "100"})
