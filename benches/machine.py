@@ -23,13 +23,14 @@ def machine(packages: Sequence[str] = ("numpy", "torch", "array-api-compat")) ->
 
 
 def _processor() -> str:
+    """Its name, and where the system tells it the family and the model: a cloud's names leave them out."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or "unknown"
+        return platform.processor() or "unknown"
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name") or platform.processor() or "unknown"
+    return f"{name} (family {told['cpu family']}, model {told['model']})" if "cpu family" in told else name
 
 
 def load() -> float | None:

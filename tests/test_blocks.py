@@ -22,6 +22,14 @@ SHAPES = ((5,), (3, 2), (3, 3), (3, 1, 2))
 
 
 @pytest.fixture
+def torch():
+    backends.needs("torch")
+    import torch
+
+    return torch
+
+
+@pytest.fixture
 def blocks_of(monkeypatch):
     torch = sys.modules.get("torch")
     if torch is not None:  # its blocks grow with its threads
@@ -120,6 +128,43 @@ def test_a_row_that_is_not_ordinary_is_found_in_whichever_block(backend, case, e
         parts = outcomes(case, s, t, given)
     for one, other in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
         np.testing.assert_allclose(backend.numpy(one), backend.numpy(other), rtol=1e-13, atol=1e-300)
+
+
+@pytest.mark.parametrize("weight", [None, 0.0, 2.0])
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
+def test_rows_presumed_ordinary_come_out_as_with_the_masks(torch, case, extreme, weight, blocks_of):
+    """PyTorch does not look beforehand; `where` takes the way of rows nobody knows anything of."""
+    s, t, given = call(case, "none", batch=(5,))
+    s[3], t[3] = EXTREMES[extreme](s[3], t[3])
+    if weight is not None:
+        given["sample_weight"] = np.asarray([1.0, 2.0, 0.5, weight, 1.0])
+    s, t, given = on(BY_NAME["torch"], "float64", s, t, given)
+    where = BY_NAME["torch"].array(np.ones((5, 7), dtype=bool))
+    for how in ("mean", "sum"):
+        run = gklx.value_and_grad(loss_of(case, reduction=how), (0, 1))
+        value, gradients = run(s, t, **given, where=where)
+        for size in (2**40, 2 * 7 * 8):
+            blocks_of(size)
+            found, (to_student, to_teacher) = run(s, t, **given)
+            assert_close(found, value.numpy(), BY_NAME["torch"], "float64", ulps=16)
+            assert_close(to_student, gradients[0].numpy(), BY_NAME["torch"], "float64", ulps=16)
+            assert_close(to_teacher, gradients[1].numpy(), BY_NAME["torch"], "float64", ulps=16)
+
+
+def test_after_a_block_that_is_not_ordinary_none_is_presumed_so(torch, monkeypatch, blocks_of):
+    presumed = []
+
+    def sweep(problem, *args, **asked):
+        presumed.append(problem.presumed)
+        return _sweep.sweep_rows(problem, *args, **asked)
+
+    monkeypatch.setattr(_blocks, "sweep_rows", sweep)
+    s, t, _ = call(CASES[0], "none", batch=(8,))
+    s[2, 0] = t[2, 0] = -np.inf
+    blocks_of(2 * 7 * 8)
+    gklx.value_and_grad(gklx.gkl)(torch.tensor(s), torch.tensor(t))
+    assert presumed == [True, True, False, False, False]
 
 
 def test_the_sums_of_an_ordinary_batch_are_made_once(monkeypatch, blocks_of):

@@ -23,7 +23,7 @@ MUTATIONS = {
     "axis swapped": ("_rows.py", "return e, chosen(xp, any_counts, xp.sum(e, axis=-1), 1.0)", "return e, chosen(xp, any_counts, xp.sum(e), 1.0)"),
     "batch normaliser dropped": ("_batch.py", "mse_weight * _quotient(problem, of_batch.weight, of_batch.squared_mass)", "mse_weight"),
     "W not squared": ("_batch.py", "product(mass * mass, v)", "product(mass, v)"),
-    "mean not centred": ("_sweep.py", "    rest = divided(xp.sum(w * d, axis=-1), divisor)\n", "    d = d + as_column(mean)\n    rest = 0.0 * mean\n"),
+    "mean not centred": ("_sweep.py", "    rest = divided(xp.sum(w * d, axis=-1, keepdims=True), divisor)\n", "    d = d + divided(first, divisor)\n    rest = 0.0 * first\n"),
     "teacher and student swapped": ("_sweep.py", "    d = chosen(xp, counted.counts, teacher.z) - chosen(xp, counted.counts, student.z)", "    d = chosen(xp, counted.counts, student.z) - chosen(xp, counted.counts, teacher.z)"),
     "gamma forgotten": ("_sweep.py", "    z = times(z, gamma, _spends(problem, counted))", "    gamma = 1.0"),
     "scale forgotten": ("_sweep.py", "power = -gamma if problem.eager", "power = 0.0 if problem.eager"),

@@ -9,13 +9,14 @@ itself. On a GPU kernels of our own take the place of the blocks, where CuPy can
 import math
 from collections.abc import Iterator
 from types import EllipsisType
+from typing import Any
 
 from . import _cuda, _freed_memory, _threads
 from ._batch import Totals, mass_matters, totals_of_parts
 from ._libraries import library_of
 from ._problem import Array, Problem
 from ._rows import in_dtype
-from ._sweep import Sweep, prior_raised, sweep_rows, totals, totals_if_ordinary
+from ._sweep import Sweep, looks_below, prior_raised, sweep_rows, totals, totals_if_ordinary
 
 _Block = tuple[slice | EllipsisType, ...]
 
@@ -33,9 +34,9 @@ def sweep(
     if _cuda.takes(problem):
         return _cuda.sweep(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
     xp, arrays = problem.xp, problem.arrays
-    problem, blocks, workers = _divided(problem)
+    problem, blocks, workers = _divided(problem, value)
     if len(blocks) < 2:
-        found = sweep_rows(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
+        found = _swept(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
         return found._replace(
             student=None if found.student is None else in_dtype(xp, found.student, arrays.student.dtype),
             teacher=None if found.teacher is None else in_dtype(xp, found.teacher, arrays.teacher.dtype),
@@ -45,7 +46,8 @@ def sweep(
     to_teacher = xp.empty_like(arrays.teacher) if teacher else None
 
     def run(block: _Block) -> tuple[Array | None, bool]:
-        found = sweep_rows(
+        nonlocal problem
+        found = _swept(
             _part(problem, block),
             of_batch,
             value=value,
@@ -57,6 +59,8 @@ def sweep(
             to_student[block] = in_dtype(xp, found.student, to_student.dtype)
         if to_teacher is not None:
             to_teacher[block] = in_dtype(xp, found.teacher, to_teacher.dtype)
+        if problem.presumed and not found.ordinary:
+            problem = problem._replace(presumed=False)  # rows like these seldom come alone
         return found.value, found.ordinary
 
     expected = None
@@ -72,8 +76,16 @@ def sweep(
     return Sweep(_joined(problem, list(values)) if value else None, to_student, to_teacher, of_batch, all(ordinary))
 
 
+def _swept(problem: Problem, of_batch: Totals | None, **asked: Any) -> Sweep:
+    """As `sweep_rows`; rows that were presumed ordinary and are not are swept once more."""
+    found = sweep_rows(problem, of_batch, **asked)
+    if problem.presumed and problem.eager and not found.ordinary:
+        return sweep_rows(problem._replace(presumed=False), of_batch, **asked)
+    return found
+
+
 def _totals(problem: Problem, blocks: list[_Block], workers: int) -> Totals | None:
-    local = problem._replace(ranks=None)
+    local = problem._replace(ranks=None, presumed=False)
     parts = _threads.each(lambda block: totals(_part(local, block)), blocks, workers)
     return None if parts[0] is None else totals_of_parts(problem, parts)
 
@@ -105,8 +117,11 @@ def _part(problem: Problem, block: _Block) -> Problem:
     )
 
 
-def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
-    """The problem, its prior raised where that is less work; its blocks: every row once, in order; its threads."""
+def _divided(problem: Problem, value: bool) -> tuple[Problem, list[_Block], int]:
+    """The problem, its prior raised where that is less work; its blocks: every row once, in order; its threads.
+
+    The value, where it is asked for, tells whether rows were ordinary.
+    """
     library = library_of(problem.arrays.student)
     assert library is not None
     given = [x for x in problem.arrays if x is not None]
@@ -116,6 +131,8 @@ def _divided(problem: Problem) -> tuple[Problem, list[_Block], int]:
         return prior_raised(problem) if library.sizes_known() else problem, [(...,)], 1
     readable = not problem.unread and library.readable(*given)
     problem = problem._replace(readable=readable, eager=True, softmax=library.softmax(shape[-1]))
+    if value and library.silent and problem.ranks is None:  # ranks must sum together, and as often
+        problem = problem._replace(presumed=looks_below(problem) > 0)
     _freed_memory.keep()
     row = shape[-1] * (8 if problem.dtype == problem.xp.float64 else 4)
     if math.prod(shape[:-1]) * row <= size:

@@ -41,6 +41,8 @@ class Library(NamedTuple):
     """How many bytes of one of these arrays a block of rows may hold; 0 where all rows are to be worked off at once."""
     needs_threads: bool = False
     """Whether blocks are best run side by side: the library lets go of the interpreter, and has no threads itself."""
+    silent: bool = False
+    """Whether arithmetic on infinities and NaN never warns: rows may then be looked at when all is computed."""
     softmax: Callable[[int], Callable[[Array], Array] | None] = lambda classes: None
     """A fused softmax along the last axis; None if there is none, or of so many classes one that loses digits."""
     sizes_known: Callable[[], bool] = lambda: True
@@ -71,8 +73,8 @@ def _import_numpy() -> ModuleType:
 
 
 def _reducing(ufunc: np.ufunc) -> Callable[..., Array]:
-    def reduce(x: Array, /, *, axis: int | None = None) -> Array:
-        return ufunc.reduce(x, axis=axis)
+    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+        return ufunc.reduce(x, axis=axis, keepdims=keepdims)
 
     return reduce
 
@@ -191,6 +193,7 @@ LIBRARIES: tuple[Library, ...] = (
         to_numpy=lambda x: x.detach().cpu().numpy(),
         device=lambda x: x.device,
         block=_torch_block,
+        silent=True,
         softmax=_torch_softmax,
         sizes_known=lambda: not sys.modules["torch"].compiler.is_compiling(),
         constant=lambda x: x.detach(),

@@ -92,3 +92,8 @@ class Problem(NamedTuple):
     """The maxima of the student's and the teacher's rows, where these were seen to hold moderate numbers alone."""
     together: Callable[[Sequence[Array]], Sequence[Array]] | None = None
     """Sums along the last axis of several arrays in one reading; None where each is read by itself."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether a compiler makes loops over the rows of operations on rows presumed ordinary."""
+        return self.presumed and not self.eager

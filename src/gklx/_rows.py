@@ -68,8 +68,8 @@ def counting(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sam
 
 
 def maxima_of_moderate(xp: ModuleType, logits: tuple[Array, ...], limit: float) -> tuple[Array, ...] | None:
-    """The rows' maxima, None if any logit is NaN or beyond `limit` in size; reads values."""
-    top = tuple(xp.max(x, axis=-1) for x in logits)
+    """The rows' maxima [..., 1], None if any logit is NaN or beyond `limit` in size; reads values."""
+    top = tuple(xp.max(x, axis=-1, keepdims=True) for x in logits)
     for x, highest in zip(logits, top, strict=True):
         if not (-limit < float(xp.min(x)) and float(xp.max(highest)) < limit):
             return None
@@ -83,17 +83,17 @@ def masked(xp: ModuleType, x: Array, where: Array | None, sample_weight: Array |
 
 
 def maxima(xp: ModuleType, logits: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-    """The maxima of rows that went through `masked`, and whether any class counts, boolean [...]; 0 where none does."""
-    top = tuple(xp.max(x, axis=-1) for x in logits)
+    """The maxima [..., 1] of rows that went through `masked`, 0 where no class counts; and whether any does, [...]."""
+    top = tuple(xp.max(x, axis=-1, keepdims=True) for x in logits)
     any_counts = top[0] != -xp.inf
     for other in top[1:]:
         any_counts = any_counts | (other != -xp.inf)
-    return tuple(xp.where(any_counts, x, 0.0) for x in top), any_counts
+    return tuple(xp.where(any_counts, x, 0.0) for x in top), any_counts[..., 0]
 
 
 def below(x: Array, top: Array) -> Array:
     """Logits less their row's maximum: at most 0, so that later differences and exponentials are exact and safe."""
-    return x - as_column(top)
+    return x - top
 
 
 def exactly(x: Number, value: float) -> bool:
@@ -128,8 +128,10 @@ def times(x: Array, y: Array | float, over: bool) -> Array:
 
 
 def sums(xp: ModuleType, together: Callable[[Sequence[Array]], Sequence[Array]] | None, *xs: Array) -> Sequence[Array]:
-    """The sums of several arrays along the last axis, in one reading where there is a function for that."""
-    return [xp.sum(x, axis=-1) for x in xs] if together is None else together(xs)
+    """The sums [..., 1] of several arrays along the last axis, in one reading where there is a function for that."""
+    if together is None:
+        return [xp.sum(x, axis=-1, keepdims=True) for x in xs]
+    return [as_column(x) for x in together(xs)]
 
 
 def exponentials(xp: ModuleType, z: Array, temperature: Number, any_counts: Array | None = None) -> tuple[Array, Array]:

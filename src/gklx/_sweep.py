@@ -89,13 +89,13 @@ class Sweep(NamedTuple):
     ordinary: Array | bool
     """Whether the rows were looked at, and are such as `totals_if_ordinary` takes them for.
 
-    Of rows presumed ordinary a 0-d boolean array, where the value was asked for: whether they are.
+    Of rows presumed ordinary, where the value was asked for, whether they are; a 0-d array in a compiler's hands.
     """
 
 
 class _Counted(NamedTuple):
     logits: tuple[Array, ...]  # [..., C], of student and teacher; -inf where a class does not count
-    top: tuple[Array, ...]  # [...], their rows' maxima; 0 where nothing counts
+    top: tuple[Array, ...]  # [..., 1], their rows' maxima; 0 where nothing counts
     counts: Array | None  # [..., C], boolean; None in ordinary rows: every class counts, and is a moderate number
     any_counts: Array | None  # [...], boolean; None likewise
     sample_weight: Array | float  # [...], 0 where nothing counts; 1.0 in ordinary rows without weights
@@ -142,7 +142,7 @@ def totals_if_ordinary(problem: Problem) -> Totals | None:
     Every sample and class then counts: the teacher's own probabilities, where they are the weights, have W = 1, and a
     prior's W are sums that no logit has a part in.
     """
-    if not shares(problem) or problem.ranks is not None or (problem.top is None and not _looks_below(problem)):
+    if not shares(problem) or problem.ranks is not None or (problem.top is None and not looks_below(problem)):
         return None
     v = _given_weight(problem)
     if not mass_matters(problem):
@@ -189,8 +189,10 @@ def sweep_rows(
     if value:
         of_samples = _samples(problem, rows, spread, None if ce is None else _ce(problem, rows, ce))
         loss = value_of(problem, of_samples, mse_weight, share)
-        if problem.presumed:
+        if problem.fused:
             ordinary = _all_fine(problem, of_samples, spread)
+        elif problem.presumed:
+            ordinary = _are_finite(problem, of_samples, loss)
     rates = rates_of(problem, share, mse_weight, None if spread is None else spread.factor, upstream)
     to_teacher = to_student = None
     if teacher and spread is not None:
@@ -198,7 +200,7 @@ def sweep_rows(
     if student and rates.student is not None:
         to_student = times(_probability_gap(problem, rows), _column(rates.student), eager)
     if student and rates.teacher is not None and spread is not None and problem.formula.symmetric:
-        if problem.presumed:
+        if problem.fused:
             # PyTorch's compiler has a loop of its own for what reads a result that may yet be mended, or equals one.
             opposite = spread.weighted * _column(-rates.teacher)
             to_student = opposite if to_student is None else to_student + opposite
@@ -283,13 +285,16 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
     xp, arrays, dtype = problem.xp, problem.arrays, problem.dtype
     logits = tuple(in_dtype(xp, x, dtype) for x in (arrays.student, arrays.teacher))
     if problem.presumed or problem.top is not None:
-        known = problem.top or tuple(xp.max(x, axis=-1) for x in logits)
-        return _Counted(logits, known, None, None, _given_weight(problem))
-    limit = _looks_below(problem)
+        if problem.top is None:
+            top = tuple(xp.max(x, axis=-1, keepdims=True) for x in logits)
+        else:
+            top = tuple(as_column(x) for x in problem.top)
+        return _Counted(logits, top, None, None, _given_weight(problem))
+    limit = looks_below(problem)
     if limit:
-        top = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
-        if top is not None:
-            return _Counted(logits, (top[0], top[-1]), None, None, _given_weight(problem))
+        seen = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
+        if seen is not None:
+            return _Counted(logits, (seen[0], seen[-1]), None, None, _given_weight(problem))
     s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
     top, any_counts = maxima(xp, logits)
     weight = effective_weight(xp, arrays.sample_weight, any_counts, dtype)
@@ -309,7 +314,7 @@ def _square_root_of_largest(xp: ModuleType, dtype: Any) -> float:
     return math.sqrt(float(xp.finfo(dtype).max))
 
 
-def _looks_below(problem: Problem) -> float:
+def looks_below(problem: Problem) -> float:
     """That bound for a look at the rows; 0 where none may be taken either."""
     return moderate(problem) if _prior_is_sound(problem) else 0.0
 
@@ -360,38 +365,40 @@ def _spread(problem: Problem, rows: _Rows, beside: Array | None = None) -> tuple
     xp, d = problem.xp, rows.d
     w, total, scale, mass = _class_weights(problem, rows.counted, rows.teacher)
     factor = mass * scale
-    if problem.presumed and not isinstance(total, float):
+    if problem.fused and not isinstance(total, float):
         # Then the mean takes no division a row, at which PyTorch's compiler would end its loop over the rows.
         w, total, factor = w / as_column(total), 1.0, factor * total
     divisor = total
-    if not isinstance(total, float) and (rows.counted.counts is not None or problem.arrays.prior is not None):
-        divisor = xp.where(total == 0, 1.0, total)  # the teacher's own weights hold an e^0
+    if not isinstance(total, float):
+        if rows.counted.counts is not None or problem.arrays.prior is not None:  # else the weights hold an e^0
+            divisor = xp.where(total == 0, 1.0, total)
+        divisor = as_column(divisor)
     infinite = None
     if rows.counted.counts is not None:
         weighing = xp.where(w == 0, 0.0, d)
         infinite = abs(weighing) == xp.inf  # PyTorch's compiler makes vectors of this, and of isinf none
         d = xp.where(infinite, 0.0, weighing)
-        upwards, downwards = xp.max(weighing, axis=-1) == xp.inf, xp.min(weighing, axis=-1) == -xp.inf
+        upwards = xp.max(weighing, axis=-1, keepdims=True) == xp.inf
+        downwards = xp.min(weighing, axis=-1, keepdims=True) == -xp.inf
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d
     # is as large as the differences that matter.
     first, *others = sums(xp, problem.together, w * d, *(() if beside is None else (beside,)))
-    beside_summed = others[0] if others else None
-    mean = divided(first, divisor)
+    beside_summed = others[0][..., 0] if others else None
     # KL's value reads d once more.
-    d = minus(d, as_column(mean), _spends(problem, rows.counted) and problem.formula.decomposed)
-    rest = divided(xp.sum(w * d, axis=-1), divisor)
-    if problem.presumed:
+    d = minus(d, divided(first, divisor), _spends(problem, rows.counted) and problem.formula.decomposed)
+    rest = divided(xp.sum(w * d, axis=-1, keepdims=True), divisor)
+    if problem.fused:
         # A loop over the rows is spared: the squares are summed about the first step's mean, along with the second's.
-        squares = xp.sum(w * d * d, axis=-1), rest * rest
-        centred = d - as_column(rest)
+        squares = xp.sum(w * d * d, axis=-1), (rest * rest)[..., 0]
+        centred = d - rest
         return _Spread(mass, factor, centred, w * centred, None, squares), beside_summed
     if infinite is None:
-        centred = minus(d, as_column(rest), problem.eager)
+        centred = minus(d, rest, problem.eager)
         return _Spread(mass, factor, centred, w * centred, None), beside_summed
     rest = xp.where(upwards, xp.inf, xp.where(downwards, -xp.inf, rest))
     rest = xp.where(upwards & downwards, xp.nan, rest)  # between opposite infinities there is no mean
-    centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - as_column(rest)))
-    return _Spread(mass, factor, centred, w * centred, upwards | downwards), beside_summed
+    centred = xp.where(w == 0, 0.0, xp.where(infinite, weighing, d - rest))
+    return _Spread(mass, factor, centred, w * centred, (upwards | downwards)[..., 0]), beside_summed
 
 
 def _class_weights(problem: Problem, counted: _Counted, teacher: Softmax | None) -> _Weights:
@@ -480,7 +487,7 @@ def _raised_weights(problem: Problem, counted: _Counted, z: Array, of: Softmax |
     xp, numbers, counts = problem.xp, problem.numbers, counted.counts
     tau, gamma, own = numbers.weight_temperature, numbers.gamma, problem.softmax
     # As an array the exponent may change without PyTorch compiling again.
-    power = -gamma if problem.eager else -gamma * xp.ones_like(counted.top[1])
+    power = -gamma if problem.eager else -gamma * xp.ones_like(counted.top[1][..., 0])
     scale = summed_exponentials(xp, z, tau, power, counted.any_counts, own) if of is None else normalizer(xp, of, power)
     z = divided(z, tau)
     if counts is not None:
@@ -505,7 +512,7 @@ def _probability_gap(problem: Problem, rows: _Rows) -> Array:
     """
     xp, p, spend = problem.xp, rows.teacher.probabilities, _spends(problem, rows.counted)
     gap = minus(rows.student.probabilities, p, spend)
-    return minus(gap, times(p, as_column(xp.sum(gap, axis=-1)), spend), problem.eager)
+    return minus(gap, times(p, xp.sum(gap, axis=-1, keepdims=True), spend), problem.eager)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -578,6 +585,15 @@ def _all_fine(problem: Problem, of: Samples, spread: _Spread | None) -> Array:
     if of.mse is not None and spread is not None and spread.squares is not None:
         fine = fine & (8.0 * spread.squares[1] <= spread.squares[0])
     return xp.all(fine)
+
+
+def _are_finite(problem: Problem, of: Samples, loss: Array) -> bool:
+    """Likewise, by the sum of them all, which is read; the loss tells of samples that all weigh something."""
+    xp = problem.xp
+    if problem.arrays.sample_weight is not None:
+        first, *others = (x for x in (of.kl, of.mse, of.ce) if x is not None)
+        loss = sum(others, start=first)
+    return math.isfinite(float(xp.sum(loss) if loss.ndim else loss))
 
 
 def _infinite_if_unreachable(problem: Problem, rows: _Rows, x: Array) -> Array:
