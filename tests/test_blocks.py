@@ -88,17 +88,44 @@ def test_one_row_may_be_larger_than_a_block(blocks_of):
 # --- rows that are looked at ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def nobody_looks(monkeypatch):
+    """Call it, and all rows take the way of those of which nobody knows anything."""
+    return lambda: monkeypatch.setattr(_sweep, "moderate", lambda problem: 0.0)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("wide", ["float32", "float64"])
-def test_ordinary_rows_come_out_as_with_the_masks(backend, case, wide):
-    """A `where` that is True everywhere changes nothing, but takes the way of rows nobody knows anything of."""
+def test_ordinary_rows_come_out_as_with_the_masks(backend, case, wide, nobody_looks):
+    """Nor does a `where` that is True everywhere change anything."""
     s, t, given = on(backend, wide, *call(case, "none", batch=(5,)))
-    plain = outcomes(case, s, t, given)
-    masked = outcomes(case, s, t, given | {"where": backend.array(np.ones((5, 7), dtype=bool))})
-    for one, other in zip(plain[0], masked[0], strict=True):
-        assert_close(backend.xp.asarray(one), backend.numpy(other), backend, wide, ulps=8, by="entry")
-    for one, other in zip(plain[1], masked[1], strict=True):
-        assert_close(one, backend.numpy(other), backend, wide, ulps=8)
+    where = {"where": backend.array(np.ones((5, 7), dtype=bool))}
+    plain, harmless = outcomes(case, s, t, given), outcomes(case, s, t, given | where)
+    nobody_looks()
+    masked = outcomes(case, s, t, given | where)
+    for found in (plain, harmless):
+        for one, other in zip(found[0], masked[0], strict=True):
+            assert_close(backend.xp.asarray(one), backend.numpy(other), backend, wide, ulps=8, by="entry")
+        for one, other in zip(found[1], masked[1], strict=True):
+            assert_close(one, backend.numpy(other), backend, wide, ulps=8)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_what_does_not_count_does_no_harm_without_masks_either(backend, case, mask, nobody_looks):
+    """Not a class alone, nor a whole sample; its gradient is exactly 0."""
+    s, t, given = call(case, mask, batch=(6,))
+    s[1, :], t[1, :] = -np.inf, -np.inf
+    s[2, 3], t[2, 3] = -np.inf, -np.inf
+    s, t, given = on(backend, "float64", s, t, given)
+    found = outcomes(case, s, t, given)
+    nobody_looks()
+    masked = outcomes(case, s, t, given)
+    for one, other in zip(found[0], masked[0], strict=True):
+        assert_close(backend.xp.asarray(one), backend.numpy(other), backend, "float64", ulps=16, by="entry")
+    for one, other in zip(found[1], masked[1], strict=True):
+        assert_close(one, backend.numpy(other), backend, "float64", ulps=16)
+        assert ((backend.numpy(one) == 0) >= (backend.numpy(other) == 0)).all()
 
 
 # From a student's and a teacher's ordinary row to one that is not.
@@ -133,17 +160,18 @@ def test_a_row_that_is_not_ordinary_is_found_in_whichever_block(backend, case, e
 @pytest.mark.parametrize("weight", [None, 0.0, 2.0])
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
-def test_rows_presumed_ordinary_come_out_as_with_the_masks(torch, case, extreme, weight, blocks_of):
-    """PyTorch does not look beforehand; `where` takes the way of rows nobody knows anything of."""
+def test_rows_presumed_ordinary_come_out_as_with_the_masks(torch, case, extreme, weight, blocks_of, monkeypatch):
+    """PyTorch does not look beforehand."""
     s, t, given = call(case, "none", batch=(5,))
     s[3], t[3] = EXTREMES[extreme](s[3], t[3])
     if weight is not None:
         given["sample_weight"] = np.asarray([1.0, 2.0, 0.5, weight, 1.0])
     s, t, given = on(BY_NAME["torch"], "float64", s, t, given)
-    where = BY_NAME["torch"].array(np.ones((5, 7), dtype=bool))
     for how in ("mean", "sum"):
         run = gklx.value_and_grad(loss_of(case, reduction=how), (0, 1))
-        value, gradients = run(s, t, **given, where=where)
+        with monkeypatch.context() as masks:
+            masks.setattr(_sweep, "moderate", lambda problem: 0.0)
+            value, gradients = run(s, t, **given)
         for size in (2**40, 2 * 7 * 8):
             blocks_of(size)
             found, (to_student, to_teacher) = run(s, t, **given)

@@ -36,6 +36,9 @@ MUTATIONS = {
     "logits spent before the weights": ("_sweep.py", "problem.eager and not _weights_need_logits(problem)", "problem.eager"),
     "differences spent before KL": ("_sweep.py", "_spends(problem, rows.counted) and problem.formula.decomposed", "_spends(problem, rows.counted)"),
     "KL's change without its sign": ("_sweep.py", "xp.copysign(xp.expm1(times(abs(ratio), -1.0, spend)), ratio)", "xp.expm1(times(abs(ratio), -1.0, spend))"),
+    "masked classes weigh at gamma 0": ("_sweep.py", "-low * min(1.0, numbers.gamma)", "-low"),
+    "masked classes weigh by a prior": ("_sweep.py", "if not problem.readable or arrays.prior is not None:", "if not problem.readable:"),
+    "empty samples weigh": ("_sweep.py", "(seen[0], seen[-1]), None, any_counts, weight)", "(seen[0], seen[-1]), None, any_counts, _given_weight(problem))"),
     "masks forgotten": ("_rows.py", "x = chosen(xp, where, x, -xp.inf)", "x = chosen(xp, None, x, -xp.inf)"),
     "sample weights ignored": ("_batch.py", "share = _quotient(problem, v, of_batch.weight)", "share = _quotient(problem, 1.0, of_batch.weight)"),
 }  # fmt: skip

@@ -8,8 +8,8 @@ itself. On a GPU kernels of our own take the place of the blocks, where CuPy can
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from types import EllipsisType
-from typing import Any
 
 from . import _cuda, _freed_memory, _threads
 from ._batch import Totals, mass_matters, totals_of_parts
@@ -35,8 +35,18 @@ def sweep(
         return _cuda.sweep(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
     xp, arrays = problem.xp, problem.arrays
     problem, blocks, workers = _divided(problem, value)
+
+    def swept(part: Problem, upstream: Array | None) -> Sweep:
+        nonlocal problem
+        run = partial(sweep_rows, value=value, student=student, teacher=teacher, upstream=upstream)
+        found = run(part, of_batch)
+        if part.presumed and part.eager and not found.ordinary:
+            problem = problem._replace(presumed=False)  # rows that are not ordinary seldom come alone
+            return run(part._replace(presumed=False), of_batch)
+        return found
+
     if len(blocks) < 2:
-        found = _swept(problem, of_batch, value=value, student=student, teacher=teacher, upstream=upstream)
+        found = swept(problem, upstream)
         return found._replace(
             student=None if found.student is None else in_dtype(xp, found.student, arrays.student.dtype),
             teacher=None if found.teacher is None else in_dtype(xp, found.teacher, arrays.teacher.dtype),
@@ -46,21 +56,11 @@ def sweep(
     to_teacher = xp.empty_like(arrays.teacher) if teacher else None
 
     def run(block: _Block) -> tuple[Array | None, bool]:
-        nonlocal problem
-        found = _swept(
-            _part(problem, block),
-            of_batch,
-            value=value,
-            student=student,
-            teacher=teacher,
-            upstream=upstream[block] if unreduced and upstream is not None else upstream,
-        )
+        found = swept(_part(problem, block), upstream[block] if unreduced and upstream is not None else upstream)
         if to_student is not None:
             to_student[block] = in_dtype(xp, found.student, to_student.dtype)
         if to_teacher is not None:
             to_teacher[block] = in_dtype(xp, found.teacher, to_teacher.dtype)
-        if problem.presumed and not found.ordinary:
-            problem = problem._replace(presumed=False)  # rows like these seldom come alone
         return found.value, found.ordinary
 
     expected = None
@@ -74,14 +74,6 @@ def sweep(
         if of_batch is not None and not all(bool(a == b) for a, b in zip(of_batch, expected, strict=True)):
             values, _ = zip(*_threads.each(run, blocks, workers), strict=True)
     return Sweep(_joined(problem, list(values)) if value else None, to_student, to_teacher, of_batch, all(ordinary))
-
-
-def _swept(problem: Problem, of_batch: Totals | None, **asked: Any) -> Sweep:
-    """As `sweep_rows`; rows that were presumed ordinary and are not are swept once more."""
-    found = sweep_rows(problem, of_batch, **asked)
-    if problem.presumed and problem.eager and not found.ordinary:
-        return sweep_rows(problem._replace(presumed=False), of_batch, **asked)
-    return found
 
 
 def _totals(problem: Problem, blocks: list[_Block], workers: int) -> Totals | None:

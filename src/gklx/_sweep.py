@@ -45,6 +45,7 @@ from ._rows import (
     as_column,
     below,
     chosen,
+    counting,
     divided,
     effective_weight,
     exactly,
@@ -96,8 +97,8 @@ class Sweep(NamedTuple):
 class _Counted(NamedTuple):
     logits: tuple[Array, ...]  # [..., C], of student and teacher; -inf where a class does not count
     top: tuple[Array, ...]  # [..., 1], their rows' maxima; 0 where nothing counts
-    counts: Array | None  # [..., C], boolean; None in ordinary rows: every class counts, and is a moderate number
-    any_counts: Array | None  # [...], boolean; None likewise
+    counts: Array | None  # [..., C], boolean; None in ordinary rows: a class that does not count does no harm
+    any_counts: Array | None  # [...], boolean; None where it is so in every row
     sample_weight: Array | float  # [...], 0 where nothing counts; 1.0 in ordinary rows without weights
 
 
@@ -184,7 +185,7 @@ def sweep_rows(
         of_batch = totals_of(problem, rows.counted.sample_weight, mass)
     share = share_of(problem, rows.counted.sample_weight, of_batch)
     mse_weight = mse_weight_of(problem, of_batch)
-    ordinary: Array | bool = rows.counted.counts is None
+    ordinary: Array | bool = rows.counted.counts is None and rows.counted.any_counts is None
     loss = None
     if value:
         of_samples = _samples(problem, rows, spread, None if ce is None else _ce(problem, rows, ce))
@@ -295,16 +296,43 @@ def _counted(problem: Problem, *, at_teacher_alone: bool = False) -> _Counted:
         seen = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
         if seen is not None:
             return _Counted(logits, (seen[0], seen[-1]), None, None, _given_weight(problem))
+    found = _spared_masks(problem, logits, at_teacher_alone)
+    if found is not None:
+        return found
     s, t = logits = tuple(masked(xp, x, arrays.where, arrays.sample_weight) for x in logits)
     top, any_counts = maxima(xp, logits)
     weight = effective_weight(xp, arrays.sample_weight, any_counts, dtype)
     return _Counted(logits, top, (s != -xp.inf) | (t != -xp.inf), any_counts, weight)
 
 
+def _spared_masks(problem: Problem, logits: tuple[Array, ...], at_teacher_alone: bool) -> _Counted | None:
+    """Ordinary rows, once what does not count has the same low logit twice: no probability and no difference.
+
+    None where that is not enough, or not so: a class that a prior weighs would still weigh, as would all at gamma = 0.
+    """
+    xp, arrays, numbers = problem.xp, problem.arrays, problem.numbers
+    if not problem.readable or arrays.prior is not None:
+        return None
+    limit = moderate(problem)
+    low = -0.5 * limit
+    if -low * min(1.0, numbers.gamma) <= 1e3 * max(numbers.temperature, numbers.weight_temperature):  # exp is not 0
+        return None
+    counts = counting(xp, logits, arrays.where, arrays.sample_weight)
+    logits = tuple(xp.where(counts, x, low) for x in logits)
+    seen = maxima_of_moderate(xp, logits[1:] if at_teacher_alone else logits, limit)
+    if seen is None:
+        return None
+    any_counts = xp.any(counts, axis=-1)
+    if bool(xp.all(any_counts)):
+        return _Counted(logits, (seen[0], seen[-1]), None, None, _given_weight(problem))
+    weight = effective_weight(xp, arrays.sample_weight, any_counts, problem.dtype)
+    return _Counted(logits, (seen[0], seen[-1]), None, any_counts, weight)
+
+
 def moderate(problem: Problem) -> float:
-    """The bound below which logits are moderate: quotients and squares are finite. 0 where no row may be ordinary."""
+    """The bound below which logits are moderate: quotients and squares are finite. 0 where nobody knows one."""
     temperatures = problem.numbers.temperature, problem.numbers.weight_temperature
-    if problem.arrays.where is not None or not all(isinstance(x, float) for x in temperatures):
+    if not all(isinstance(x, float) for x in temperatures):
         return 0.0
     return 0.1 * _square_root_of_largest(problem.xp, problem.dtype) * float(min(1.0, *temperatures))
 
@@ -315,8 +343,8 @@ def _square_root_of_largest(xp: ModuleType, dtype: Any) -> float:
 
 
 def looks_below(problem: Problem) -> float:
-    """That bound for a look at the rows; 0 where none may be taken either."""
-    return moderate(problem) if _prior_is_sound(problem) else 0.0
+    """That bound for a look at the rows; 0 where none may be taken or rows have masks in any case."""
+    return moderate(problem) if problem.arrays.where is None and _prior_is_sound(problem) else 0.0
 
 
 def _given_weight(problem: Problem) -> Array | float:

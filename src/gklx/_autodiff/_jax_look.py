@@ -46,7 +46,7 @@ def _worth_it(problem: Problem) -> bool:
     """Whether rows may be ordinary, at a look that is short beside the work. Ranks must not take different branches."""
     arrays = problem.arrays
     long_prior = arrays.prior is not None and math.prod(arrays.prior.shape) > math.prod(arrays.student.shape)
-    return moderate(problem) > 0.0 and problem.ranks is None and not long_prior
+    return arrays.where is None and moderate(problem) > 0.0 and problem.ranks is None and not long_prior
 
 
 def _seen(problem: Problem) -> tuple[tuple[Array, Array], Array]:

@@ -110,7 +110,8 @@ def _of_call(
 
 
 def _problem(formula: Sequence[bool], numbers: Sequence[float], reduction: Any, arrays: Arrays) -> Problem:
-    return Problem(xp, _dtype(arrays), Formula(*formula), reduction, Numbers(*numbers), arrays, None, unread=True)
+    unread = arrays.prior is not None or arrays.sample_weight is not None  # whose values only an eager call checks
+    return Problem(xp, _dtype(arrays), Formula(*formula), reduction, Numbers(*numbers), arrays, None, unread=unread)
 
 
 def _dtype(arrays: Arrays) -> torch.dtype:
