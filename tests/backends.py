@@ -172,3 +172,10 @@ def needs(backend: str) -> None:
         if REQUIRED:
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def needs_imported(modules: set[str]) -> None:
+    """The same for the libraries among what a block imports; NumPy, which is everywhere, decides if it is alone."""
+    libraries = modules & BY_BACKEND.keys()
+    for backend in sorted(libraries - {"numpy"} or libraries):
+        needs(backend)

@@ -82,8 +82,7 @@ BLOCKS = [pytest.param(test, id=f"{name_of(page)}:{test.lineno + 1}") for page i
 @pytest.mark.parametrize("test", BLOCKS)
 def test_block_prints_what_the_page_shows(test):
     modules = imported(test)
-    for backend in sorted(modules & backends.BY_BACKEND.keys()):
-        backends.needs(backend)
+    backends.needs_imported(modules)
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
     found = problems(test)

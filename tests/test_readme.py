@@ -44,8 +44,7 @@ def test_support_table():
 @pytest.mark.parametrize(("source", "line"), PYTHON, ids=[f"line{line}" for _, line in PYTHON])
 def test_python_block_runs(source, line):
     """Each in names of its own, so that it is complete; errors name the README's line."""
-    for backend in sorted(imported(source) & backends.BY_BACKEND.keys()):
-        backends.needs(backend)
+    backends.needs_imported(imported(source))
     exec(compile("\n" * (line - 1) + source, str(ROOT / "README.md"), "exec"), {"__name__": "__main__"})
 
 
