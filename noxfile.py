@@ -40,8 +40,8 @@ SIDE_BY_SIDE = _ignored("agreement")
 # The theory's identities and the experiments: one session's.
 EVIDENT = ("experiments", "theory", "trajectories")
 EVIDENCE = _ignored(*EVIDENT)
-# Of NumPy's tests those in which another Python changes nothing.
-ALIKE = _ignored("benches", "mutations")
+# Of NumPy's tests those in which another Python changes nothing; what touches files runs on the first and the last.
+ALIKE = {"3.12": FILES, "3.13": _ignored("benches", "mutations")}
 # Of JAX's tests those in which another Python may change something; the others are minutes of compiling.
 PYTHONIC = tuple(f"tests/test_{name}.py" for name in ("autodiff", "errors", "extremes", "prior", "theorem"))
 
@@ -88,7 +88,7 @@ def library(session: nox.Session, library: str) -> None:
     _install(session, extras, *more)
     chosen = KERNELS + EVIDENCE + SIDE_BY_SIDE + (FILES if library != "numpy" else ())
     if library == "numpy" and session.python != PYTHONS[0]:
-        chosen += ALIKE
+        chosen += ALIKE[session.python]
     if library == "jax" and session.python != PYTHONS[0]:
         chosen = PYTHONIC
     _pytest(session, *chosen, backends=backends)
@@ -104,7 +104,6 @@ def together(session: nox.Session) -> None:
         "tests/test_errors.py",
         "tests/test_score.py",
         "tests/test_score_peers.py",
-        "tests/test_score_runs.py",
         "tests/test_readme.py",
         backends="numpy,torch,jax,dask,array_api_strict",
     )

@@ -1,4 +1,4 @@
-"""A run of `gklx score` that is cut off, has little room, or is spread over a cluster: the same numbers."""
+"""A run of `gklx score` that is cut off or has little room: the same numbers."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import backends
 import gklx
 from gklx._scoring import run as runs
 from gklx._scoring import statistics, work_file
@@ -236,53 +235,10 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path):
     assert int(done.stderr) * 1024 < 200e6
 
 
-# --- a cluster --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scheduler():
-    backends.needs("dask")
-    distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
-        yield cluster.scheduler_address
-
-
-@pytest.mark.parametrize("labelled", [False, True])
-def test_cluster_gives_the_same_numbers(files, scheduler, labelled):
-    labels = files[2] if labelled else None
-    found = gklx.score(*files[:2], labels, backend="dask", scheduler=scheduler, batch_size=100, gamma=0.5)
-    assert (found.backend, found.device) == ("dask", "2 workers")
-    here = gklx.score(*files[:2], labels, batch_size=100, gamma=0.5)
-    assert found._replace(backend="numpy", device="cpu") == here
-
-
-def test_cluster_of_shards_by_the_command(files, scheduler, tmp_path):
-    for name, path in zip(("s", "t"), files, strict=False):
-        for i, shard in enumerate(np.array_split(np.load(path), 11)):
-            np.save(tmp_path / f"{name}-{i}.npy", shard)
-    done = command(
-        tmp_path / "s-*.npy", tmp_path / "t-*.npy", "--backend", "dask", "--scheduler", scheduler, "--format", "json"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["losses"]["gkl"]["mean"] == pytest.approx(gklx.score(*files[:2]).losses["gkl"].mean, rel=1e-6)
-
-
-def test_an_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
-    labels = np.load(files[2])
-    labels[2222] = CLASSES
-    np.save(tmp_path / "y.npy", labels)
-    done = command(*files[:2], "--labels", tmp_path / "y.npy", "--backend", "dask", "--scheduler", scheduler)
+def test_folder_of_progress_that_cannot_be_made(files):
+    done = command(*files[:2], "--work-dir", Path(files[0]) / "below")
     assert (done.returncode, done.stdout) == (2, "")
-    message = f"gklx: error: {tmp_path / 'y.npy'}: labels must lie in [0, {CLASSES}), got {CLASSES} at sample 2222\n"
-    assert done.stderr == message
-
-
-def test_no_scheduler_there():
-    backends.needs("dask")
-    pytest.importorskip("distributed")
-    done = command("a.npy", "b.npy", "--scheduler", "tcp://127.0.0.1:1")
-    assert done.stderr == "gklx: error: scheduler needs backend \"dask\", got 'numpy'\n"
+    assert "must be a folder to keep the progress in" in done.stderr
 
 
 # --- quantiles of very many -------------------------------------------------------------------------------------------
@@ -312,9 +268,3 @@ def test_sketch_asks_for_its_library_first(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketches", None)
     with pytest.raises(ValueError, match=r"^more than 1,000 samples need datasketches .* 'gklx\[score\]'"):
         gklx.score(*files[:2])
-
-
-def test_folder_of_progress_that_cannot_be_made(files):
-    done = command(*files[:2], "--work-dir", Path(files[0]) / "below")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "must be a folder to keep the progress in" in done.stderr

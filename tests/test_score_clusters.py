@@ -1,0 +1,81 @@
+"""A run of `gklx score` that is spread over a Dask cluster: the numbers are those of one process."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import backends
+import gklx
+
+SAMPLES, CLASSES = 3000, 200
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logits")
+    rng = np.random.default_rng(3)
+    arrays = [rng.standard_normal((SAMPLES, CLASSES), dtype=np.float32) * 3 for _ in range(2)]
+    arrays.append(rng.integers(0, CLASSES, SAMPLES))
+    paths = [str(folder / f"{name}.npy") for name in ("student", "teacher", "labels")]
+    for path, x in zip(paths, arrays, strict=True):
+        np.save(path, x)
+    return paths
+
+
+def command(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "gklx", "score", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    backends.needs("dask")
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_cluster_gives_the_same_numbers(files, scheduler, labelled):
+    labels = files[2] if labelled else None
+    found = gklx.score(*files[:2], labels, backend="dask", scheduler=scheduler, batch_size=100, gamma=0.5)
+    assert (found.backend, found.device) == ("dask", "2 workers")
+    here = gklx.score(*files[:2], labels, batch_size=100, gamma=0.5)
+    assert found._replace(backend="numpy", device="cpu") == here
+
+
+def test_cluster_of_shards_by_the_command(files, scheduler, tmp_path):
+    for name, path in zip(("s", "t"), files, strict=False):
+        for i, shard in enumerate(np.array_split(np.load(path), 11)):
+            np.save(tmp_path / f"{name}-{i}.npy", shard)
+    done = command(
+        tmp_path / "s-*.npy", tmp_path / "t-*.npy", "--backend", "dask", "--scheduler", scheduler, "--format", "json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["losses"]["gkl"]["mean"] == pytest.approx(gklx.score(*files[:2]).losses["gkl"].mean, rel=1e-6)
+
+
+def test_an_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
+    labels = np.load(files[2])
+    labels[2222] = CLASSES
+    np.save(tmp_path / "y.npy", labels)
+    done = command(*files[:2], "--labels", tmp_path / "y.npy", "--backend", "dask", "--scheduler", scheduler)
+    assert (done.returncode, done.stdout) == (2, "")
+    message = f"gklx: error: {tmp_path / 'y.npy'}: labels must lie in [0, {CLASSES}), got {CLASSES} at sample 2222\n"
+    assert done.stderr == message
+
+
+def test_no_scheduler_there():
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    done = command("a.npy", "b.npy", "--scheduler", "tcp://127.0.0.1:1")
+    assert done.stderr == "gklx: error: scheduler needs backend \"dask\", got 'numpy'\n"
