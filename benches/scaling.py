@@ -110,27 +110,29 @@ that each page of it is faulted in and zeroed at each use. If that is it, the st
 the next array (`MALLOC_MMAP_MAX_=0`, `MALLOC_TRIM_THRESHOLD_` large), and k is 1 there."""
 
 LEARNT = """\
-Of five full runs on one two-core machine, the first three with other work beside them. Before the fifth, which is the
-one shown, rows had come to be worked off in blocks of 1 MiB; no prediction was written for that.
+Of six full runs on machines of two cores, the first three with other work beside them. Before the fifth rows had come
+to be worked off in blocks of 1 MiB, and before the sixth, which is the one shown, all steps of `compare.py`'s page
+had been taken; no prediction was written for those.
 
-- **The work is linear in C**, and since the blocks it shows: k is 1.02 ± 0.02 on NumPy and 1.03 ± 0.02 on PyTorch as a
-  process comes, and the same within its error with freed memory kept and at constant B * C.
-- **What exceeded 1 before was page faults, not the algorithm and hardly the caches.** In the four runs on whole arrays
-  k was 1.09 to 1.26 as a process comes, and 0.92 to 1.04 where freed memory was kept. The prediction blamed the caches
-  and was wrong. Blocks stay below the 32 MiB from which glibc maps an array afresh: at C = 250,000 a call met 1,103
-  faults in place of 18,327 on NumPy and took 416 ms in place of 1.26 s; on PyTorch 31,415 in place of 610,651, and
-  705 ms in place of 1.67 s. The gradients themselves are what is left.
-- **Blocks cost where the arrays were small enough**: at C = 10,000, where a batch is 2.6 MB, a call takes 16.9 ms and
-  took 11.6 ms on NumPy, 26 and 18.9 ms on PyTorch. GKL's normaliser needs a run of its own over the teacher before
-  the gradients' run.
+- **The work is linear in C**, and since the blocks it shows: on NumPy k is 1.02 ± 0.01 as a process comes. On PyTorch
+  it is 1.10 ± 0.04, 1.06 ± 0.05 with freed memory kept and 1.01 ± 0.01 at constant B * C: a small call has become
+  cheap enough for the caches to show, at C = 1,000 and 3,000, and at 250,000 the gradients' page faults.
+- **What exceeded 1 on whole arrays was page faults, not the algorithm and hardly the caches.** In the four runs on
+  those k was 1.09 to 1.26 as a process comes, and 0.92 to 1.04 where freed memory was kept. The prediction blamed the
+  caches and was wrong. Blocks stay below the 32 MiB from which glibc maps an array afresh: at C = 250,000 a call met
+  1,103 faults in place of 18,327 on NumPy, and 31,415 in place of 610,651 on PyTorch. The gradients themselves are
+  what is left; with freed memory kept PyTorch takes 138 ms there in place of 206.
+- **Blocks cost where the arrays were small enough**, when they came: at C = 10,000, where a batch is 2.6 MB, a call
+  took 16.9 ms and had taken 11.6 ms on NumPy, 26 and 18.9 ms on PyTorch. Since then rows are spared their masks, and
+  it takes 5.0 and 6.0.
 - **Memory** was predicted as 11 arrays, and 11.5 were found on whole arrays at every large C. In blocks it is the two
-  gradients and little more: 2.2 arrays at C = 250,000. Below 1 MiB an array the figure is the old one.
-- **Small C belongs to the pairs**, as predicted: at C = 10 they take about 0.35 of gklx's time on NumPy and 0.6 on
-  PyTorch, since gklx makes many small calls. They draw level at about thirty classes; at a hundred gklx is 4 to 5
-  times faster.
-- **Pairs at C = 1,000 swing from run to run**, presumably with the page faults too: NumPy's were 206 to 1,057 times
-  slower than gklx, PyTorch's 737 to 1,135. PyTorch's exponent between 100 and 1,000 comes out near 3; no control was
-  run on the pairs.
+  gradients and little more: 2.2 arrays at C = 100,000. Below 1 MiB an array it is 7.
+- **Small C belongs to the pairs**, as predicted: at C = 10 they take 0.83 of gklx's time on NumPy, where gklx makes
+  many small calls; on PyTorch no longer. At a hundred classes gklx is 10 times faster, where it was 4 to 5 in the
+  first runs.
+- **Pairs at C = 1,000 swing from run to run**, presumably with the page faults too: NumPy's took 206 to 1,057 times
+  as long as gklx in the first five runs, PyTorch's 737 to 1,135, and 4,190 in the sixth. PyTorch's exponent between
+  100 and 1,000 comes out near 3; no control was run on the pairs.
 - Standard errors come from the residuals of three to six sizes: read them as the size of the noise, not as confidence
   limits."""
 
