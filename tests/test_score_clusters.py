@@ -1,38 +1,18 @@
 """A run of `gklx score` that is spread over a Dask cluster: the numbers are those of one process."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import backends
 import gklx
-
-SAMPLES, CLASSES = 3000, 200
+from dumps import CLASSES, command, saved_in
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("logits")
-    rng = np.random.default_rng(3)
-    arrays = [rng.standard_normal((SAMPLES, CLASSES), dtype=np.float32) * 3 for _ in range(2)]
-    arrays.append(rng.integers(0, CLASSES, SAMPLES))
-    paths = [str(folder / f"{name}.npy") for name in ("student", "teacher", "labels")]
-    for path, x in zip(paths, arrays, strict=True):
-        np.save(path, x)
-    return paths
-
-
-def command(*argv):
-    return subprocess.run(
-        [sys.executable, "-m", "gklx", "score", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return saved_in(tmp_path_factory.mktemp("logits"))
 
 
 @pytest.fixture(scope="module")

@@ -12,31 +12,17 @@ import numpy as np
 import pytest
 
 import gklx
+from dumps import COMMAND, SAMPLES, command, saved_in
 from gklx._scoring import run as runs
 from gklx._scoring import statistics, work_file
 from gklx._scoring.work_file import WorkFile
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX")
 
-SAMPLES, CLASSES = 3000, 200
-COMMAND = (sys.executable, "-m", "gklx", "score")
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("logits")
-    rng = np.random.default_rng(3)
-    paths = [str(folder / f"{name}.npy") for name in ("student", "teacher", "labels")]
-    for path in paths[:2]:
-        np.save(path, rng.standard_normal((SAMPLES, CLASSES), dtype=np.float32) * 3)
-    np.save(paths[2], rng.integers(0, CLASSES, SAMPLES))
-    return paths
-
-
-def command(*argv, **kwargs):
-    return subprocess.run(
-        [*COMMAND, *map(str, argv)], capture_output=True, text=True, check=False, timeout=120, **kwargs
-    )
+    return saved_in(tmp_path_factory.mktemp("logits"))
 
 
 def uninterrupted(tmp_path, *argv):
