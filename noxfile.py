@@ -40,8 +40,8 @@ SIDE_BY_SIDE = _ignored("agreement")
 # The theory's identities and the experiments: one session's.
 EVIDENT = ("experiments", "theory", "trajectories")
 EVIDENCE = _ignored(*EVIDENT)
-# Of NumPy's tests those in which another Python changes nothing; what touches files runs on the first and the last.
-ALIKE = {"3.12": FILES, "3.13": _ignored("benches", "mutations")}
+# Of NumPy's tests those in which another Python changes nothing.
+ALIKE = _ignored("benches", "mutations")
 # Of JAX's tests those in which another Python may change something; the others are minutes of compiling.
 PYTHONIC = tuple(f"tests/test_{name}.py" for name in ("autodiff", "errors", "extremes", "prior", "theorem"))
 
@@ -86,9 +86,10 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *more)
-    chosen = KERNELS + EVIDENCE + SIDE_BY_SIDE + (FILES if library != "numpy" else ())
+    between = session.python not in (PYTHONS[0], PYTHONS[-1])
+    chosen = KERNELS + EVIDENCE + SIDE_BY_SIDE + (FILES if library != "numpy" or between else ())
     if library == "numpy" and session.python != PYTHONS[0]:
-        chosen += ALIKE[session.python]
+        chosen += ALIKE
     if library == "jax" and session.python != PYTHONS[0]:
         chosen = PYTHONIC
     _pytest(session, *chosen, backends=backends)
@@ -137,7 +138,7 @@ def cupy(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
     _install(session, ["cupy"])
-    _pytest(session, *FILES, *EVIDENCE, backends="numpy,cupy")
+    _pytest(session, *FILES, *EVIDENCE, backends="cupy")
 
 
 @nox.session(python=PYTHONS[0])
