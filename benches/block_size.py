@@ -29,7 +29,7 @@ from rich.table import Table
 from tables import seconds
 from timing import take_turns
 
-import gklx._libraries
+import gklx._core.libraries
 
 BACKENDS = ("NumPy", "PyTorch")
 
@@ -56,8 +56,8 @@ QUICK = Plan(sizes=((8, 100), (16, 50)), blocks=(2**10, 2**12), turns=3, seconds
 
 def set_block_size(size: int) -> None:
     """Turn the one knob: how many bytes of an array a block holds on the CPU."""
-    assert hasattr(gklx._libraries, "_BLOCK_ON_CPU"), "the knob is elsewhere: nothing would be measured"
-    gklx._libraries._BLOCK_ON_CPU = size
+    assert hasattr(gklx._core.libraries, "_BLOCK_ON_CPU"), "the knob is elsewhere: nothing would be measured"
+    gklx._core.libraries._BLOCK_ON_CPU = size
 
 
 def measure(plan: Plan) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ def run(plan_name: str, say: Callable[[str], None]) -> dict[str, Any]:
         "machine": about,
         "load": [*loads, load()],
         "plan": PLANS[plan_name]._asdict(),
-        "default": gklx._libraries._BLOCK_ON_CPU,
+        "default": gklx._core.libraries._BLOCK_ON_CPU,
         "loss": "gkl, value and both gradients, float32",
         "rows": rows,
     }

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gklx._libraries import LIBRARIES, Library
+from gklx._core.libraries import LIBRARIES, Library
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 

@@ -3,7 +3,7 @@
 import array_api_compat
 import numpy as np
 
-from gklx._libraries import dtype_name
+from gklx._core.libraries import dtype_name
 
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 _SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}  # normal

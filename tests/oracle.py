@@ -110,11 +110,8 @@ def evaluate(
     mse_factor = mse_weight * (total / pairs if pairs else 0.0)
     ce_factor = 1.0 if name == "kl" else ce_weight
     entries = np.where(counted, mse_factor * mse + ce_factor * ce, 0.0)
-    if reduction == "none":
-        share, value = np.ones(n), entries.reshape(shape[:-1])
-    else:
-        share = v if reduction == "sum" else v / total if total else np.zeros(n)
-        value = (share * entries).sum()
+    share = v / total if reduction == "mean" and total else v  # of no weight at all: 0
+    value = (share * entries).reshape(shape[:-1]) if reduction == "none" else (share * entries).sum()
     to = {
         key: share[:, None] * (mse_factor * gradients[f"mse/{key}"] + ce_factor * gradients[f"ce/{key}"])
         for key in ("s", "t")

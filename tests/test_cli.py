@@ -15,7 +15,7 @@ import backends
 import gklx
 import gklx._scoring.score
 from gklx._cli import main
-from gklx._libraries import LIBRARIES
+from gklx._core.libraries import LIBRARIES
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 STUDENT, TEACHER, LABELS = (str(DIGITS / f"{name}.npy") for name in ("student", "teacher", "labels"))

@@ -328,7 +328,7 @@ def test_nested_batches_and_threads():
     """The innermost counts; another thread has none."""
     import threading
 
-    from gklx._global_batch import _entered
+    from gklx.distributed import _entered
 
     inner, outer, seen = gklx.global_batch(axis_name="inner"), gklx.global_batch(axis_name="outer"), []
     with outer, inner:

@@ -10,7 +10,7 @@ import pytest
 
 import backends
 from gklx._cli import main
-from gklx._libraries import support_table
+from gklx._core.libraries import support_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import pytest
 import backends
 import gklx
 from gklx._cli import main
-from gklx._libraries import LIBRARIES
+from gklx._core.libraries import LIBRARIES
 from gklx._scoring.samples import LOSSES, Parameters
 from gklx._scoring.statistics import Score
 

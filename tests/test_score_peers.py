@@ -6,7 +6,7 @@ import pytest
 import backends
 import gklx
 from gklx._cli import main
-from gklx._libraries import LIBRARIES
+from gklx._core.libraries import LIBRARIES
 
 SAMPLES, CLASSES = 300, 1000
 TEMPERATURE = 2.0

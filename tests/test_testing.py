@@ -11,7 +11,7 @@ import pytest
 
 import backends
 import gklx
-from gklx._libraries import LIBRARIES
+from gklx._core.libraries import LIBRARIES
 from gklx._verify.calls import Arguments
 from gklx._verify.differences import differences
 from gklx._verify.ulps import farthest, units

@@ -18,7 +18,7 @@ import gklx
 import oracle
 from gklx._cli import main
 from gklx._cli.verify import add_to
-from gklx._libraries import LIBRARIES, library_of
+from gklx._core.libraries import LIBRARIES, library_of
 from gklx._verify import cases, checks, definitions
 from gklx._verify.calls import Arguments
 from gklx._verify.checks import Check

@@ -5,7 +5,7 @@ parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of 
 `global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches.
 """
 
-from ._global_batch import global_batch
+from .distributed import global_batch
 from .losses import dkl, gkl, ikl, kl
 from .prior import ClassPrior, ClassPriorState, class_sums
 from .scoring import score

@@ -5,8 +5,8 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec
 
 from . import _autodiff
-from ._arguments import problem_of
-from ._problem import Array, Formula, Number, Problem, Reduction
+from ._core.checks import problem_of
+from ._core.call import Array, Call as Problem, Formula, Number, Reduction
 
 _Signature = ParamSpec("_Signature")
 

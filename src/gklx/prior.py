@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._arguments import class_count, computed_in, labelled_logits, positive_number
-from ._global_batch import ranks_of
-from ._libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
-from ._problem import Array
-from ._rows import as_column, below, effective_weight, masked, maxima, named_class, softmax
+from ._core.checks import class_count, computed_in, labelled_logits, positive_number
+from ._core.ranks import ranks_of
+from ._core.libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
+from ._core.call import Array
+from ._core.formulas import is_class, softmax, valid_mask
 
 
 def class_sums(
@@ -62,15 +62,17 @@ def class_sums(
     temperature = positive_number("temperature", temperature)
     library, xp, dtype, labels, sample_weight = labelled_logits(logits, labels, num_classes, sample_weight)
     x = xp.astype(library.constant(logits), dtype, copy=False)
-    x = masked(xp, x, None, sample_weight)
-    (top,), any_counts = maxima(xp, (x,))
-    p = softmax(xp, below(x, top), temperature, any_counts).probabilities
-    v = effective_weight(xp, sample_weight, any_counts, dtype)
-    v = xp.where(named_class(labels, num_classes) | ~any_counts, v, xp.nan)
+    valid = valid_mask(xp, (x,), None, sample_weight)
+    has_valid = xp.any(valid, axis=-1)
+    p = softmax(xp, x, valid, has_valid, temperature).probabilities
+    v = xp.astype(has_valid, dtype)
+    if sample_weight is not None:
+        v = xp.where(has_valid, xp.where(sample_weight >= 0, sample_weight, xp.nan), 0.0)
+    v = xp.where(is_class(labels, num_classes) | ~has_valid, v, xp.nan)
     classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
-    member = xp.astype(as_column(labels) == classes, dtype)
+    member = xp.astype(labels[..., None] == classes, dtype)
     member = xp.reshape(member, (-1, num_classes))
-    weighted = xp.reshape(p * as_column(v), (-1, num_classes))
+    weighted = xp.reshape(p * v[..., None], (-1, num_classes))
     with exact_matmul(library, weighted):
         sums = xp.matmul(xp.matrix_transpose(member), weighted)
     ranks = ranks_of(library)
@@ -134,7 +136,7 @@ class ClassPriorState(NamedTuple):
     def advance(self) -> "ClassPriorState":
         """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
         xp = _namespace(self.table)
-        totals = as_column(xp.sum(self.sums, axis=-1))
+        totals = xp.sum(self.sums, axis=-1, keepdims=True)
         seen = totals != 0
         table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
         return ClassPriorState(table, xp.zeros_like(self.sums))

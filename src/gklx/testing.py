@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from ._libraries import library_of
+from ._core.libraries import library_of
 from ._verify.agreement import Agreement, told
 from ._verify.calls import Arguments, Results, autodiff, call
 from ._verify.differences import differences

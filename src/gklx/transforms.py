@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from . import _autodiff
-from ._problem import Array, Problem
+from ._core.call import Array, Call as Problem
 from .losses import kl, problem_builder
 
 

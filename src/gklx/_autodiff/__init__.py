@@ -2,33 +2,32 @@
 
 Each module offers three functions:
 
-    tracks(problem) -> bool     could the library be differentiating through the problem's logits?
-    attach(problem) -> value    the loss, with the sweep's gradients registered as its derivative
-    with_gradients(problem, value=, student=, teacher=) -> Sweep
-                                as `sweep`, the value as from `attach`
+    tracks(call) -> bool     could the library be differentiating through the call's logits?
+    attach(call) -> value    the loss, with the analytic gradients registered as its derivative
+    with_gradients(call, value=, student=, teacher=) -> Result
+                             as `evaluate`, the value as from `attach`
 """
 
 from types import ModuleType
 
-from .._blocks import sweep
-from .._libraries import Library, library_of
-from .._problem import Array, Problem
-from .._sweep import Sweep
+from .._core.call import Array, Call, Result
+from .._core.libraries import Library, library_of
+from .._run.dispatch import evaluate
 
 
-def value(problem: Problem) -> Array:
+def value(call: Call) -> Array:
     """The loss, differentiable by its analytic gradient where the library differentiates."""
-    adapter = _adapter(library_of(problem.arrays.student))
-    if adapter is not None and adapter.tracks(problem):
-        return adapter.attach(problem)
-    return sweep(problem, value=True).value
+    adapter = _adapter(library_of(call.arrays.student))
+    if adapter is not None and adapter.tracks(call):
+        return adapter.attach(call)
+    return evaluate(call, value=True).value
 
 
-def value_and_gradients(problem: Problem, *, student: bool, teacher: bool, value: bool) -> Sweep:
-    """Value and gradients from one sweep; a value that may be differentiated again is attached as in `value`."""
-    adapter = _adapter(library_of(problem.arrays.student))
-    compute = adapter.with_gradients if adapter is not None and adapter.tracks(problem) else sweep
-    found: Sweep = compute(problem, value=value, student=student, teacher=teacher)
+def value_and_gradients(call: Call, *, student: bool, teacher: bool, value: bool) -> Result:
+    """Value and gradients in one evaluation; a value that may be differentiated again is attached as in `value`."""
+    adapter = _adapter(library_of(call.arrays.student))
+    compute = adapter.with_gradients if adapter is not None and adapter.tracks(call) else evaluate
+    found: Result = compute(call, value=value, student=student, teacher=teacher)
     return found
 
 
@@ -36,9 +35,9 @@ def _adapter(library: Library | None) -> ModuleType | None:
     if library is None or not library.differentiates:
         return None
     if library.backend == "torch":
-        from . import _torch
+        from . import torch
 
-        return _torch
-    from . import _jax
+        return torch
+    from . import jax
 
-    return _jax
+    return jax

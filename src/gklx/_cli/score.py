@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .._libraries import LIBRARIES
+from .._core.libraries import LIBRARIES
 from . import arguments as kinds
 
 _DESCRIPTION = """\

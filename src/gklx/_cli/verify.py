@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .._libraries import LIBRARIES
+from .._core.libraries import LIBRARIES
 
 _DESCRIPTION = """\
 Checks the array libraries and devices that are here: values and gradients of every loss, in every dtype, under masks,

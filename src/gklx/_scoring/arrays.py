@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .._libraries import dtype_name, library_of
+from .._core.libraries import dtype_name, library_of
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from .._libraries import library_of
+from .._core.libraries import library_of
 from .arrays import label_rows, logits_rows
 from .file_formats.rows import Rows
 from .files import check_together, open_labels, open_logits

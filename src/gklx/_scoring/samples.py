@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._libraries import Library, library_of
-from .._problem import Array
-from .._sweep import samples
+from .._core.libraries import Library, library_of
+from .._core.call import Array
+from .._run.dispatch import sample_losses
 from ..losses import dkl, gkl, ikl, kl, problem_builder
 from ..prior import class_sums
 from .backend import Backend
@@ -112,19 +112,18 @@ def _raw(
     for name in names:
         problems[name] = problem_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
-    readable = _library(s).readable(s, t) and s.shape[0] > 0
-    xp, found = first.xp, samples([each._replace(readable=readable) for each in problems.values()])
-    of = dict(zip(names, found.losses, strict=True))
-    columns = [of["kl"].kl] if "kl" in names else []
+    xp, found = first.xp, sample_losses(list(problems.values()))
+    mse, mass = (dict(zip(names, of_names, strict=True)) for of_names in (found.mse, found.mass))
+    columns = [found.kl] if "kl" in names else []
     with_parts = [name for name in names if name != "kl"]
-    columns += [of[with_parts[0]].ce] if with_parts else []
-    columns += [of[name].mse for name in with_parts]
-    if "gkl" in names:
-        mass = of["gkl"].mass
-        columns.append(xp.full_like(found.student, mass) if isinstance(mass, float) else mass)
-    columns += [found.student, found.teacher]
+    columns += [found.ce] if with_parts else []
+    columns += [mse[name] for name in with_parts]
+    columns += [mass["gkl"]] if "gkl" in names else []
+    columns += [found.student_peak, found.teacher_peak]
     columns += [xp.astype(xp.argmax(x, axis=-1), first.dtype) for x in (s, t)]
-    columns.append(xp.astype(found.counts, first.dtype) + xp.astype(found.counts & found.undefined, first.dtype))
+    columns.append(
+        xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype)
+    )
     return xp.stack(columns)
 
 

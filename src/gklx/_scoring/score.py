@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import __version__, _freed_memory
-from .._libraries import library_of
+from .._core.libraries import library_of
 from . import memory
 from .backend import backend
 from .inputs import Inputs, inputs_of

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._libraries import dtype_name
+from .._core.libraries import dtype_name
 from .places import Place
 
 

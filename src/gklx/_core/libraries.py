@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from ._problem import Array
+from .call import Array
 
 _BLOCK_ON_CPU = 2**20  # for each core that works on it: benches/block_size.py
 _BLOCK_ON_GPU = 2**28

@@ -1,31 +1,13 @@
 """One batch over many processes or devices: the sums that its rows share are taken over all of them.
 
 The collectives are those of `torch.distributed` and of JAX. Only numbers that no gradient flows into are exchanged:
-two a loss, C² a `class_sums`.
+four a loss, C² a `class_sums`.
 """
 
-import sys
-import threading
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from ._libraries import Library
-from ._problem import Array, Ranks
-
-
-class _Over(NamedTuple):
-    process_group: Any
-    axis_name: Any
-
-
-class _Entered(threading.local):
-    """What was entered in this thread, innermost last; no ContextVar, which PyTorch's compiler does not follow."""
-
-    def __init__(self) -> None:
-        self.batches: tuple[_Over, ...] = ()
-
-
-_entered = _Entered()
+from ._core.ranks import Spread, entered
 
 
 class global_batch:  # noqa: N801, a context reads like a function
@@ -73,59 +55,13 @@ class global_batch:  # noqa: N801, a context reads like a function
     """
 
     def __init__(self, *, process_group: Any = None, axis_name: Any = None) -> None:
-        self._over = _Over(process_group, axis_name)
+        self._over = Spread(process_group, axis_name)
 
     def __enter__(self) -> "global_batch":
-        _entered.batches = (*_entered.batches, self._over)
+        entered.batches = (*entered.batches, self._over)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _entered.batches = _entered.batches[:-1]
-
-
-def ranks_of(library: Library) -> Ranks | None:
-    """The ranks over which a batch of this library's arrays is spread now; None for one."""
-    if not _entered.batches:
-        return None
-    over = _entered.batches[-1]
-    if library.backend == "torch":
-        return _of_torch(over)
-    if library.backend == "jax":
-        return _of_jax(over)
-    raise TypeError(f"global_batch must hold PyTorch or JAX arrays, got {library.name}")
-
-
-def _of_torch(over: _Over) -> Ranks | None:
-    if over.axis_name is not None:
-        raise TypeError(f"global_batch must have a process_group for PyTorch, got axis_name {over.axis_name!r}")
-    distributed = sys.modules["torch"].distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    group = over.process_group
-    size = distributed.get_world_size(group)
-    if size < 1:
-        raise ValueError("process_group must hold this process, got a group without it")
-    if size == 1:
-        return None
-
-    def total(x: Array) -> Array:
-        from torch.distributed import _functional_collectives as collectives
-
-        # The collectives that the compiler takes and autograd differentiates.
-        summed = collectives.all_reduce(x, "sum", distributed.group.WORLD if group is None else group)
-        return collectives.wait_tensor(summed)  # type: ignore[no-untyped-call]
-
-    return Ranks(size, total)
-
-
-def _of_jax(over: _Over) -> Ranks | None:
-    if over.axis_name is None or over.process_group is not None:
-        raise TypeError(f"global_batch must have an axis_name for JAX, got process_group {over.process_group!r}")
-    lax = sys.modules["jax"].lax
-    try:
-        size = lax.psum(1, over.axis_name)  # a Python number: JAX knows it when it traces
-    except NameError as error:
-        raise ValueError(f"axis_name must name an axis that is being mapped, got {over.axis_name!r}") from error
-    return Ranks(size, lambda x: lax.psum(x, over.axis_name))
+        entered.batches = entered.batches[:-1]

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .._problem import Array, Arrays, Formula, Numbers, Problem, Ranks, Reduction, joined, parted
-from .._sweep import Sweep, prior_raised, sweep_rows
-from . import _jax_look, _jax_loop
+from .._core.call import Array, Arrays, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
+from .._run.dispatch import evaluate
 
 
 class _Plan(NamedTuple):
-    """What JAX need not see: all of a problem but its arrays and traced numbers."""
+    """What JAX need not see: all of a call but its arrays and traced numbers."""
 
     dtype: Any
     formula: Formula
@@ -34,87 +33,76 @@ _Rest = tuple[Arrays, Numbers]
 """The arrays without the logits, and the traced numbers, None where not traced."""
 
 
-def tracks(problem: Problem) -> bool:
-    """Whether JAX traces any part of the problem."""
-    return any(isinstance(x, jax.core.Tracer) for x in (*problem.arrays, *problem.numbers))
+def tracks(call: Call) -> bool:
+    """Whether JAX traces any part of the call."""
+    return any(isinstance(x, jax.core.Tracer) for x in (*call.arrays, *call.numbers))
 
 
-def attach(problem: Problem) -> Array:
-    """The loss; JAX sees the sweep's gradients as its derivative."""
-    plan, rest = _taken_apart(problem)
-    return _loss(plan, problem.arrays.student, problem.arrays.teacher, rest)
+def attach(call: Call) -> Array:
+    """The loss; JAX sees the analytic gradients as its derivative."""
+    plan, rest = _separated(call)
+    return _loss(plan, call.arrays.student, call.arrays.teacher, rest)
 
 
-def with_gradients(problem: Problem, *, value: bool, student: bool, teacher: bool) -> Sweep:
-    """As `sweep`, all of it differentiable again."""
-    plan, rest = _taken_apart(problem)
-    s, t = problem.arrays.student, problem.arrays.teacher
-    found, to_student, to_teacher = _with_gradients(plan, _Asked(value, student, teacher), s, t, rest)
-    to_student = None if to_student is None else to_student.astype(s.dtype)
-    to_teacher = None if to_teacher is None else to_teacher.astype(t.dtype)
-    return Sweep(found, to_student, to_teacher, None, ordinary=False)
+def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> Result:
+    """As `evaluate`, all of it differentiable again."""
+    plan, rest = _separated(call)
+    s, t = call.arrays.student, call.arrays.teacher
+    return Result(*_with_gradients(plan, _Asked(value, student, teacher), s, t, rest))
 
 
-def _taken_apart(problem: Problem) -> tuple[_Plan, _Rest]:
-    static, traced = parted(problem.numbers)
-    plan = _Plan(problem.dtype, problem.formula, problem.reduction, static, problem.ranks)
-    return plan, (problem.arrays._replace(student=None, teacher=None), traced)
+def _separated(call: Call) -> tuple[_Plan, _Rest]:
+    static, traced = partition(call.numbers)
+    plan = _Plan(call.dtype, call.formula, call.reduction, static, call.ranks)
+    return plan, (call.arrays._replace(student=None, teacher=None), traced)
 
 
-def _problem(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Problem:
+def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
     dtype, formula, reduction, static, ranks = plan
     arrays, traced = rest
     arrays = arrays._replace(student=student, teacher=teacher)
-    return prior_raised(Problem(jnp, dtype, formula, reduction, joined(static, traced), arrays, ranks))
+    return Call(jnp, dtype, formula, reduction, combine(static, traced), arrays, ranks)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
-    return _swept(_problem(plan, student, teacher, rest), _Asked(value=True, student=False, teacher=False)).value
+    return evaluate(_call(plan, student, teacher, rest), value=True).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    d_logits = _logits_alone(tangents)
+    d_logits = _logits_alone(plan, tangents)
     student, teacher = (not isinstance(x, SymbolicZero) for x in d_logits)
     value, *gradients = _with_gradients(plan, _Asked(True, student, teacher), *primals)
     tangent: Array = jnp.zeros(value.shape, value.dtype)
     for gradient, direction in zip(gradients, d_logits, strict=True):
         if gradient is not None:
-            product = gradient * direction.astype(gradient.dtype)
+            product = gradient.astype(value.dtype) * direction.astype(value.dtype)
             tangent = tangent + jnp.sum(product, axis=-1 if plan.reduction == "none" else None)
     return value, tangent
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _with_gradients(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
-    """The value, and the gradients of each sample's own entry, from one sweep; None where not asked for."""
-    found = _swept(_problem(plan, student, teacher, rest), asked)
+    """The value, and the gradients of each sample's own entry, in one evaluation; None where not asked for."""
+    found = evaluate(_call(plan, student, teacher, rest), **asked._asdict())
     return found.value, found.student, found.teacher
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
 def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any) -> Any:
     """Further derivatives: of the value by the rule above, of the gradients by JAX's own of the formulas."""
-    d_logits, rest = _logits_alone(tangents), primals[2]
+    d_logits, rest = _logits_alone(plan, tangents), primals[2]
 
     def apart(student: Array, teacher: Array) -> tuple[Any, ...]:
-        found = _swept(_problem(plan, student, teacher, rest), asked._replace(value=False), look=False)
+        found = evaluate(_call(plan, student, teacher, rest), student=asked.student, teacher=asked.teacher)
         return _loss(plan, student, teacher, rest) if asked.value else None, found.student, found.teacher
 
     directions = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in d_logits)
     return jax.jvp(apart, primals[:2], tuple(directions))
 
 
-def _swept(problem: Problem, asked: _Asked, *, look: bool = True) -> Sweep:
-    """The sweep; without a look for JAX to differentiate, which is to see the formulas alone."""
-    if not _jax_look.takes(problem):
-        return sweep_rows(problem, **asked._asdict())
-    sweep = _jax_look.sweep if look else _jax_loop.sweep
-    return sweep(problem, **asked._asdict())
-
-
-def _logits_alone(tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _logits_alone(plan: _Plan, tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The tangents of the logits; a TypeError where another argument has one."""
     student, teacher, rest = tangents
     if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(rest[1])):

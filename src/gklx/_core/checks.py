@@ -9,10 +9,10 @@ import numbers as python_numbers
 from types import ModuleType
 from typing import Any
 
-from ._global_batch import ranks_of
-from ._libraries import LIBRARIES, Library, dtype_name, library_of
-from ._problem import Array, Arrays, Formula, Number, Numbers, Problem
-from ._rows import counting, named_class
+from .call import Array, Arrays, Call, Formula, Number, Numbers
+from .formulas import is_class, valid_mask
+from .libraries import LIBRARIES, Library, dtype_name, library_of
+from .ranks import ranks_of
 
 _COMPUTED_IN = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 
@@ -32,7 +32,7 @@ def problem_of(
     gamma: Number = 1.0,
     mse_weight: Number = 1.0,
     ce_weight: Number = 1.0,
-) -> Problem:
+) -> Call:
     """The checked problem of a call to one of the four losses."""
     named = {
         "student_logits": student_logits,
@@ -87,7 +87,7 @@ def problem_of(
     )
     if readable and prior is not None:
         _values(xp, arrays, prior)
-    return Problem(
+    return Call(
         xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=ranks
     )
 
@@ -254,7 +254,7 @@ def _values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
     if not _all_weights(xp, prior):
         bad = ~((prior >= 0) & (prior < xp.inf))
         if arrays.labels is None:
-            bad = bad & counting(xp, logits, arrays.where, arrays.sample_weight)
+            bad = bad & valid_mask(xp, logits, arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad)}")
     if arrays.labels is not None:
@@ -277,9 +277,9 @@ def _label_values(
     where: Array | None,
     sample_weight: Array | None,
 ) -> None:
-    bad = ~named_class(labels, classes)
+    bad = ~is_class(labels, classes)
     if bool(xp.any(bad)):
-        bad = bad & xp.any(counting(xp, logits, where, sample_weight), axis=-1)
+        bad = bad & xp.any(valid_mask(xp, logits, where, sample_weight), axis=-1)
         if bool(xp.any(bad)):
             raise ValueError(f"labels must lie in [0, {classes}), got {_first(xp, labels, bad)}")
 

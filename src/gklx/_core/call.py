@@ -1,6 +1,6 @@
-"""What one call asks for: a formula, its numbers and its arrays, already checked."""
+"""What one call asks for: a formula, its hyper-parameters and its arrays, already checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -36,15 +36,20 @@ class Numbers(NamedTuple):
     ce_weight: Number
 
 
-def parted(numbers: Numbers) -> tuple[Numbers, Numbers]:
+def is_static(x: Number, value: float) -> bool:
+    """Whether a hyper-parameter is known to have this value; a traced one may have any."""
+    return isinstance(x, float) and x == value
+
+
+def partition(numbers: Numbers) -> tuple[Numbers, Numbers]:
     """The Python numbers, and the arrays that stand for a number; None in the places of the others."""
-    known = Numbers(*(x if isinstance(x, float) else None for x in numbers))
-    return known, Numbers(*(None if isinstance(x, float) else x for x in numbers))
+    static = Numbers(*(x if isinstance(x, float) else None for x in numbers))
+    return static, Numbers(*(None if isinstance(x, float) else x for x in numbers))
 
 
-def joined(known: Numbers, arrays: Numbers) -> Numbers:
-    """The numbers that `parted` took apart."""
-    return Numbers(*(b if a is None else a for a, b in zip(known, arrays, strict=True)))
+def combine(static: Numbers, traced: Numbers) -> Numbers:
+    """The hyper-parameters that `partition` separated."""
+    return Numbers(*(b if a is None else a for a, b in zip(static, traced, strict=True)))
 
 
 class Arrays(NamedTuple):
@@ -64,12 +69,15 @@ class Ranks(NamedTuple):
     size: int
     total: Callable[[Array], Array]
     """The sum of an array over the ranks; every rank gets it."""
+    largest: Callable[[Array], Array]
+    """The maximum over the ranks, entry by entry, without a gradient."""
 
 
-class Problem(NamedTuple):
-    """A checked call, ready to be computed."""
+class Call(NamedTuple):
+    """A checked call of one of the four losses."""
 
     xp: ModuleType
+    """The array-API namespace of the arrays."""
     dtype: Any
     """The dtype computed in: float32 or float64."""
     formula: Formula
@@ -78,22 +86,15 @@ class Problem(NamedTuple):
     arrays: Arrays
     ranks: Ranks | None
     """None where this batch is all there is."""
-    readable: bool = False
-    """Whether values may be looked at, to spare finite logits the care that others need."""
-    unread: bool = False
-    """Whether nobody checked the arguments' values, and they must not be trusted though they could be read now."""
-    eager: bool = False
-    """Whether operations run at once and no autodiff records them: an array made on the way may be written over."""
-    softmax: Callable[[Array], Array] | None = None
-    """The library's own along the last axis; None where ours is to be taken."""
-    presumed: bool = False
-    """Whether rows are spared that care without a look; who asks for it looks at `Sweep.ordinary` afterwards."""
-    top: tuple[Array, Array] | None = None
-    """The maxima of the student's and the teacher's rows, where these were seen to hold moderate numbers alone."""
-    together: Callable[[Sequence[Array]], Sequence[Array]] | None = None
-    """Sums along the last axis of several arrays in one reading; None where each is read by itself."""
 
-    @property
-    def fused(self) -> bool:
-        """Whether a compiler makes loops over the rows of operations on rows presumed ordinary."""
-        return self.presumed and not self.eager
+
+class Result(NamedTuple):
+    """What was asked for; the rest is None."""
+
+    value: Array | None
+    student: Array | None
+    """The gradient with respect to the student's logits, in their dtype."""
+    teacher: Array | None
+    """The gradient with respect to the teacher's logits, in their dtype."""
+    batch: Any = None
+    """What the samples of the batch share (`Batch`), None where they share nothing or the kernel keeps it."""

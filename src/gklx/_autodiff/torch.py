@@ -1,0 +1,200 @@
+"""The analytic gradient as a `torch.autograd.Function`, which PyTorch's transforms take as well."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .._core.batch import Batch
+from .._core.call import Arrays, Call, Result
+from .._run.dispatch import evaluate
+
+_NOT_ARRAYS = 1  # arguments of the functions before the arrays: the plan
+
+
+def tracks(call: Call) -> bool:
+    """Whether autograd, forward-mode AD, a transform of `torch.func` or the compiler may be looking at the logits."""
+    if torch.compiler.is_compiling() or _records(call.arrays.student) or _records(call.arrays.teacher):
+        return True
+    return _transformed() or forward_ad._current_level >= 0
+
+
+def attach(call: Call) -> torch.Tensor:
+    """The loss; its derivatives are the analytic ones."""
+    arrays = call.arrays
+    if torch.compiler.is_compiling():
+        from . import torch_operator  # imports PyTorch's compiler, which takes seconds
+
+        if torch_operator.serves(call):
+            return torch_operator.attach(call)
+        value: torch.Tensor = _Loss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
+        return value
+    if _transformed() or forward_ad._current_level >= 0:
+        value = _TransformableLoss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
+        return value
+    value = _EagerLoss.apply(_plan(call, ahead=True), *arrays)  # type: ignore[no-untyped-call]
+    return value
+
+
+def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> Result:
+    """As `evaluate`, the value as from `attach`."""
+    if torch.compiler.is_compiling():
+        from . import torch_operator
+
+        if torch_operator.serves(call):
+            return torch_operator.with_gradients(call, value=value, student=student, teacher=teacher)
+    found = evaluate(call, student=student, teacher=teacher)
+    return found._replace(value=attach(call)) if value else found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is no tensor: a call without arrays, and which gradients the forward pass makes.
+
+    No tuple, which PyTorch would take apart as a tree of tensors.
+    """
+
+    call: Call
+    student_ahead: bool
+    teacher_ahead: bool
+
+    def on(self, arrays: tuple[Any, ...]) -> Call:
+        """The call at the tensors that autograd handed over, which need not be the caller's own."""
+        return self.call._replace(arrays=Arrays(*arrays))
+
+
+def _plan(call: Call, *, ahead: bool) -> _Plan:
+    """A gradient is made ahead only where the backward pass need but multiply it.
+
+    Half precisions would be rounded twice, and underflow before a loss scale reaches them.
+    """
+    bare = call._replace(arrays=Arrays(*[None] * len(call.arrays)))
+    return _Plan(bare, *(ahead and _records(x) and x.dtype == call.dtype for x in call.arrays[:2]))
+
+
+class _Loss(torch.autograd.Function):
+    """Keeps its inputs, and what the samples of the batch share."""
+
+    @staticmethod
+    def forward(plan: _Plan, *arrays: Any) -> Any:
+        found = evaluate(plan.on(arrays), value=True)
+        return found.value, *(found.batch or ())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.plan, *arrays = inputs
+        _, *batch = output
+        ctx.mark_non_differentiable(*batch)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arrays, *batch)
+        ctx.save_for_forward(*arrays, *batch)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
+        if upstream is None:
+            return (None,) * (_NOT_ARRAYS + len(Arrays._fields))
+        arrays, batch = ctx.saved_tensors[: len(Arrays._fields)], ctx.saved_tensors[len(Arrays._fields) :]
+        return _backward(ctx, arrays, Batch(*batch) if batch else None, (None, None), upstream)
+
+
+class _TransformableLoss(_Loss):
+    """With forward mode and `vmap`, which the compiler does not take (and has no use for)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, student: Any, teacher: Any, *__: Any) -> Any:
+        plan = ctx.plan
+        with forward_ad._set_fwd_grad_enabled(True):
+            # PyTorch turns forward mode off in here; without it a second forward derivative would silently be 0.
+            arrays = [x if x is None else _primal(x) for x in ctx.saved_tensors[: len(Arrays._fields)]]
+            gradients = _gradients(plan.on(arrays), None, (student is not None, teacher is not None), None)
+            axes = -1 if plan.call.reduction == "none" else None
+            tangent = None
+            for gradient, direction in zip(gradients, (student, teacher), strict=True):
+                if direction is not None:
+                    product = (gradient * direction).sum(axes)
+                    tangent = product if tangent is None else tangent + product
+        batch = ctx.saved_tensors[len(Arrays._fields) :]
+        return tangent, *(None for _ in batch)
+
+
+class _EagerLoss(torch.autograd.Function):
+    """The older form, which need not return what it keeps: lower dispatch overhead.
+
+    It keeps its inputs and, for each differentiated input of the dtype computed in, its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *arrays: Any) -> Any:
+        found = evaluate(plan.on(arrays), value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
+        ctx.plan, ctx.batch = plan, found.batch
+        ctx.set_materialize_grads(False)
+        # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
+        ctx.inference = tuple(x if x is not None and x.is_inference() else None for x in arrays)
+        saved = (None if x is None or x.is_inference() else x for x in arrays)
+        ctx.save_for_backward(*saved, found.student, found.teacher)
+        return found.value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any) -> Any:
+        if upstream is None:
+            return (None,) * (_NOT_ARRAYS + len(Arrays._fields))
+        *saved, student, teacher = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
+        arrays = tuple(x if own is None else own for x, own in zip(saved, ctx.inference, strict=True))
+        return _backward(ctx, arrays, ctx.batch, (student, teacher), upstream)
+
+
+def _backward(
+    ctx: Any, arrays: tuple[Any, ...], batch: Any, ahead: tuple[Any, ...], upstream: torch.Tensor
+) -> tuple[Any, ...]:
+    """What a backward pass returns: the gradients made ahead, or else made now, times the upstream one."""
+    plan, wanted = ctx.plan, ctx.needs_input_grad[1:3]
+    given: list[Any]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Someone may differentiate this again: evaluate the formulas where autograd sees them. What it then finds is
+        # the derivative of the gradient field, which for DKL is KL's Hessian.
+        arrays = tuple(x.clone() if x is not None and x.is_inference() else x for x in arrays)
+        given = _gradients(plan.on(arrays), None, wanted, upstream)
+    elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
+        given = _scaled(ahead, upstream.unsqueeze(-1) if plan.call.reduction == "none" else upstream)
+    else:
+        given = _gradients(plan.on(arrays), batch, wanted, upstream)
+    return None, *given, None, None, None, None
+
+
+def _primal(x: torch.Tensor) -> torch.Tensor:
+    primal: torch.Tensor = forward_ad.unpack_dual(x).primal  # type: ignore[no-untyped-call]
+    return primal
+
+
+def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
+    """The gradients times the upstream gradient; as they are, where that may be seen to be 1 and this is their end."""
+    if (
+        type(upstream) is torch.Tensor  # a subclass may stand for numbers that there are not
+        and upstream.ndim == 0
+        and upstream.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not _transformed()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and float(upstream) == 1.0
+    ):
+        return list(gradients)
+    return [None if x is None else x * upstream for x in gradients]
+
+
+def _gradients(
+    call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None
+) -> list[Any]:
+    """The gradients that are asked for, in their logits' dtypes."""
+    found = evaluate(call, batch, student=wanted[0], teacher=wanted[1], upstream=upstream)
+    return [found.student, found.teacher]
+
+
+def _records(x: torch.Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,130 @@
+"""From samples to a batch: the sums that its samples share, and what each sample's terms are multiplied by.
+
+The mean divides by the sum of the sample weights v, and GKL by the sum of v W^2. Both are kept relative to a scale, so
+that neither leaves the dtype's range where v or the class weights are very small or large.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .call import Array, Call, is_static
+from .formulas import ClassWeights, Factors
+
+
+class Batch(NamedTuple):
+    """What the samples of a batch share, 0-d arrays."""
+
+    weight_scale: Array
+    """The largest v, rounded down to a power of two."""
+    base_scale: Array
+    """The largest class weight before gamma, likewise; 1 where the loss is not normalised by the batch."""
+    weight: Array
+    """The sum of v / weight_scale."""
+    squared_mass: Array
+    """The sum of v W^2, relative to both scales; 0 where the loss is not normalised by the batch."""
+
+
+def uses_batch_mass(call: Call) -> bool:
+    """Whether the batch's sum of v W^2 is in the loss."""
+    return call.formula.batch_normalized and not is_static(call.numbers.mse_weight, 0.0)
+
+
+def uses_batch(call: Call) -> bool:
+    """Whether the samples of a batch share anything."""
+    return call.reduction == "mean" or uses_batch_mass(call)
+
+
+def batch_of(call: Call, v: Array, weights: ClassWeights | None) -> Batch:
+    """What samples of weight v share, on this rank alone; `weights` where the loss is normalised by the batch."""
+    xp = call.xp
+    weight_scale = _power_of_two(call, _largest(call, v))
+    v = v / weight_scale
+    if weights is None:
+        one = xp.ones_like(weight_scale)
+        return Batch(weight_scale, one, xp.sum(v), xp.zeros_like(weight_scale))
+    base_scale = _power_of_two(call, _largest(call, xp.where(v == 0, 0.0, weights.base)))
+    mass = xp.where(v == 0, 0.0, _mass(call, weights, base_scale))
+    return Batch(weight_scale, base_scale, xp.sum(v), xp.sum(v * mass * mass))
+
+
+def merged(call: Call, parts: Sequence[Batch]) -> Batch:
+    """The batch that consists of several parts, each known by itself."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = Batch(*(call.xp.stack(column) for column in zip(*parts, strict=True)))
+    scales = (call.xp.max(stacked.weight_scale), call.xp.max(stacked.base_scale))
+    rescaled = _rescaled(call, stacked, *scales)
+    return Batch(*scales, call.xp.sum(rescaled.weight), call.xp.sum(rescaled.squared_mass))
+
+
+def over_ranks(call: Call, own: Batch) -> Batch:
+    """The batch over all ranks, from this rank's part of it."""
+    if call.ranks is None:
+        return own
+    scales = call.ranks.largest(call.xp.stack([own.weight_scale, own.base_scale]))
+    part = _rescaled(call, own, scales[0], scales[1])
+    sums = call.ranks.total(call.xp.stack([part.weight, part.squared_mass]))
+    return Batch(scales[0], scales[1], sums[0], sums[1])
+
+
+def _rescaled(call: Call, batch: Batch, weight_scale: Array, base_scale: Array) -> Batch:
+    by_weight = batch.weight_scale / weight_scale
+    by_mass = (batch.base_scale / base_scale) ** call.numbers.gamma
+    squared_mass = batch.squared_mass * by_weight * by_mass * by_mass
+    return Batch(weight_scale, base_scale, batch.weight * by_weight, squared_mass)
+
+
+def factors_of(
+    call: Call, v: Array, weights: ClassWeights | None, batch: Batch | None, upstream: Array | None = None
+) -> Factors:
+    """The factors of samples of weight v, times the gradient `upstream` of the value, where given.
+
+    Over several ranks the mean of their values, like the mean of their gradients, is that of the whole batch.
+    """
+    xp, formula, numbers = call.xp, call.formula, call.numbers
+    share = v
+    if call.reduction == "mean":
+        assert batch is not None
+        share = (v / batch.weight_scale) / _or_one(call, batch.weight)
+        if call.ranks is not None:
+            share = call.ranks.size * share
+    if upstream is not None:
+        share = share * upstream
+    of_ce = numbers.ce_weight * share
+    of_energy = numbers.mse_weight * share
+    if formula.tempered:
+        of_energy = of_energy / numbers.temperature / numbers.temperature
+    if weights is not None and formula.decomposed:
+        if uses_batch_mass(call):
+            assert batch is not None
+            mass = _mass(call, weights, batch.base_scale)
+            of_energy = of_energy * mass * mass * (batch.weight / _or_one(call, batch.squared_mass))
+        else:
+            mass = _mass(call, weights, xp.ones_like(weights.base))
+            of_energy = of_energy * mass * mass
+        of_energy = xp.where(v == 0, 0.0, of_energy)
+    return Factors(of_ce, of_energy)
+
+
+def _mass(call: Call, weights: ClassWeights, base_scale: Array) -> Array:
+    """W, of weights relative to a scale."""
+    return weights.total * (weights.base / base_scale) ** call.numbers.gamma
+
+
+def _or_one(call: Call, x: Array) -> Array:
+    return call.xp.where(x == 0, 1.0, x)
+
+
+def _largest(call: Call, x: Array) -> Array:
+    """The maximum of numbers >= 0; 0 of none."""
+    xp = call.xp
+    flat = x if x.ndim == 1 else xp.reshape(x, (-1,))
+    zero = xp.reshape(xp.sum(xp.zeros_like(flat)), (1,))
+    return xp.max(xp.concat([flat, zero]))
+
+
+def _power_of_two(call: Call, x: Array) -> Array:
+    """The largest power of two that is not above x, of 0 the smallest there is. Its derivative is 0."""
+    xp = call.xp
+    smallest = float(xp.finfo(call.dtype).smallest_normal)
+    return 2.0 ** xp.floor(xp.log2(xp.where(x < smallest, smallest, x)))

@@ -1,0 +1,315 @@
+"""The mathematics: values and gradients of KL, DKL, IKL and GKL, row by row.
+
+Notation, as in the papers (arXiv 2305.13948 and 2503.08038): s, t are the student's and the teacher's logits,
+p = softmax(t/T), q = softmax(s/T), w the class weights of a sample, W = sum_j w_j, u = w / W, d = t - s and
+mu = sum_j u_j d_j. A sample's losses are
+
+    KL   = sum_j p_j (log p_j - log q_j)
+    wMSE = 1/4 sum_jk w_j w_k (d_j - d_k)^2 = W^2 E,  E = 1/2 sum_j u_j (d_j - mu)^2
+    CE   = -sum_j p_j log q_j
+
+and their gradients, with w and the p of CE held constant,
+
+    d KL/ds = (q - p) / T         d KL/dt = p_j (d_j - mu) / T^2       (w = p)
+    d CE/ds = (q - p) / T         d CE/dt = 0
+    d E/dt  = u_j (d_j - mu)      d E/ds  = -d E/dt, or 0
+
+The second form of wMSE needs no pair of classes: O(C) work a sample. KL's gradient to the teacher is written in the
+same centred form, since log p_j - log q_j - KL = (d_j - mu) / T: that is the theorem KL = DKL in gradients.
+
+Array-API calls only, one path. A class that is not valid (see `valid_mask`) is left out of every sum and maximum. Where
+a difference of logits is infinite it is left out of the sums and put back afterwards, so that a result that is
+mathematically infinite is infinite and never inf - inf.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+from .call import Array, Call, Number, is_static
+
+
+class Softmax(NamedTuple):
+    """A softmax of each row."""
+
+    top: Array
+    """[..., 1], the row's maximum; 0 where no class is valid."""
+    z: Array
+    """[..., C], logits less that maximum; -inf where a class is not valid."""
+    probabilities: Array
+    """[..., C]; 0 where a class is not valid."""
+    total: Array
+    """[...], the sum of exp(z / temperature); NaN where a valid logit is, or where no valid logit is finite."""
+
+
+class Rows(NamedTuple):
+    """What the losses of a row have in common."""
+
+    valid: Array  # [..., C], boolean
+    has_valid: Array  # [...], boolean
+    student: Softmax
+    teacher: Softmax
+    d: Array  # [..., C], a quarter of t - s, less that of the maxima
+    undefined: Array  # [...], boolean: one of the two softmaxes is NaN
+    unreachable: Array  # [...], boolean: the student rules out a class that the teacher does not
+
+
+class ClassWeights(NamedTuple):
+    """The weights w of a row, w = base^gamma * relative: neither large nor small weights leave the dtype's range."""
+
+    relative: Array  # [..., C], at most 1
+    total: Array  # [...], their sum; NaN where the label names no class
+    base: Array  # [...], the row's largest weight before gamma
+
+
+class Deviations(NamedTuple):
+    """The differences d about their weighted mean."""
+
+    weights: Array  # [..., C], u = w / W
+    centred: Array  # [..., C], a quarter of d - mu; 0 where u is 0
+    infinite: Array  # [...], boolean: d is infinite in a class of weight
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def valid_mask(xp: ModuleType, logits: tuple[Array, ...], where: Array | None, sample_weight: Array | None) -> Array:
+    """Which classes take part, boolean [..., C].
+
+    Not those where every one of `logits` is -inf or `where` is False, and none in a sample of weight 0.
+    """
+    valid = logits[0] != -xp.inf
+    for x in logits[1:]:
+        valid = valid | (x != -xp.inf)
+    if where is not None:
+        valid = valid & where
+    return valid if sample_weight is None else valid & (sample_weight != 0)[..., None]
+
+
+def rows_of(call: Call) -> Rows:
+    """The softmaxes and differences of each row."""
+    xp, arrays = call.xp, call.arrays
+    s, t = (xp.astype(x, call.dtype, copy=False) for x in (arrays.student, arrays.teacher))
+    valid = valid_mask(xp, (s, t), arrays.where, arrays.sample_weight)
+    has_valid = xp.any(valid, axis=-1)
+    student, teacher = (softmax(xp, x, valid, has_valid, call.numbers.temperature) for x in (s, t))
+    undefined = xp.isnan(student.total) | xp.isnan(teacher.total)
+    unreachable = xp.any(valid & (s == -xp.inf) & (t > -xp.inf), axis=-1)
+    rounded, error = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))
+    top, top_error = difference(xp, teacher.top, student.top)
+    d = (rounded - top) + (error - top_error)
+    return Rows(valid, has_valid, student, teacher, d, undefined, unreachable & ~undefined)
+
+
+def softmax(xp: ModuleType, x: Array, valid: Array, has_valid: Array, temperature: Number) -> Softmax:
+    """softmax(x / temperature) over the valid classes."""
+    x = xp.where(valid, x, -xp.inf)
+    top = xp.where(has_valid[..., None], xp.max(x, axis=-1, keepdims=True), 0.0)
+    z = x - top
+    exponentials = xp.exp(z / temperature)
+    total = xp.where(has_valid, xp.sum(exponentials, axis=-1), 1.0)
+    return Softmax(top, z, exponentials / total[..., None], total)
+
+
+def difference(xp: ModuleType, t: Array, s: Array) -> tuple[Array, Array]:
+    """A quarter of t - s, as the sum of the rounded difference and of its rounding error (Knuth's two-sum).
+
+    Offsets of opposite sign leave no digits of the rounded difference alone, and neither do the rows' maxima if they
+    are subtracted first while both networks hold the same large fill. In quarters no finite logits overflow.
+    """
+    t, s = 0.25 * t, 0.25 * s
+    finite = xp.isfinite(t) & xp.isfinite(s)
+    known_t, known_s = xp.where(finite, t, 0.0), xp.where(finite, s, 0.0)
+    rounded = known_t - known_s
+    subtracted = known_t - rounded
+    error = (known_t - (rounded + subtracted)) + (subtracted - known_s)
+    return xp.where(finite, rounded, t - s), error
+
+
+# --- the weighted mean-square error -----------------------------------------------------------------------------------
+
+
+def class_weights(call: Call, rows: Rows) -> ClassWeights:
+    """w = prior^gamma, or softmax(t / weight_temperature)^gamma, held constant; 0^0 = 1."""
+    xp, numbers, valid = call.xp, call.numbers, rows.valid
+    if call.arrays.prior is None:
+        z = rows.teacher.z / numbers.weight_temperature
+        total = xp.where(rows.has_valid, xp.sum(xp.exp(z), axis=-1), 1.0)
+        lowest = 0.5 * float(xp.finfo(call.dtype).min)
+        exponent = numbers.gamma * xp.where(z < lowest, lowest, z)  # gamma * -inf would be NaN at gamma = 0
+        relative, base = xp.exp(exponent), 1.0 / total
+        known = rows.has_valid
+    else:
+        prior, known = _prior_rows(call, rows)
+        prior = xp.where(valid, xp.where(prior >= 0, prior, xp.nan), 0.0)
+        base = xp.max(prior, axis=-1)
+        relative = (prior / xp.where(base == 0, 1.0, base)[..., None]) ** numbers.gamma
+    relative = xp.where(valid, relative, 0.0)
+    total = xp.sum(relative, axis=-1)
+    return ClassWeights(relative, xp.where(known | ~rows.has_valid, total, xp.nan), base)
+
+
+def _prior_rows(call: Call, rows: Rows) -> tuple[Array, Array]:
+    """Each sample's own row of the prior, [..., C], and whether there is one."""
+    xp, (student, _, prior, labels, *_) = call.xp, call.arrays
+    prior = xp.astype(prior, call.dtype, copy=False)
+    if labels is None:
+        return prior, rows.has_valid
+    known = is_class(labels, prior.shape[0])
+    index = xp.astype(xp.where(known, labels, xp.zeros_like(labels)), xp.int32)
+    flat = index if index.ndim == 1 else xp.reshape(index, (-1,))
+    taken = xp.take(prior, flat, axis=0)
+    return taken if index.ndim == 1 else xp.reshape(taken, student.shape), known
+
+
+def is_class(labels: Array, classes: int) -> Array:
+    """Where a label names a class, boolean."""
+    return (labels >= 0) & (labels < classes)
+
+
+def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
+    """The differences d about their weighted mean mu."""
+    xp, d = call.xp, rows.d
+    total = xp.where(weights.total == 0, 1.0, weights.total)[..., None]
+    weighs = weights.relative != 0
+    infinite = weighs & xp.isinf(d)
+    upwards = xp.any(infinite & (d > 0), axis=-1, keepdims=True)
+    downwards = xp.any(infinite & (d < 0), axis=-1, keepdims=True)
+    summed = weighs & ~infinite
+
+    def less_mean(x: Array) -> Array:
+        return xp.where(summed, x - xp.sum(weights.relative * x, axis=-1, keepdims=True) / total, 0.0)
+
+    # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d is
+    # as large as the differences that matter.
+    centred = less_mean(less_mean(xp.where(summed, d, 0.0)))
+    shift = xp.where(downwards, xp.inf, xp.zeros_like(total))
+    shift = xp.where(upwards, -xp.inf, shift)
+    shift = xp.where(upwards & downwards, xp.nan, shift)  # between opposite infinities there is no mean
+    centred = xp.where(infinite, d, centred + shift)
+    return Deviations(weights.relative / total, xp.where(weighs, centred, 0.0), (upwards | downwards)[..., 0])
+
+
+def energy(call: Call, rows: Rows, weights: ClassWeights, around: Deviations) -> Array:
+    """E = 1/2 sum_j u_j (d_j - mu)^2, [...]; wMSE = W^2 E."""
+    found = 8.0 * call.xp.sum((around.weights * around.centred) * around.centred, axis=-1)  # 16 quarters of quarters
+    # Opposite infinities: mu is undefined, the sum of squares is not.
+    known = ~rows.undefined & ~call.xp.isnan(weights.total)
+    return call.xp.where(around.infinite & known, call.xp.inf, found)
+
+
+def energy_gradient(around: Deviations) -> Array:
+    """dE/dt = u_j (d_j - mu), [..., C]."""
+    return 4.0 * (around.weights * around.centred)
+
+
+# --- cross-entropy and KL ---------------------------------------------------------------------------------------------
+
+
+def cross_entropy(call: Call, rows: Rows) -> Array:
+    """CE = -sum_j p_j log q_j, [...]."""
+    xp, z = call.xp, rows.student.z
+    z = xp.where(z == -xp.inf, 0.0, z)
+    found = xp.log(rows.student.total) - xp.sum(rows.teacher.probabilities * z, axis=-1) / call.numbers.temperature
+    return xp.where(rows.unreachable, xp.inf, found)
+
+
+def kullback_leibler(call: Call, rows: Rows) -> Array:
+    """KL = sum_j p_j L_j + q_j - p_j with L = log p - log q, [...]: the same, since p and q each sum to 1.
+
+    Every summand is p (L + exp(-L) - 1) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
+    """
+    xp, p, q = call.xp, rows.teacher.probabilities, rows.student.probabilities
+    ratio = 4.0 * (rows.d / call.numbers.temperature) - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
+    is_near = abs(ratio) < 1
+    near = xp.where(is_near, ratio, 0.0)
+    convex = near + xp.expm1(-near)
+    far = p * xp.where(xp.isinf(ratio), 0.0, ratio) + (q - p)  # p is 0 there, or the row is unreachable
+    summand = xp.where(is_near, p * xp.where(convex < 0, 0.0, convex), far)
+    found = xp.sum(xp.where(rows.valid, summand, 0.0), axis=-1)
+    return xp.where(rows.unreachable, xp.inf, found)
+
+
+def probability_gap(call: Call, rows: Rows) -> Array:
+    """q - p, which sums to 0 over the classes, [..., C].
+
+    The sum of the rounded differences is the error of the two normalisers, spread as p is. Taking it out keeps the
+    digits where both rows are confident of one class, or close to each other.
+    """
+    p = rows.teacher.probabilities
+    gap = rows.student.probabilities - p
+    return gap - p * call.xp.sum(gap, axis=-1, keepdims=True)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+class Samples(NamedTuple):
+    """What each sample comes to before weights and reduction, all [...]; None where it has no part in the loss."""
+
+    kl: Array | None
+    ce: Array | None
+    energy: Array | None
+    """E; wMSE = W^2 E."""
+
+
+class Factors(NamedTuple):
+    """What a sample's terms are multiplied by, all [...]."""
+
+    ce: Array
+    """Of CE, or of KL."""
+    energy: Array
+    """Of E."""
+
+
+def sample_weights(call: Call, rows: Rows) -> Array:
+    """v, [...]: 0 in a sample without a valid class, NaN where negative."""
+    xp, v = call.xp, call.arrays.sample_weight
+    if v is None:
+        return xp.astype(rows.has_valid, call.dtype)
+    return xp.where(rows.has_valid, xp.where(v >= 0, v, xp.nan), 0.0)
+
+
+def samples(call: Call, rows: Rows, weights: ClassWeights | None, around: Deviations | None) -> Samples:
+    """The losses of each sample."""
+    if not call.formula.decomposed:
+        return Samples(kullback_leibler(call, rows), None, None)
+    found = None if weights is None or around is None else energy(call, rows, weights, around)
+    return Samples(None, cross_entropy(call, rows), found)
+
+
+def value_of(call: Call, of: Samples, factors: Factors) -> Array:
+    """The loss, summed over the samples unless the reduction is "none"."""
+    xp = call.xp
+    loss = scaled(xp, factors.ce, of.ce if of.kl is None else of.kl)
+    if of.energy is not None:
+        loss = scaled(xp, factors.energy, of.energy) + loss
+    return loss if call.reduction == "none" else xp.sum(loss)
+
+
+def student_gradient(call: Call, rows: Rows, around: Deviations | None, factors: Factors) -> Array:
+    """The gradient with respect to s, [..., C]."""
+    xp, temperature = call.xp, call.numbers.temperature
+    found = scaled(xp, (factors.ce / temperature)[..., None], probability_gap(call, rows))
+    if around is not None and call.formula.symmetric:
+        found = found - scaled(xp, factors.energy[..., None], energy_gradient(around))
+    return xp.where(rows.valid, found, 0.0)
+
+
+def teacher_gradient(call: Call, rows: Rows, around: Deviations | None, factors: Factors) -> Array:
+    """The gradient with respect to t, [..., C]."""
+    if around is None:
+        return call.xp.zeros_like(rows.teacher.z)
+    found = scaled(call.xp, factors.energy[..., None], energy_gradient(around))
+    return call.xp.where(rows.valid, found, 0.0)
+
+
+def scaled(xp: ModuleType, factor: Array, x: Array) -> Array:
+    """factor * x, and 0 where the factor is 0 though x be infinite or NaN."""
+    return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)
+
+
+def uses_energy(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> bool:
+    """Whether the wMSE, or KL's gradient to the teacher, has a part in what is asked for."""
+    if is_static(call.numbers.mse_weight, 0.0):
+        return False
+    return teacher or (student and call.formula.symmetric) or (value and call.formula.decomposed)

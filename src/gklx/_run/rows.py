@@ -1,0 +1,236 @@
+"""A call on the CPU's row kernel: which arrays it serves, and how they are handed over.
+
+An execution of the formulas in `_core/formulas.py`, held to them by the tests.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._core.batch import Batch, over_ranks, uses_batch
+from .._core.call import Array, Call, Result
+from .._core.libraries import dtype_name, library_of
+from . import cpu
+
+_ONE_THREAD = 2**16  # pairs of logits that are not worth a second thread
+
+
+class _Host(NamedTuple):
+    """What is done with the arrays of one library in the host's memory."""
+
+    contiguous: Callable[[Array, Any], Array]
+    """The array in the kernel's layout, and in a dtype where one is given."""
+    address: Callable[[Array], int]
+    empty: Callable[[tuple[int, ...], Any, Array], Array]
+    """Of a shape and dtype, like an array."""
+    threads: Callable[[], int]
+    finished: Callable[[Array], Array]
+    """A result as the library would return it."""
+
+
+def serves(call: Call) -> bool:
+    """Whether the kernel is there and takes the call's arrays: eager, in the host's memory, nobody differentiating."""
+    library = library_of(call.arrays.student)
+    if library is None or library.backend not in _HOSTS or cpu.instruction_set() is None:
+        return False
+    if not all(isinstance(x, float) for x in call.numbers):
+        return False
+    return library.backend == "numpy" or _plain_torch(call)
+
+
+def evaluate(
+    call: Call,
+    shared: Batch | None = None,
+    *,
+    value: bool = False,
+    student: bool = False,
+    teacher: bool = False,
+    upstream: Array | None = None,
+) -> Result:
+    """As `dispatch.evaluate`."""
+    arrays = call.arrays
+    request, host, kept = _request(call)
+    if call.ranks is not None and uses_batch(call):
+        if shared is None:
+            shared = _shared(call, request)
+        given = np.asarray([float(x) for x in shared])
+        kept.append(given)
+        request.totals = given.ctypes.data
+        request.ranks = call.ranks.size
+    found = to_student = to_teacher = None
+    if value:
+        shape = arrays.student.shape[:-1] if call.reduction == "none" else ()
+        found = host.empty(shape, call.dtype, arrays.student)
+        request.value = host.address(found)
+    if student:
+        to_student = host.empty(arrays.student.shape, arrays.student.dtype, arrays.student)
+        request.to_student = host.address(to_student)
+    if teacher:
+        to_teacher = host.empty(arrays.teacher.shape, arrays.teacher.dtype, arrays.teacher)
+        request.to_teacher = host.address(to_teacher)
+    if upstream is not None:
+        upstream = host.contiguous(upstream, call.dtype)
+        kept.append(upstream)
+        request.upstream, request.upstream_per_row = host.address(upstream), call.reduction == "none"
+    cpu.run(request)
+    return Result(None if found is None else host.finished(found), to_student, to_teacher, shared)
+
+
+class SampleResults(NamedTuple):
+    """What the kernel finds of each sample, [...]."""
+
+    kl: Array
+    ce: Array
+    mse: Array
+    """wMSE, neither weighted nor normalised."""
+    mass: Array
+    """W."""
+    student_peak: Array
+    teacher_peak: Array
+    has_valid: Array
+    undefined: Array
+
+
+def samples(call: Call) -> SampleResults:
+    """The losses of each sample, from one pass over the logits."""
+    request, host, _kept = _request(call)
+    shape, like = call.arrays.student.shape[:-1], call.arrays.student
+    flag = call.xp.bool
+    names = SampleResults._fields
+    found = SampleResults(*(host.empty(shape, flag if name in names[-2:] else call.dtype, like) for name in names))
+    for name, x in zip(names, found, strict=True):
+        setattr(request, name, host.address(x))
+    cpu.run(request)
+    return found
+
+
+def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
+    """The kernel's call without results, and the arrays that must live as long as it."""
+    arrays, formula, numbers, dtype = call.arrays, call.formula, call.numbers, call.dtype
+    host = _HOSTS["numpy" if isinstance(arrays.student, np.ndarray) else "torch"]
+    contiguous, address = host.contiguous, host.address
+    shape = arrays.student.shape
+    rows, classes = math.prod(shape[:-1]), shape[-1]
+    student, teacher = contiguous(arrays.student, None), contiguous(arrays.teacher, None)
+    kept = [student, teacher]
+    prior = labels = sample_weight = where = prior_type = where_row = where_class = 0
+    if arrays.prior is not None:
+        kept.append(contiguous(arrays.prior, None))
+        prior, prior_type = address(kept[-1]), cpu.TYPES[dtype_name(arrays.prior.dtype)]
+    if arrays.labels is not None:
+        kept.append(contiguous(arrays.labels, call.xp.int64))
+        labels = address(kept[-1])
+    if arrays.sample_weight is not None:
+        kept.append(contiguous(arrays.sample_weight, dtype))
+        sample_weight = address(kept[-1])
+    if arrays.where is not None:
+        mask, where_row, where_class = _mask(call)
+        kept.append(contiguous(mask, None))
+        where = address(kept[-1])
+    request = cpu.RowCall(
+        address(student),
+        address(teacher),
+        prior,
+        labels,
+        sample_weight,
+        where,
+        0,
+        0,
+        rows,
+        classes,
+        where_row,
+        where_class,
+        numbers.temperature,
+        numbers.weight_temperature,
+        numbers.gamma,
+        numbers.mse_weight,
+        numbers.ce_weight,
+        1.0,
+        cpu.TYPES[dtype_name(student.dtype)],
+        cpu.TYPES[dtype_name(teacher.dtype)],
+        prior_type,
+        formula.decomposed,
+        formula.tempered,
+        formula.symmetric,
+        formula.batch_normalized,
+        cpu.REDUCTIONS[call.reduction],
+        0,
+        1 if rows * classes < 2 * _ONE_THREAD else host.threads(),
+    )
+    return request, host, kept
+
+
+def _mask(call: Call) -> tuple[Array, int, int]:
+    """`where`, and how far apart it has the next row and the next class: a mask of all rows alike is not repeated."""
+    where, shape = call.arrays.where, call.arrays.student.shape
+    assert where is not None
+    if math.prod(where.shape[:-1]) == 1:
+        return where, 0, int(where.ndim > 0 and where.shape[-1] > 1)
+    if where.shape[:-1] == shape[:-1] and where.shape[-1] == 1:
+        return where, 1, 0
+    return call.xp.broadcast_to(where, shape), shape[-1], 1
+
+
+def _shared(call: Call, request: cpu.RowCall) -> Batch:
+    """What the samples of all ranks share."""
+    found = np.empty(4)
+    request.totals_out = found.ctypes.data
+    cpu.run(request)
+    request.totals_out = 0
+    xp, like = call.xp, call.arrays.student
+    own = Batch(*(xp.asarray(float(x), dtype=xp.float64, device=like.device) for x in found))
+    return over_ranks(call, own)
+
+
+def _numpy_contiguous(x: Any, dtype: Any) -> Any:
+    return np.ascontiguousarray(x, dtype)
+
+
+def _torch_contiguous(x: Any, dtype: Any) -> Any:
+    x = x.detach()
+    return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
+
+
+def _plain_torch(call: Call) -> bool:
+    """Whether the tensors have memory of their own and nobody records, transforms or compiles what is done to them."""
+    torch = sys.modules["torch"]
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    recording = torch.is_grad_enabled()
+    return all(
+        x is None
+        or (
+            type(x) in (torch.Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and x.layout == torch.strided
+            and not (recording and x.requires_grad)
+        )
+        for x in call.arrays
+    )
+
+
+_HOSTS = {
+    "numpy": _Host(
+        contiguous=_numpy_contiguous,
+        address=lambda x: int(x.__array_interface__["data"][0]),
+        empty=lambda shape, dtype, _: np.empty(shape, dtype),
+        threads=cpu.threads,
+        finished=lambda x: x[()],
+    ),
+    "torch": _Host(
+        contiguous=_torch_contiguous,
+        address=lambda x: int(x.data_ptr()),
+        empty=lambda shape, dtype, like: like.new_empty(shape, dtype=dtype, requires_grad=False),
+        threads=lambda: int(sys.modules["torch"].get_num_threads()),
+        finished=lambda x: x,
+    ),
+}
