@@ -1,19 +1,85 @@
-"""Runs independent pieces of work on a few threads, for a library that has none of its own.
+"""The CPU row kernel: loading the shared library, how many threads it may use, and what it is handed.
 
-NumPy lets go of the interpreter within each of its operations, so that pieces of some hundred microseconds each run
-side by side.
+The library is plain C to Python: one structure in, a status out. Imports NumPy and nothing slower.
 """
 
-import contextlib
+import ctypes
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+F32, F64, F16, BF16 = range(4)
+TYPES = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": BF16}
+MEAN, SUM, NONE = range(3)
+REDUCTIONS = {"mean": MEAN, "sum": SUM, "none": NONE}
+
+_SUFFIXES = (".so", ".dylib", ".dll")
+
+
+class RowCall(ctypes.Structure):
+    """`gklx_call` of _kernels/cpu.h, field by field; arrays are addresses, 0 where there is none."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "student", "teacher", "prior", "labels", "sample_weight", "where", "upstream", "totals",
+        )),
+        *((name, ctypes.c_int64) for name in ("rows", "classes", "where_row_stride", "where_class_stride")),
+        *((name, ctypes.c_double) for name in (
+            "temperature", "weight_temperature", "gamma", "mse_weight", "ce_weight", "ranks",
+        )),
+        *((name, ctypes.c_int32) for name in (
+            "student_type", "teacher_type", "prior_type", "decomposed", "tempered", "symmetric", "batch_normalized",
+            "reduction", "upstream_per_row", "threads",
+        )),
+        *((name, ctypes.c_void_p) for name in (
+            "value", "to_student", "to_teacher", "totals_out", "kl", "mse", "ce", "mass", "student_peak",
+            "teacher_peak", "has_valid", "undefined",
+        )),
+    )  # fmt: skip
+
+
+def kernel_allowed() -> bool:
+    """False under `GKLX_KERNEL=0`: the formulas then run everything."""
+    return os.environ.get("GKLX_KERNEL") != "0"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library, None in an installation without it.
+
+    It lies beside the sources of the kernel, or where `GKLX_KERNEL_LIBRARY` says.
+    """
+    folder = Path(__file__).parent.parent / "_kernels"
+    elsewhere = os.environ.get("GKLX_KERNEL_LIBRARY")
+    for path in [Path(elsewhere)] if elsewhere else [folder / f"rows{suffix}" for suffix in _SUFFIXES]:
+        if path.exists():
+            loaded = ctypes.CDLL(str(path))
+            loaded.gklx_rows.argtypes = [ctypes.c_void_p]
+            loaded.gklx_rows.restype = ctypes.c_int
+            loaded.gklx_instruction_set.restype = ctypes.c_char_p
+            return loaded
+    return None
+
+
+@cache
+def _instruction_set() -> str | None:
+    loaded = library()
+    return None if loaded is None else str(loaded.gklx_instruction_set().decode())
+
+
+def instruction_set() -> str | None:
+    """What the kernel was compiled for that runs here, such as "avx2"; None where no kernel is in use."""
+    return _instruction_set() if kernel_allowed() else None
+
+
+def run(call: RowCall) -> None:
+    """Runs the kernel on a call that refers to live, contiguous arrays."""
+    loaded = library()
+    assert loaded is not None
+    if loaded.gklx_rows(ctypes.addressof(call)):
+        raise MemoryError("the row kernel found no memory for a row of logits on each thread")
 
 
 def threads() -> int:
@@ -31,50 +97,6 @@ def threads() -> int:
     return found
 
 
-def each(work: Callable[[Any], Any], pieces: Sequence[Any], workers: int) -> list[Any]:
-    """The results of `work` on each piece, in order; this thread takes its share of them.
-
-    An exception, an interrupt too, leaves the pieces not yet begun undone and comes out here.
-    """
-    workers = min(workers, len(pieces))
-    if workers < 2:
-        return [work(piece) for piece in pieces]
-    results: list[Any] = [None] * len(pieces)
-    left = deque(enumerate(pieces))
-
-    def run() -> None:
-        try:
-            while True:
-                try:
-                    at, piece = left.popleft()
-                except IndexError:
-                    return
-                results[at] = work(piece)
-        except BaseException:
-            left.clear()
-            raise
-
-    errors = np.geterr()  # what NumPy does about them is a thread's own
-
-    def run_as_here() -> None:
-        with np.errstate(**errors):
-            run()
-
-    others = []
-    with contextlib.suppress(RuntimeError):  # an interpreter that shuts down starts no work in threads
-        for _ in range(workers - 1):
-            others.append(_pool(os.getpid()).submit(run_as_here))
-    try:
-        run()
-    finally:
-        for other in others:
-            other.cancel()
-    for other in others:
-        if not other.cancelled():
-            other.result()
-    return results
-
-
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -90,9 +112,3 @@ def _limited_to() -> int:
 def _controller() -> Any:
     """Looks through the process's libraries once: that takes milliseconds, asking them takes microseconds."""
     return sys.modules["threadpoolctl"].ThreadpoolController()
-
-
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """One for all calls, so that many callers do not start more threads than there are cores; a fork has its own."""
-    return ThreadPoolExecutor(max(1, _cores() - 1), thread_name_prefix="gklx")
