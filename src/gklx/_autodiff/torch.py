@@ -76,9 +76,10 @@ def _plan(call: Call, *, ahead: bool) -> _Plan:
 class _Loss(torch.autograd.Function):
     """Keeps its inputs, and what the samples of the batch share."""
 
+    # By name: PyTorch's compiler tells by their number whether the forward pass takes a context.
     @staticmethod
-    def forward(plan: _Plan, *arrays: Any) -> Any:
-        found = evaluate(plan.on(arrays), value=True)
+    def forward(plan: _Plan, student: Any, teacher: Any, prior: Any, labels: Any, weight: Any, where: Any) -> Any:
+        found = evaluate(plan.on((student, teacher, prior, labels, weight, where)), value=True)
         return found.value, *(found.batch or ())
 
     @staticmethod
