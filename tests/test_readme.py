@@ -19,7 +19,7 @@ BLOCKS = [(*at.groups(), README[: at.start()].count("\n") + 2) for at in FENCED.
 PYTHON = [(body, line) for kind, body, line in BLOCKS if kind == "python"]
 COMMANDS = [body.rstrip("\n") for kind, body, _ in BLOCKS if kind == "sh"]
 TESTS = "python3 -m pip install nox && python3 -m nox"
-SCORE = "python3 -m pip install . && python3 -m gklx score "
+SCORE = "python3 -m pip install '.[cli]' && python3 -m gklx score "
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
