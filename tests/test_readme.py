@@ -12,6 +12,8 @@ import backends
 from gklx._cli import main
 from gklx._libraries import support_table
 
+pytestmark = pytest.mark.together
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
