@@ -1,0 +1,83 @@
+// What the library offers, and what its two halves share: call.cpp runs a call, cpu.cpp works on rows.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef _WIN32
+#define GKLX_PUBLIC extern "C" __declspec(dllexport)
+#else
+#define GKLX_PUBLIC extern "C" __attribute__((visibility("default")))
+#endif
+
+// The types of arrays. REAL is what is computed in: double where either network's logits are, else float.
+enum { F32, F64, F16, BF16 };
+enum { MEAN, SUM, NONE };
+
+typedef struct {
+  const void *student, *teacher;  // [rows, classes], contiguous, as is `prior`
+  const void *prior;              // null; [classes, classes] with labels, else [rows, classes]
+  const int64_t *labels;          // null; [rows]
+  const void *sample_weight;      // null; [rows], REAL
+  const uint8_t *where;           // null; booleans, with the two strides below, 0 where broadcast
+  const void *upstream;           // null = 1; REAL; one number or [rows]
+  const double *totals;           // null: made here; else four numbers of the batch, see `Totals` in row.h
+  int64_t rows, classes, where_row_stride, where_class_stride;
+  double temperature, weight_temperature, gamma, mse_weight, ce_weight, ranks;
+  int32_t student_type, teacher_type, prior_type;
+  int32_t decomposed, tempered, symmetric, batch_normalized;
+  int32_t reduction;
+  int32_t upstream_per_row, threads;
+  // Results, null where not asked for.
+  void *value;                    // REAL: one number, or [rows] under NONE
+  void *to_student, *to_teacher;  // of the logits' own types
+  double *totals_out;             // four numbers
+  // Of each sample, neither weighted nor normalised, REAL [rows]: W is the mass, a peak the largest probability at T.
+  void *kl, *mse, *ce, *mass, *student_peak, *teacher_peak;
+  uint8_t *has_valid, *undefined;
+} gklx_call;
+
+GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
+GKLX_PUBLIC const char *gklx_instruction_set(void);
+
+// --- between call.cpp and cpu.cpp ------------------------------------------------------------------------------------
+
+struct Row;
+struct Totals;
+
+// Where the class weights of a row come from.
+enum Weights {
+  PROBABILITIES,   // p itself: the teacher's softmax at T, to the power 1
+  TEACHER_POWER,   // softmax(t / weight_temperature)^gamma
+  PRIOR_POWER      // prior^gamma
+};
+
+// Rows of the prior to the power gamma, relative to each one's largest: made once where several rows of logits, or
+// several passes over them, use them.
+struct RaisedPrior {
+  void *weights;          // REAL [distinct, classes]; null where the prior's own rows can be used as they are
+  double *base, *mass;    // [distinct], as in `Row`
+  double *total;          // [distinct], the sum of the weights as they lie here
+  const int64_t *source;  // [distinct]: which row of the prior
+  const int64_t *of_row;  // [rows]: which distinct row a row of logits uses, -1 where its label names no class
+};
+
+// One pass over the rows, and what it is to find out.
+struct Pass {
+  const gklx_call *call;
+  Weights weights;
+  bool kl, mse, ce;            // values
+  bool to_student, to_teacher;
+  const Totals *totals;        // of the batch, for the gradients
+  const RaisedPrior *raised;   // or null
+  Row *rows;                   // what was found
+};
+
+// The loops, compiled for one instruction set.
+struct Loops {
+  const char *name;
+  size_t (*scratch_bytes)(const gklx_call &call);
+  void (*run)(const Pass &pass, int64_t begin, int64_t end, void *scratch);
+  void (*raise)(const Pass &pass, int64_t begin, int64_t end, void *scratch);  // fills `raised`, distinct rows
+};

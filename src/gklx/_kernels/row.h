@@ -1,0 +1,209 @@
+// What happens to one class and to one row. Free functions of numbers, without loops over classes and without memory of
+// their own, so that every processor's loops can use them.
+//
+// s, t are the logits of student and teacher, T the temperature, p = softmax(t/T), q = softmax(s/T), w the class weights,
+// W their sum over the classes, u = w/W, d = t - s.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define GKLX_BOTH __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define GKLX_BOTH static __forceinline
+#else
+#define GKLX_BOTH static inline __attribute__((always_inline))
+#endif
+
+// --- numbers ---------------------------------------------------------------------------------------------------------
+
+template <class R> struct Real;
+
+template <> struct Real<float> {
+  using Word = uint32_t;
+  static constexpr float inf = __builtin_huge_valf(), largest = 3.402823466e38f;
+  static constexpr float smallest_normal = 1.17549435e-38f, two_to_fraction = 8388608.0f;
+  static constexpr int fraction = 23, bias = 127;
+  // Adding it rounds to an integer, which then stands in the low bits.
+  static constexpr float rounder = 12582912.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // their sum is ln 2; the first is short
+  static constexpr float exponential_is_0 = -87.33654f;
+};
+
+template <> struct Real<double> {
+  using Word = uint64_t;
+  static constexpr double inf = __builtin_huge_val(), largest = 1.7976931348623157e308;
+  static constexpr double smallest_normal = 2.2250738585072014e-308, two_to_fraction = 4503599627370496.0;
+  static constexpr int fraction = 52, bias = 1023;
+  static constexpr double rounder = 6755399441055744.0;
+  static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
+  static constexpr double exponential_is_0 = -708.396418532264;
+};
+
+GKLX_BOTH uint32_t bits_of(float x) { uint32_t i; std::memcpy(&i, &x, sizeof i); return i; }
+GKLX_BOTH uint64_t bits_of(double x) { uint64_t i; std::memcpy(&i, &x, sizeof i); return i; }
+GKLX_BOTH float real_of(uint32_t i) { float x; std::memcpy(&x, &i, sizeof x); return x; }
+GKLX_BOTH double real_of(uint64_t i) { double x; std::memcpy(&x, &i, sizeof x); return x; }
+GKLX_BOTH float size_of(float x) { return real_of(uint32_t(bits_of(x) & 0x7fffffffu)); }
+GKLX_BOTH double size_of(double x) { return real_of(uint64_t(bits_of(x) & 0x7fffffffffffffffull)); }
+
+template <class R> GKLX_BOTH bool is_nan(R x) { return x != x; }
+template <class R> GKLX_BOTH bool is_infinite(R x) { return size_of(x) == Real<R>::inf; }
+template <class R> GKLX_BOTH R nan_of() { return Real<R>::inf - Real<R>::inf; }
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, and (exp(-x) - 1 + x) / x^2 for |x| <= 1: Chebyshev fits, relative errors
+// below a tenth of a unit in the last place.
+GKLX_BOTH float exponential_tail(float r) {
+  float y = 0.00139269266f;
+  y = y * r + 0.00836377387f;
+  y = y * r + 0.04166655011f;
+  y = y * r + 0.16666573382f;
+  return y * r + 0.5f;
+}
+GKLX_BOTH double exponential_tail(double r) {
+  double y = 2.51013469283503402e-8;
+  y = y * r + 2.76213386691429238e-7;
+  y = y * r + 2.75572664186123037e-6;
+  y = y * r + 2.48015186413959936e-5;
+  y = y * r + 1.98412698643805133e-4;
+  y = y * r + 1.38888889189391678e-3;
+  y = y * r + 8.3333333333297935e-3;
+  y = y * r + 4.16666666666206386e-2;
+  y = y * r + 1.66666666666666675e-1;
+  return y * r + 0.5;
+}
+GKLX_BOTH float divergence_tail(float x) {
+  float y = -2.80628025823e-6f;
+  y = y * x + 2.53585122446e-5f;
+  y = y * x - 1.98381019687e-4f;
+  y = y * x + 1.38853969118e-3f;
+  y = y * x - 8.33333967592e-3f;
+  y = y * x + 4.16667365952e-2f;
+  y = y * x - 1.66666666468e-1f;
+  return y * x + 0.5f;
+}
+GKLX_BOTH double divergence_tail(double x) {
+  double y = -7.74617859301882749e-13;
+  y = y * x + 1.16391941241505224e-11;
+  y = y * x - 1.60576796238016377e-10;
+  y = y * x + 2.08744355758642747e-9;
+  y = y * x - 2.50521176959078236e-8;
+  y = y * x + 2.75573350689337267e-7;
+  y = y * x - 2.7557319191381817e-6;
+  y = y * x + 2.48015872460968169e-5;
+  y = y * x - 1.98412698413241979e-4;
+  y = y * x + 1.38888888889814045e-3;
+  y = y * x - 8.33333333333329936e-3;
+  y = y * x + 4.16666666666660883e-2;
+  y = y * x - 1.66666666666666667e-1;
+  return y * x + 0.5;
+}
+
+// exp(x) for x <= 0, 0 below the normal numbers.
+template <class R> GKLX_BOTH R exponential(R x) {
+  using Word = typename Real<R>::Word;
+  R n = x * R(1.44269504088896340736) + Real<R>::rounder;
+  R two_to_n = real_of(Word((bits_of(n) + Word(Real<R>::bias)) << Real<R>::fraction));
+  n -= Real<R>::rounder;
+  R r = x - n * Real<R>::ln2_high;
+  r = r - n * Real<R>::ln2_low;
+  R y = (exponential_tail(r) * r * r + r) + R(1);
+  return x < Real<R>::exponential_is_0 ? R(0) : y * two_to_n;
+}
+
+// log(x) for finite x > 0: x = 2^n m with m about 1, and log m = 2 artanh(f / (2 + f)), f = m - 1.
+template <class R> GKLX_BOTH R logarithm(R x) {
+  using Word = typename Real<R>::Word;
+  constexpr Word one = Word(Real<R>::bias) << Real<R>::fraction;
+  bool small = x < Real<R>::smallest_normal;
+  x = small ? x * Real<R>::two_to_fraction : x;
+  Word above_root = bits_of(x) + (one - bits_of(R(0.70710678118654752440)));  // so that m lies within sqrt(1/2), sqrt(2)
+  Word n_biased = above_root >> Real<R>::fraction;
+  R m = real_of(Word(bits_of(x) - (n_biased << Real<R>::fraction) + one));
+  R n = real_of(Word(bits_of(Real<R>::rounder) + n_biased)) - Real<R>::rounder - R(Real<R>::bias);
+  n = small ? n - R(Real<R>::fraction) : n;
+  R f = m - R(1), z = f / (R(2) + f), square = z * z;
+  R y = R(1.0 / 11);
+  if constexpr (sizeof(R) == 8) {
+    y = R(1.0 / 21);
+    y = y * square + R(1.0 / 19);
+    y = y * square + R(1.0 / 17);
+    y = y * square + R(1.0 / 15);
+    y = y * square + R(1.0 / 13);
+    y = y * square + R(1.0 / 11);
+  }
+  y = y * square + R(1.0 / 9);
+  y = y * square + R(1.0 / 7);
+  y = y * square + R(1.0 / 5);
+  y = y * square + R(1.0 / 3);
+  return n * Real<R>::ln2_high + (R(2) * (z + z * square * y) + n * Real<R>::ln2_low);
+}
+
+// x^gamma for 0 <= x <= 1 and gamma > 0.
+template <class R> GKLX_BOTH R power(R x, R gamma) { return x > R(0) ? exponential(gamma * logarithm(x)) : x; }
+
+// --- one class -------------------------------------------------------------------------------------------------------
+
+// d as an exact sum of two numbers: opposite offsets of the networks, or the same low fill in both, cost it no digits.
+// In rows that need care it is d/4, so that no finite logits overflow; `scale` makes up for it.
+template <class R> struct Difference {
+  R high, low;
+  bool infinite;  // then high and low are 0, and the sign is that of `unbounded`
+  R unbounded;
+};
+
+template <bool Careful> constexpr double difference_scale = Careful ? 4.0 : 1.0;
+
+template <class R, bool Careful> GKLX_BOTH Difference<R> difference(R t, R s) {
+  if (Careful) {
+    t *= R(0.25);
+    s *= R(0.25);
+  }
+  R high = t - s, s_part = t - high;
+  R low = (t - (high + s_part)) + (s_part - s);  // Knuth's two-sum
+  if (!Careful) return {high, low, false, high};
+  bool infinite = is_infinite(high);
+  return {infinite ? R(0) : high, infinite ? R(0) : low, infinite, high};
+}
+
+// A class's part of KL: p L + q - p with L = log p - log q. It is >= 0, and so is their sum, which is KL since p and q
+// each sum to 1. Near L = 0 it is p (L + exp(-L) - 1), without the cancellation that would leave nothing of the KL of two
+// close rows.
+template <class R> GKLX_BOTH R divergence(R p, R q, R ratio) {
+  R far = p * ratio + (q - p);
+  R close = p * (ratio * ratio) * divergence_tail(ratio);
+  return size_of(ratio) < R(1) ? close : far;
+}
+
+// --- one row ---------------------------------------------------------------------------------------------------------
+
+// What is known of a row that the batch needs. W = mass * base^gamma.
+struct Row {
+  double weight;  // of the sample; 0 where no class is valid
+  double mass;    // sum of (w_j / base)^gamma; NaN where W is not a number
+  double base;    // the largest weight before the power
+  double loss_kl, loss_mse, loss_ce;  // the mse is that of W = 1
+};
+
+// The sums that a batch shares, made of numbers between 0 and 1 so that no scale of the weights overflows.
+struct Totals {
+  double largest_weight, largest_base;  // V and P: the largest sample weight and base; 1 where 0
+  double weight;                        // sum of v/V
+  double squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
+};
+
+// What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
+GKLX_BOTH double share_of(double weight, bool mean, double ranks, const Totals &totals) {
+  if (!mean) return weight;
+  return totals.weight == 0 ? 0 : ranks * (weight / totals.largest_weight / totals.weight);
+}
+
+// What a wMSE with W = 1 is multiplied by: W^2, or R^2 over its mean over the batch. `base_power` is base^gamma, and
+// (base/P)^gamma for a batch.
+GKLX_BOTH double mass_factor(double mass, double base_power, bool batch, const Totals &totals) {
+  double w = mass * base_power;
+  if (!batch || totals.squared_mass == 0) return w * w;
+  return w * w * (totals.weight / totals.squared_mass);
+}
