@@ -62,10 +62,10 @@ def _wheel(session: nox.Session) -> pathlib.Path:
         # The build folder stays, so that the next run compiles what has changed.
         build = f"--config-settings=build-dir={session.cache_dir / 'build'}"
         command = ("python", "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={folder}", build, ".")
-        session.run(*command, env={"GKLX_XLA_HEADERS": "jaxlib"}, silent=True)
+        session.run_install(*command, env={"GKLX_XLA_HEADERS": "jaxlib"}, silent=True)
         (wheel,) = folder.glob("*.whl")
         if wheel.stem.endswith("-any"):
-            session.error("the kernel did not compile: pip install -v . says why")
+            session.error("the kernel did not compile: `pip wheel -v --no-deps .` says why")
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
                 if name.startswith("gklx/_kernels/") and name.endswith((".so", ".dll")):
@@ -173,8 +173,7 @@ def package(session: nox.Session, compiler: str) -> None:
     else:
         folder = pathlib.Path(session.create_tmp())
         session.install("build")
-        session.run("python", "-m", "build", "--sdist", f"--outdir={folder}", silent=True)
-        session.run("python", "-m", "pip", "uninstall", "--yes", "build", "pyproject_hooks", "packaging", silent=True)
+        session.run_install("python", "-m", "build", "--sdist", f"--outdir={folder}", silent=True)
         (source,) = folder.resolve().glob("*.tar.gz")
     failing = {"CC": "false", "CXX": "false"} if compiler == "fails" else {}
     score = ("python", "-m", "gklx", "score", *(f"examples/digits/{name}.npy" for name in ("student", "teacher")))
