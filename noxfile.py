@@ -8,10 +8,11 @@ import os
 import pathlib
 import shutil
 import subprocess
+import zipfile
 
 import nox
 
-PYTHONS = ("3.11", "3.12", "3.13")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 # What a library's session installs beside gklx: extras, and what the examples need; and the backend whose tests it then
 # runs: NumPy's own are those of NumPy's session alone. The constraints file keeps pip from fetching a newer PyTorch
@@ -23,27 +24,7 @@ LIBRARIES = {
     "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "jax"),
     "dask": (["dask"], [], "dask"),
 }
-
-
-def _ignored(*names: str) -> tuple[str, ...]:
-    return tuple(f"--ignore=tests/test_{name}.py" for name in names)
-
-
-# Files, processes and pictures: tested with NumPy, and with all libraries together where more take part.
-FILES = _ignored(
-    "atomic", "benches", "files", "memory", "mutations", "plot", "progress", "sample_files", "score_peers", "score_runs"
-)
-# The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
-KERNELS = _ignored("cuda_rows")
-# All libraries side by side: one session's.
-SIDE_BY_SIDE = _ignored("agreement")
-# The theory's identities and the experiments: one session's.
-EVIDENT = ("experiments", "theory", "trajectories")
-EVIDENCE = _ignored(*EVIDENT)
-# Of NumPy's tests those in which another Python changes nothing.
-ALIKE = _ignored("benches", "mutations")
-# Of JAX's tests those in which another Python may change something; the others are minutes of compiling.
-PYTHONIC = tuple(f"tests/test_{name}.py" for name in ("autodiff", "errors", "extremes", "prior", "theorem"))
+KERNELS = pathlib.Path("src", "gklx", "_kernels")
 
 # pyenv shows the interpreters it holds only where asked to.
 if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
@@ -70,14 +51,38 @@ nox.options.sessions = [
 ]
 
 
+_built: list[pathlib.Path] = []
+
+
+def _wheel(session: nox.Session) -> pathlib.Path:
+    """The wheel that all sessions of a run install; its kernel is put into the sources, which the tests import."""
+    if not _built:
+        folder = session.cache_dir / "wheel"
+        shutil.rmtree(folder, ignore_errors=True)
+        # The build folder stays, so that the next run compiles what has changed.
+        build = f"--config-settings=build-dir={session.cache_dir / 'build'}"
+        command = ("python", "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={folder}", build, ".")
+        session.run_install(*command, env={"GKLX_XLA_HEADERS": "jaxlib"}, silent=True)
+        (wheel,) = folder.glob("*.whl")
+        if wheel.stem.endswith("-any"):
+            session.error("the kernel did not compile: `pip wheel -v --no-deps .` says why")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("gklx/_kernels/") and name.endswith((".so", ".dll")):
+                    (KERNELS / pathlib.Path(name).name).write_bytes(archive.read(name))
+        _built.append(wheel)
+    return _built[0].resolve()
+
+
 def _install(session: nox.Session, extras: list[str], *more: str) -> None:
-    project = f".[{','.join(extras)}]" if extras else "."
+    wheel = _wheel(session)
     # Python compiles what it imports; of the thousands of files of a library that is a small part.
-    session.install("--no-compile", project, *TOOLS, *more, "-c", "tests/constraints.txt")
+    options = ("--no-compile", "-c", "tests/constraints.txt")
+    session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
 
 
-def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
-    session.run("pytest", "-n", "2", *arguments, *session.posargs, env={"GKLX_BACKENDS": backends})
+def _pytest(session: nox.Session, marked: str, backends: str) -> None:
+    session.run("pytest", "-n", "2", "-m", marked, *session.posargs, env={"GKLX_BACKENDS": backends})
 
 
 @nox.session(python=PYTHONS)
@@ -85,51 +90,45 @@ def _pytest(session: nox.Session, *arguments: str, backends: str) -> None:
 def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
-    _install(session, extras, *more)
-    between = session.python not in (PYTHONS[0], PYTHONS[-1])
-    chosen = KERNELS + EVIDENCE + SIDE_BY_SIDE + (FILES if library != "numpy" or between else ())
+    _install(session, extras, *TOOLS, *more)
+    marked = "not cuda_kernels and not evidence and not side_by_side"
+    if library != "numpy" or session.python == "3.12":
+        marked += " and not files"
     if library == "numpy" and session.python != PYTHONS[0]:
-        chosen += ALIKE
+        marked += " and not version_independent"
     if library == "jax" and session.python != PYTHONS[0]:
-        chosen = PYTHONIC
-    _pytest(session, *chosen, backends=backends)
+        # The others are minutes of compiling.
+        marked = "version_dependent_jax"
+    _pytest(session, marked, backends)
 
 
 @nox.session(python=PYTHONS[0])
 def together(session: nox.Session) -> None:
     """All libraries in one process: that they agree with each other, and that mixing them is an error."""
-    _install(session, ["torch", "jax", "dask", "strict", "score"], "scipy>=1.14")
-    _pytest(
-        session,
-        "tests/test_agreement.py",
-        "tests/test_errors.py",
-        "tests/test_score.py",
-        "tests/test_score_peers.py",
-        "tests/test_readme.py",
-        backends="numpy,torch,jax,dask,array_api_strict",
-    )
+    _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS, "scipy>=1.14")
+    _pytest(session, "together", "numpy,torch,jax,dask,array_api_strict")
     session.run("gklx", "verify", "--format", "markdown")
 
 
 @nox.session(python=PYTHONS[0])
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
-    _install(session, [], "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, *FILES, *KERNELS, *EVIDENCE, backends="numpy")
+    _install(session, [], *TOOLS, "numpy==1.26.*", "array-api-compat==1.12.*")
+    _pytest(session, "not files and not cuda_kernels and not evidence", "numpy")
 
 
 @nox.session(python=PYTHONS[0])
 def kernels(session: nox.Session) -> None:
     """The CUDA kernels without a GPU: run on the CPU, thread by thread, and compiled for GPUs."""
-    _install(session, [], "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.6")
-    _pytest(session, "tests/test_cuda_rows.py", backends="numpy")
+    _install(session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.6")
+    _pytest(session, "cuda_kernels", "numpy")
 
 
 @nox.session(python=PYTHONS[0])
 def evidence(session: nox.Session) -> None:
     """The identities of the theory page, and each experiment for two steps."""
-    _install(session, ["torch", "jax", "experiments"], "optax>=0.2.5", "sympy>=1.13")
-    _pytest(session, *(f"tests/test_{name}.py" for name in EVIDENT), backends="numpy,torch,jax")
+    _install(session, ["torch", "jax", "experiments"], *TOOLS, "optax>=0.2.5", "sympy>=1.13")
+    _pytest(session, "evidence", "numpy,torch,jax")
 
 
 @nox.session(python=PYTHONS[0])
@@ -137,8 +136,8 @@ def cupy(session: nox.Session) -> None:
     """CuPy's tests, on a CUDA GPU."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
-    _install(session, ["cupy"])
-    _pytest(session, *FILES, *EVIDENCE, backends="cupy")
+    _install(session, ["cupy"], *TOOLS)
+    _pytest(session, "not files and not evidence", "cupy")
 
 
 @nox.session(python=PYTHONS[0])
@@ -152,28 +151,34 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def types(session: nox.Session) -> None:
     """mypy, strict."""
-    session.install("--no-compile", ".[torch,jax,dask,strict,score]", "mypy>=1.13", "-c", "tests/constraints.txt")
+    _install(session, ["torch", "jax", "dask", "strict", "score"], "mypy>=1.13")
     session.run("mypy", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def docs(session: nox.Session) -> None:
     """The site, in docs/_build/html; a warning is an error, and so is a reference that leads nowhere."""
-    session.install("--no-compile", ".[docs,torch]", "-c", "tests/constraints.txt")
+    _install(session, ["docs", "torch"])
     # The width of the command's help.
     strictly = ("--fail-on-warning", "--keep-going", "--nitpicky", "--fresh-env")
     session.run("sphinx-build", *strictly, *session.posargs, "docs", "docs/_build/html", env={"COLUMNS": "100"})
 
 
 @nox.session(python=PYTHONS[0])
-def package(session: nox.Session) -> None:
-    """The wheel holds the typed package, and the command runs from it."""
-    wheels = pathlib.Path(session.create_tmp())
-    session.install("build")
-    session.run("python", "-m", "build", "--wheel", "--outdir", str(wheels), silent=True)
-    session.run("python", "-m", "pip", "uninstall", "--yes", "build", silent=True)
-    session.install(*(str(wheel) for wheel in wheels.glob("*.whl")))
-    session.run("gklx", "score", *(f"examples/digits/{name}.npy" for name in ("student", "teacher")))
-    session.run(
-        "python", "-c", "import gklx, pathlib; assert (pathlib.Path(gklx.__file__).parent / 'py.typed').exists()"
-    )
+@nox.parametrize("compiler", [nox.param(name, id=name) for name in ("works", "fails")])
+def package(session: nox.Session, compiler: str) -> None:
+    """What is installed: the wheel for this platform, and the source distribution where the compiler fails."""
+    if compiler == "works":
+        source = _wheel(session)
+    else:
+        folder = pathlib.Path(session.create_tmp())
+        session.install("build")
+        session.run_install("python", "-m", "build", "--sdist", f"--outdir={folder}", silent=True)
+        (source,) = folder.resolve().glob("*.tar.gz")
+    failing = {"CC": "false", "CXX": "false"} if compiler == "fails" else {}
+    score = ("python", "-m", "gklx", "score", *(f"examples/digits/{name}.npy" for name in ("student", "teacher")))
+    session.install(str(source), env=failing)
+    session.run("python", "tests/check_install.py", "kernel" if compiler == "works" else "pure")
+    session.run(*score, success_codes=[2])  # it names the extra
+    session.install(f"{source}[cli]", env=failing)
+    session.run(*score, "--labels", "examples/digits/labels.npy")

@@ -12,6 +12,8 @@ import gklx
 from cases import CASES, call, loss_of, on
 from closeness import assert_close, ulps_of
 
+pytestmark = [pytest.mark.side_by_side, pytest.mark.together]
+
 NUMPY = backends.BACKENDS[0]
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from gklx._scoring.atomic import check_writable, replacing
 
+pytestmark = pytest.mark.files
+
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):
     path = tmp_path / "x"

@@ -12,6 +12,8 @@ from cases import CASES, call, loss_of, on
 from closeness import assert_close, assert_near
 from gklx._autodiff import value_and_gradients
 
+pytestmark = pytest.mark.version_dependent_jax
+
 
 @pytest.fixture
 def torch():

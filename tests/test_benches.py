@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.files, pytest.mark.version_independent]
+
 BENCHES = Path(__file__).parents[1] / "benches"
 
 

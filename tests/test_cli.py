@@ -373,6 +373,27 @@ def test_import_brings_no_command():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "absent"),
+    [(["score", *FILES], "rich"), (["score", *FILES], "psutil"), (["verify", "--backend", "numpy"], "rich")],
+)
+def test_without_the_extra(argv, absent):
+    """A plain install has neither package: one line says what to install."""
+    code = f"import sys; sys.modules[{absent!r}] = None; from gklx._cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    line = f"gklx: error: gklx {argv[0]} needs {absent}, which is not installed (pip install 'gklx[cli]')\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_score_in_python_without_the_extra(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("gklx._scoring")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(ModuleNotFoundError, match=r"gklx\.score needs psutil, .*pip install 'gklx\[cli\]'"):
+        gklx.score(np.zeros((2, 3)), np.zeros((2, 3)))
+
+
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
 def test_nobody_reads(argv, statuses):

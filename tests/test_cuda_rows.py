@@ -24,6 +24,8 @@ from gklx import _sweep
 from gklx._cuda import launch, plan, rows
 from gklx.transforms import _unwrapped as problem_builder
 
+pytestmark = pytest.mark.cuda_kernels
+
 HERE = Path(__file__).parent
 SOURCE = Path(rows.__file__).with_name("rows.cu")
 EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -8,6 +8,8 @@ import pytest
 
 import gklx
 
+pytestmark = [pytest.mark.version_dependent_jax, pytest.mark.together]
+
 S, T = np.zeros((2, 3)), np.ones((2, 3))
 LABELS, TABLE = np.asarray([0, 2]), np.full((3, 3), 1 / 3)
 

@@ -12,6 +12,8 @@ import pytest
 import backends
 from closeness import assert_near
 
+pytestmark = pytest.mark.evidence
+
 EXPERIMENTS = Path(__file__).parents[1] / "examples" / "experiments"
 T_975 = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025))  # Student's quantile, which for 2 degrees of freedom has this form
 NEEDED = ("altair", "rich", "scipy", "vl_convert")

@@ -9,6 +9,8 @@ import gklx
 from cases import CASES, LOSSES, call, loss_of
 from closeness import assert_close
 
+pytestmark = pytest.mark.version_dependent_jax
+
 INF, NAN = np.inf, np.nan
 EYE = np.eye(3) * 0.4 + 0.2
 

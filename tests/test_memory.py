@@ -5,6 +5,8 @@ import pytest
 
 from gklx._scoring.memory import parse_size, rows_and_threads
 
+pytestmark = pytest.mark.files
+
 
 @pytest.mark.parametrize(
     ("text", "size"),

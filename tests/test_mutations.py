@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = [pytest.mark.files, pytest.mark.version_independent]
+
 HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "gklx"
 

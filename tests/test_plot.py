@@ -10,6 +10,8 @@ import pytest
 import gklx
 from gklx._scoring import plot
 
+pytestmark = pytest.mark.files
+
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 

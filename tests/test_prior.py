@@ -6,6 +6,8 @@ import pytest
 import gklx
 from closeness import assert_close, assert_near
 
+pytestmark = pytest.mark.version_dependent_jax
+
 C = 4
 
 

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.files
+
 pty = pytest.importorskip("pty", reason="terminals of POSIX")
 
 

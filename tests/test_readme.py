@@ -12,6 +12,8 @@ import backends
 from gklx._cli import main
 from gklx._core.libraries import support_table
 
+pytestmark = pytest.mark.together
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -19,7 +21,7 @@ BLOCKS = [(*at.groups(), README[: at.start()].count("\n") + 2) for at in FENCED.
 PYTHON = [(body, line) for kind, body, line in BLOCKS if kind == "python"]
 COMMANDS = [body.rstrip("\n") for kind, body, _ in BLOCKS if kind == "sh"]
 TESTS = "python3 -m pip install nox && python3 -m nox"
-SCORE = "python3 -m pip install . && python3 -m gklx score "
+SCORE = "python3 -m pip install '.[cli]' && python3 -m gklx score "
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 

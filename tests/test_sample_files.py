@@ -6,6 +6,8 @@ import pytest
 import gklx
 from gklx._scoring import work_file
 
+pytestmark = pytest.mark.files
+
 rng = np.random.default_rng(5)
 STUDENT, TEACHER = rng.standard_normal((2, 40, 6)) * 3
 LABELS = rng.integers(0, 6, 40)

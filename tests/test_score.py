@@ -13,6 +13,8 @@ from gklx._core.libraries import LIBRARIES
 from gklx._scoring.samples import LOSSES, Parameters
 from gklx._scoring.statistics import Score
 
+pytestmark = pytest.mark.together
+
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 STUDENT, TEACHER, LABELS = (DIGITS / f"{name}.npy" for name in ("student", "teacher", "labels"))
 NAMES = list(LOSSES)

@@ -17,7 +17,10 @@ from gklx._scoring import run as runs
 from gklx._scoring import statistics, work_file
 from gklx._scoring.work_file import WorkFile
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX")
+pytestmark = [
+    pytest.mark.files,
+    pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX"),
+]
 
 
 @pytest.fixture(scope="module")

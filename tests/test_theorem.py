@@ -14,6 +14,8 @@ import oracle
 from cases import Case, call, on
 from closeness import assert_close, assert_near
 
+pytestmark = pytest.mark.version_dependent_jax
+
 LOGITS = arrays("float64", (2, 3, 5), elements=st.floats(-30, 30))
 TEMPERATURES = st.floats(0.25, 8)
 

@@ -14,6 +14,8 @@ import backends
 import gklx
 import oracle
 
+pytestmark = pytest.mark.evidence
+
 PAGE = Path(__file__).parents[1] / "docs" / "theory.md"
 BATCH, CLASSES = 4, 5
 

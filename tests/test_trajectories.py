@@ -9,6 +9,8 @@ import pytest
 
 import backends
 
+pytestmark = pytest.mark.evidence
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "experiments" / "trajectories.py"
 

@@ -89,6 +89,8 @@ def score(
         Arguments that do not fit together or cannot be read; nothing to score; with `strict`, an undefined sample.
     OSError
         A file that cannot be written.
+    ModuleNotFoundError
+        psutil or rich is not installed: both are in the extra `cli`.
 
     Examples
     --------
@@ -99,7 +101,14 @@ def score(
     >>> print(f"{found.losses['kl'].mean:.6f} {found.top1_agreement:.0%}")
     0.065406 50%
     """
-    from ._scoring.score import Request, score
+    try:
+        from ._scoring.score import Request, score
+    except ModuleNotFoundError as error:
+        if error.name not in ("psutil", "rich"):
+            raise
+        raise ModuleNotFoundError(
+            f"gklx.score needs {error.name}, which is not installed (pip install 'gklx[cli]')", name=error.name
+        ) from None
 
     return score(
         Request(

@@ -16,6 +16,9 @@ from . import score, verify
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
+_EXTRA = ("psutil", "rich")
+"""What the command needs beyond the losses: the extra `cli`."""
+
 _EXAMPLE = """\
 example:
   gklx score student.npy teacher.npy --labels labels.npy --loss kl gkl --gamma 0.5
@@ -73,6 +76,11 @@ def _run(argv: Sequence[str] | None) -> int:
         report, status = arguments.run(arguments)
     except (ValueError, TypeError) as error:
         _complain(str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        _complain(f"gklx {arguments.command} needs {error.name}, which is not installed (pip install 'gklx[cli]')")
         return 2
     # Characters that the output cannot spell are replaced: a table is no reason to fail.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
