@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .._core.call import Array, Arrays, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
-from .._run.dispatch import evaluate
+from .._run import blocks, xla
 
 
 class _Plan(NamedTuple):
@@ -48,7 +48,12 @@ def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> 
     """As `evaluate`, all of it differentiable again."""
     plan, rest = _separated(call)
     s, t = call.arrays.student, call.arrays.teacher
-    return Result(*_with_gradients(plan, _Asked(value, student, teacher), s, t, rest))
+    found, to_student, to_teacher = _with_gradients(plan, _Asked(value, student, teacher), s, t, rest)
+    return Result(
+        found,
+        None if to_student is None else to_student.astype(s.dtype),
+        None if to_teacher is None else to_teacher.astype(t.dtype),
+    )
 
 
 def _separated(call: Call) -> tuple[_Plan, _Rest]:
@@ -60,13 +65,14 @@ def _separated(call: Call) -> tuple[_Plan, _Rest]:
 def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
     dtype, formula, reduction, static, ranks = plan
     arrays, traced = rest
-    arrays = arrays._replace(student=student, teacher=teacher)
+    # Gradients are rounded to the logits' dtype last, when they have been multiplied by what follows the loss.
+    arrays = arrays._replace(student=student.astype(dtype), teacher=teacher.astype(dtype))
     return Call(jnp, dtype, formula, reduction, combine(static, traced), arrays, ranks)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
-    return evaluate(_call(plan, student, teacher, rest), value=True).value
+    return _evaluated(plan, _Asked(value=True, student=False, teacher=False), student, teacher, rest).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
@@ -85,8 +91,13 @@ def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _with_gradients(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
     """The value, and the gradients of each sample's own entry, in one evaluation; None where not asked for."""
-    found = evaluate(_call(plan, student, teacher, rest), **asked._asdict())
+    found = _evaluated(plan, asked, student, teacher, rest)
     return found.value, found.student, found.teacher
+
+
+def _evaluated(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
+    call = _call(plan, student, teacher, rest)
+    return (xla.evaluate if xla.serves(call) else blocks.evaluate)(call, **asked._asdict())
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
@@ -95,7 +106,8 @@ def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any)
     d_logits, rest = _logits_alone(plan, tangents), primals[2]
 
     def apart(student: Array, teacher: Array) -> tuple[Any, ...]:
-        found = evaluate(_call(plan, student, teacher, rest), student=asked.student, teacher=asked.teacher)
+        call = _call(plan, student, teacher, rest)
+        found = blocks.evaluate(call, student=asked.student, teacher=asked.teacher)
         return _loss(plan, student, teacher, rest) if asked.value else None, found.student, found.teacher
 
     directions = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in d_logits)

@@ -1,0 +1,121 @@
+"""A call on the CPU's row kernel within a program that JAX compiles: one primitive, lowered to a call by `jax.ffi`.
+
+It is lowered to the formulas wherever the kernel cannot serve: on other platforms, over several devices, in a program
+that is exported to run where gklx is not, and under `vmap`.
+"""
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result
+from . import blocks, cpu
+
+_TARGET = "gklx_rows"
+_OPTIONAL = Arrays._fields[2:]
+_PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}  # the bits that jax_ffi.cpp names
+_ASKED = {"value": 1, "student": 2, "teacher": 4}
+
+
+class _Plan(NamedTuple):
+    """What is fixed when the program is traced."""
+
+    formula: Formula
+    reduction: Reduction
+    present: tuple[str, ...]
+    asked: tuple[str, ...]
+    threads: int
+
+
+def serves(call: Call) -> bool:
+    """Whether the kernel was built with JAX's interface, and the call is traced with known shapes, on one rank."""
+    return (
+        cpu.instruction_set() is not None
+        and call.ranks is None
+        and isinstance(call.arrays.student, jax.core.Tracer)
+        and all(isinstance(n, int) for n in call.arrays.student.shape)
+        and _registered()
+    )
+
+
+def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
+    """As `dispatch.evaluate`, the gradients in the dtype computed in."""
+    asked = [name for name, wanted in zip(_ASKED, (value, student, teacher), strict=True) if wanted]
+    if not asked:
+        return Result(None, None, None)
+    given = call.arrays
+    if given.labels is not None and given.labels.dtype not in (jnp.int32, jnp.int64):
+        given = given._replace(labels=jnp.where(given.labels < 2**31, given.labels, 2**31 - 1).astype(jnp.int32))
+    if given.where is not None:
+        given = given._replace(where=jnp.broadcast_to(given.where, given.student.shape))
+    present = [name for name in _OPTIONAL if getattr(given, name) is not None]
+    plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), cpu.threads())
+    found = _rows.bind(
+        given.student.astype(call.dtype),
+        given.teacher.astype(call.dtype),
+        jnp.stack([jnp.asarray(x, call.dtype) for x in call.numbers]),
+        *(getattr(given, name) for name in present),
+        plan=plan,
+    )
+    return Result(**({"value": None, "student": None, "teacher": None} | dict(zip(asked, found, strict=True))))
+
+
+def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Array, plan: _Plan) -> list[Array]:
+    arrays = Arrays(student, teacher, **dict.fromkeys(_OPTIONAL))._replace(
+        **dict(zip(plan.present, optional, strict=True))
+    )
+    call = Call(jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
+    found = blocks.evaluate(call, **{name: name in plan.asked for name in _ASKED})
+    return [getattr(found, name) for name in plan.asked]
+
+
+def _shapes(student: Any, teacher: Any, numbers: Any, *_: Any, plan: _Plan) -> list[Any]:
+    shapes = {"value": student.shape[:-1] if plan.reduction == "none" else (), "student": student.shape}
+    shapes["teacher"] = teacher.shape
+    return [jax.core.ShapedArray(shapes[name], student.dtype) for name in plan.asked]
+
+
+def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
+    module = ctx.module_context
+    alone = getattr(module.axis_context, "num_devices", None) == 1
+    if not alone or module.lowering_parameters.for_export:
+        return _lowered(ctx, *operands, plan=plan)
+    attributes = {
+        **plan.formula._asdict(),
+        "present": sum(_PRESENT[name] for name in plan.present),
+        "asked": sum(_ASKED[name] for name in plan.asked),
+        "reduction": cpu.REDUCTIONS[plan.reduction],
+        "threads": plan.threads,
+    }
+    lowering = jax.ffi.ffi_lowering(_TARGET)
+    return lowering(ctx, *operands, **{name: np.int32(x) for name, x in attributes.items()})
+
+
+def _batched(operands: Any, axes: Any, *, plan: _Plan) -> Any:
+    found = jax.vmap(partial(_by_formulas, plan=plan), in_axes=axes)(*operands)
+    return found, [0] * len(found)
+
+
+@cache
+def _registered() -> bool:
+    """Whether the library holds a handler, which JAX then knows."""
+    library = cpu.library()
+    if library is None or not hasattr(library, "gklx_jax_rows"):
+        return False
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.gklx_jax_rows), platform="cpu")
+    return True
+
+
+_lowered = mlir.lower_fun(_by_formulas, multiple_results=True)
+_rows = Primitive("gklx_rows")
+_rows.multiple_results = True
+_rows.def_impl(_by_formulas)
+_rows.def_abstract_eval(_shapes)
+mlir.register_lowering(_rows, _lowered)
+mlir.register_lowering(_rows, _lowered_for_cpu, platform="cpu")
+batching.primitive_batchers[_rows] = _batched
