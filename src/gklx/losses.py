@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec
 
 from . import _autodiff
-from ._arguments import problem_of
+from ._arguments import problem_of, truth
 from ._problem import Array, Formula, Number, Problem, Reduction
 
 _Signature = ParamSpec("_Signature")
@@ -314,10 +314,9 @@ def gkl(
     >>> print(f"{gklx.gkl(student, teacher, gamma=0.5, mse_weight=4.0):.6f}")
     1.335344
     """
-    if normalize not in ("batch", "samples"):
+    if not isinstance(normalize, str) or normalize not in ("batch", "samples"):
         raise ValueError(f'normalize must be "batch" or "samples", got {normalize!r}')
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
+    symmetric = truth("symmetric", symmetric)
     formula = Formula(decomposed=True, tempered=False, symmetric=symmetric, batch_normalized=normalize == "batch")
     return problem_of(
         formula,

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ._arguments import whole_number
 from ._libraries import library_of
 from ._verify.agreement import Agreement, told
 from ._verify.calls import Arguments, Results, autodiff, call
@@ -276,15 +277,20 @@ def _check_options(dtypes: Sequence[str], ulps: float, per: str) -> None:
 
 
 def _argnums(argnums: int | Sequence[int], arrays: tuple[Any, ...]) -> tuple[int, ...]:
-    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
-    for at in numbers:
+    several = isinstance(argnums, Sequence) or (isinstance(argnums, np.ndarray) and argnums.ndim == 1)
+    numbers: list[int] = []
+    for each in argnums if several else (argnums,):  # type: ignore[union-attr]
+        at = whole_number(each)
+        if at is None:
+            raise TypeError(f"argnums must be an integer or a sequence of integers, got {argnums!r}")
         if not 0 <= at < len(arrays) or not isinstance(arrays[at], np.ndarray) or arrays[at].dtype.kind != "f":
             raise ValueError(
                 f"argnums must name floating arrays among the {len(arrays)} that are given, got {argnums!r}"
             )
+        numbers.append(at)
     if not numbers:
         raise ValueError("argnums must name at least one array, got none")
-    return numbers
+    return tuple(numbers)
 
 
 def _check_grad(
