@@ -51,12 +51,22 @@ class Library(NamedTuple):
     """The array cut from any autodiff graph."""
     differentiates: bool = False
     """Whether the library has autodiff; a module under `gklx._autodiff` then registers the analytic gradient."""
+    unsupported: Callable[[Array], str | None] = lambda x: None
+    """What an array of the library is where gklx cannot compute with its kind, in words; None where it can."""
     number: Callable[[Any], bool] = lambda x: False
     """Whether a 0-d array of this library may stand for a hyper-parameter."""
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
     devices: str = "CPU"
     jit: str | None = None
     lazy: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its name: what is restored is the one entry of `LIBRARIES` itself."""
+        return _library_named, (self.backend,)
+
+
+def _library_named(backend: str) -> Library:
+    return next(library for library in LIBRARIES if library.backend == backend)
 
 
 # Imports by statement: a compiler that follows these functions takes no other.
@@ -97,10 +107,44 @@ def _import_cupy() -> ModuleType:
     return xp
 
 
+@cache
 def _import_dask() -> ModuleType:
+    """Its namespace, but for three functions that fail on filtered arrays.
+
+    `dask.array` has neither maximum nor reshape where a chunk holds no rows, and no reshape where their number is not
+    known.
+    """
     import array_api_compat.dask.array as xp
 
-    return xp
+    direct = ModuleType(xp.__name__)
+    extremes = {"max": _extreme_over_chunks("max"), "min": _extreme_over_chunks("min")}
+    vars(direct).update(vars(xp), **extremes, reshape=_reshape_if_needed)
+    return direct
+
+
+def _extreme_over_chunks(name: str) -> Callable[..., Array]:
+    of_chunk = partial(_extreme_of_chunk, name)
+
+    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+        reduction: Any = sys.modules["dask.array"].reduction
+        return reduction(x, of_chunk, of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
+
+    return reduce
+
+
+def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Array:
+    pairs = list(zip(x.shape, shape, strict=False))
+    same = all(own == to or to == -1 or (np.isnan(own) and np.isnan(to)) for own, to in pairs)
+    if x.ndim == len(shape) and same:
+        return x
+    if any(0 in sizes for sizes in x.chunks):
+        x = x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in x.chunks))
+    xp: Any = sys.modules["array_api_compat.dask.array"]
+    return xp.reshape(x, shape, copy=copy)
+
+
+def _extreme_of_chunk(name: str, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    return getattr(x, name)(axis=axis, keepdims=keepdims)
 
 
 def _import_strict() -> ModuleType:
@@ -133,6 +177,22 @@ def _is_strict(x: Any) -> bool:
 def _strict_on_cpu(*xs: Array) -> bool:
     cpu = sys.modules["array_api_strict"].Device("CPU_DEVICE")
     return all(x.device == cpu for x in xs)
+
+
+def _torch_unsupported(x: Array) -> str | None:
+    torch = sys.modules["torch"]
+    if x.is_nested:
+        return "a nested tensor"
+    if x.layout is not torch.strided:
+        return f"a tensor of layout {x.layout}"
+    if type(x) is not torch.Tensor and isinstance(x, torch.masked.MaskedTensor):
+        return "a masked tensor"
+    return None
+
+
+def _dask_unsupported(x: Array) -> str | None:
+    kind = type(x._meta)
+    return None if library_of(x._meta) else f"a Dask array whose chunks are {kind.__module__}.{kind.__qualname__}"
 
 
 def _torch_readable(*xs: Array) -> bool:
@@ -192,6 +252,7 @@ LIBRARIES: tuple[Library, ...] = (
         readable=_torch_readable,
         to_numpy=lambda x: x.detach().cpu().numpy(),
         device=lambda x: x.device,
+        unsupported=_torch_unsupported,
         block=_torch_block,
         silent=True,
         softmax=_torch_softmax,
@@ -234,6 +295,7 @@ LIBRARIES: tuple[Library, ...] = (
         recognises=compat.is_dask_array,
         readable=lambda *xs: False,
         to_numpy=lambda x: x.compute(),
+        unsupported=_dask_unsupported,
         lazy=True,
     ),
     Library(

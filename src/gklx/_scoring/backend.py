@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .._core.libraries import LIBRARIES, Library, library_of
 from .._core.call import Array
+from .._core.libraries import LIBRARIES, Library, library_of
 
 _BLOCK_ON_CPU, _BLOCK_OF_COMPILER, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
 

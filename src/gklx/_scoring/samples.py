@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._core.libraries import Library, library_of
 from .._core.call import Array
+from .._core.libraries import Library, library_of
 from .._run.dispatch import sample_losses
-from ..losses import dkl, gkl, ikl, kl, problem_builder
+from ..losses import call_builder, dkl, gkl, ikl, kl
 from ..prior import class_sums
 from .backend import Backend
 
@@ -47,7 +47,7 @@ def checked(names: tuple[str, ...], parameters: Parameters) -> None:
     tiny = np.zeros((1, 1), dtype=np.float32)
     for name in names:
         weights = {} if name == "kl" else {key: getattr(parameters, key) for key in ("mse_weight", "ce_weight")}
-        problem_builder(LOSSES[name])(tiny, tiny, **_takes(name, parameters), **weights)
+        call_builder(LOSSES[name])(tiny, tiny, **_takes(name, parameters), **weights)
 
 
 def record_dtype(names: tuple[str, ...], computed_in: Any) -> np.dtype[Any]:
@@ -110,7 +110,7 @@ def _raw(
         weights |= {name: {"prior": own} for name in names if name in ("ikl", "gkl")}
     problems = {}
     for name in names:
-        problems[name] = problem_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
+        problems[name] = call_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
     xp, found = first.xp, sample_losses(list(problems.values()))
     mse, mass = (dict(zip(names, of_names, strict=True)) for of_names in (found.mse, found.mass))
@@ -121,9 +121,7 @@ def _raw(
     columns += [mass["gkl"]] if "gkl" in names else []
     columns += [found.student_peak, found.teacher_peak]
     columns += [xp.astype(xp.argmax(x, axis=-1), first.dtype) for x in (s, t)]
-    columns.append(
-        xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype)
-    )
+    columns.append(xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype))
     return xp.stack(columns)
 
 
