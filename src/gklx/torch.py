@@ -79,7 +79,7 @@ class _UnlabelledLoss(_Loss):
         """
         if labels is not None:
             raise TypeError(
-                f"labels must not be given to {type(self).__name__}, which has no class weights, "
+                f"labels must not be given to {type(self).__name__}, which has no class weights and takes two positional arguments, "
                 f"got {type_name(labels)}"
             )
         loss: torch.Tensor = self._function(
