@@ -135,11 +135,12 @@ double sample_weight(const gklx_call &c, int64_t row) {
   return v < 0 ? NAN : v;
 }
 
-// The power of two just below a positive number; 1 for 0.
-double power_of_two(double x) {
-  if (!(x > 0) || std::isinf(x)) return 1;
+// The largest power of two that is not above x; of 0 the smallest there is.
+double power_of_two(const gklx_call &c, double x) {
+  const double smallest = in_double(c) ? Real<double>::smallest_normal : double(Real<float>::smallest_normal);
+  if (std::isinf(x)) return 1;
   int exponent;
-  std::frexp(x, &exponent);
+  std::frexp(x > smallest ? x : smallest, &exponent);
   return std::ldexp(1.0, exponent - 1);
 }
 
@@ -155,8 +156,8 @@ Totals totals_of(const gklx_call &c, const std::vector<Row> &rows) {
     if (row.weight > largest_weight) largest_weight = row.weight;
     if (row.weight != 0 && row.base > largest_base) largest_base = row.base;
   }
-  Totals totals = {power_of_two(largest_weight), power_of_two(largest_base), 0, 0};
   const bool squares = needs_squared_mass(c);
+  Totals totals = {power_of_two(c, largest_weight), squares ? power_of_two(c, largest_base) : 1, 0, 0};
   for (const Row &row : rows) {
     if (row.weight == 0) continue;
     const double v = row.weight / totals.largest_weight;
@@ -219,14 +220,14 @@ class PriorRows {
       }
     }
     const size_t n = source_.size();
-    numbers_.resize(3 * n);
+    numbers_.resize(4 * n);
     const bool stored = c.gamma != 1 || c.prior_type != (in_double(c) ? F64 : F32);
     if (stored) {
       weights_.reset((char *)std::malloc(n * size_t(c.classes) * (in_double(c) ? 8 : 4) + 1));
       if (!weights_) throw std::bad_alloc();
     }
-    raised_ = {weights_.get(), numbers_.data(), numbers_.data() + n, numbers_.data() + 2 * n, source_.data(),
-               of_row_.data()};
+    double *numbers = numbers_.data();
+    raised_ = {weights_.get(), numbers, numbers + n, numbers + 2 * n, numbers + 3 * n, source_.data(), of_row_.data()};
     Pass raising = pass;
     raising.raised = &raised_;
     in_parallel(c, int64_t(n), [&](int64_t begin, int64_t end, void *scratch) { loops.raise(raising, begin, end, scratch); });

@@ -127,24 +127,27 @@ template <class R> void narrow(const R *from, void *array, int32_t type, int64_t
 // --- loops over the classes of one row -------------------------------------------------------------------------------
 
 // A row of valid classes. `w` are the class weights but for a factor.
+//
+// Differences d are taken from that of a reference, the class that weighs most: where it has nearly all weight, what d is
+// rounded by is as large as the differences that matter.
 template <class R> struct Line {
   int64_t n;
   const R *s, *t, *w;
   R *es, *et;  // exp((x - top) / T)
-  R s_top, t_top, per_temperature;
+  R s_top, t_top, s_reference, t_reference, per_temperature;
   double s_total, t_total, w_total;  // the sums of es, et, w
-  double z_student;                  // sum of et (s - s_top)
-  R mean, correction;                // of d: the second is the mean of what the first leaves
+  double z_student;                  // the sum of et (s - s_top)
+  R mean;                            // of what d is larger than at the reference
 };
 
 template <class R> struct Inspected {
   R s_top, t_top;
-  bool moderate;  // all logits are finite, and their differences too
+  bool moderate;  // all logits are finite, and so are sums of their differences
 };
 
 template <class R> Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   using Word = typename Real<R>::Word;
-  constexpr R limit = Real<R>::largest / 4;
+  constexpr R limit = Real<R>::largest / R(1ull << 50);
   R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
   Word beyond = 0;
   SIMD(reduction(max : s_top, t_top) reduction(| : beyond))
@@ -156,16 +159,18 @@ template <class R> Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   return {s_top, t_top, beyond == 0};
 }
 
-// Fills es, et and their sums; the parts of CE and, where p weighs the classes, of the mean of d.
+// Fills es, et and their sums, and finds the part of CE. With `Own`, where the teacher's own softmax weighs the classes,
+// also the reference: the largest of several does, as any number between their differences would.
 template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
   const R *s = x.s, *t = x.t;
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
-  double s_total = 0, t_total = 0, z_student = 0, moment = 0;
+  double s_total = 0, t_total = 0, z_student = 0;
+  R s_reference = -Real<R>::inf;
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
-    R a = 0, b = 0, c = 0, m = 0;
-    SIMD(reduction(+ : a, b, c, m))
+    R a = 0, b = 0, c = 0;
+    SIMD(reduction(+ : a, b, c) reduction(max : s_reference))
     for (int64_t j = begin; j < end; ++j) {
       R z_s = s[j] - s_top;
       R of_s = exponential(z_s * per_temperature), of_t = exponential((t[j] - t_top) * per_temperature);
@@ -175,34 +180,35 @@ template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
       b += of_t;
       if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * z_s;
       else c += of_t * z_s;
-      if (Own) m += of_t * difference<R, Careful>(t[j], s[j]).high;
+      if (Own) {
+        R at_top = t[j] == t_top ? s[j] : -Real<R>::inf;
+        s_reference = at_top > s_reference ? at_top : s_reference;
+      }
     }
     s_total += double(a);
     t_total += double(b);
     z_student += double(c);
-    moment += double(m);
   }
   x.s_total = s_total;
   x.t_total = t_total;
   x.z_student = z_student;
-  if (Own) {
-    x.w_total = t_total;
-    x.mean = R(moment / t_total);
-  }
+  if (!Own) return;
+  x.w_total = t_total;
+  x.s_reference = s_reference;
 }
 
-// The mean of d where a prior or a power of the teacher's softmax weighs the classes.
-template <class R, bool Careful> void mean_of_difference(Line<R> &x) {
+// The reference where a prior or a power of the teacher's softmax weighs the classes.
+template <class R> void find_reference(Line<R> &x, R largest_weight) {
   const R *s = x.s, *t = x.t, *w = x.w;
-  double moment = 0;
-  for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
-    const int64_t end = smaller(begin + CHUNK, x.n);
-    R m = 0;
-    SIMD(reduction(+ : m))
-    for (int64_t j = begin; j < end; ++j) m += w[j] * difference<R, Careful>(t[j], s[j]).high;
-    moment += double(m);
+  R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
+  SIMD(reduction(max : s_reference, t_reference))
+  for (int64_t j = 0; j < x.n; ++j) {
+    R s_here = w[j] == largest_weight ? s[j] : -Real<R>::inf, t_here = w[j] == largest_weight ? t[j] : -Real<R>::inf;
+    s_reference = s_here > s_reference ? s_here : s_reference;
+    t_reference = t_here > t_reference ? t_here : t_reference;
   }
-  x.mean = x.w_total == 0 ? R(0) : R(moment / x.w_total);
+  x.s_reference = s_reference;
+  x.t_reference = t_reference;
 }
 
 struct Sums {
@@ -213,9 +219,10 @@ struct Sums {
 
 template <class R, bool Careful, bool Spread, bool Gap, bool Kl> Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
-  const R mean = x.mean, correction = x.correction, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
-  const Difference<R> top = difference<R, Careful>(x.t_top, x.s_top);
+  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   const R scale = R(difference_scale<Careful>) * x.per_temperature;
+  const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
   Sums found = {0, 0, 0, 0};
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
@@ -223,21 +230,21 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> Sums sums(const
     R a = 0, b = 0, g = 0, k = 0;
     SIMD(reduction(+ : a, b, g, k))
     for (int64_t j = begin; j < end; ++j) {
-      Difference<R> d = difference<R, Careful>(t[j], s[j]);
+      const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+      const bool infinite = Careful && is_infinite(d.high);
       if (Spread) {
-        R c = ((d.high - mean) + d.low) - correction;
-        if (Careful) c = d.infinite ? R(0) : c;
-        R weighted = w[j] * c;
+        R deviation = ((d.high - reference.high) + (d.low - reference.low)) - mean;
+        if (Careful) deviation = infinite ? R(0) : deviation;
+        R weighted = w[j] * deviation;
         a += weighted;
-        b += weighted * c;
+        b += weighted * deviation;
       }
       if (Gap || Kl) {
         R p = et[j] * of_t, q = es[j] * of_s;
         if (Gap) g += q - p;
         if (Kl) {
-          R ratio = ((d.high - top.high) + (d.low - top.low)) * scale - normalizers;
-          R part = divergence(p, q, ratio);
-          if (Careful) part = d.infinite || p == R(0) ? q : part;
+          R part = divergence(p, q, ((d.high - top.high) + (d.low - top.low)) * scale - normalizers);
+          if (Careful) part = infinite || p == R(0) ? q : part;
           k += part;
         }
       }
@@ -261,14 +268,15 @@ enum Student { NOT, GAP, GAP_AND_DIFFERENCE };
 template <class R, bool Careful, Student To, bool Teacher>
 void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
-  const R mean = x.mean, correction = x.correction, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   SIMD()
   for (int64_t j = 0; j < x.n; ++j) {
     R of_difference = 0, of_gap = 0;
     if (To == GAP_AND_DIFFERENCE || Teacher) {
-      Difference<R> d = difference<R, Careful>(t[j], s[j]);
-      R c = ((d.high - mean) + d.low) - correction;
-      if (Careful) c = d.infinite ? R(0) : c;
+      Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+      R c = ((d.high - reference.high) + (d.low - reference.low)) - mean;
+      if (Careful) c = is_infinite(d.high) ? R(0) : c;
       of_difference = rates.difference * (w[j] * c);
     }
     if (To != NOT) {
@@ -287,6 +295,7 @@ template <class R> struct Weighing {
   const R *w;
   double total;       // the sum of w
   double mass, base;  // as in Row
+  R largest;          // w
 };
 
 // exp(gamma z / tau), 1 where gamma is 0 though the logit be -inf.
@@ -307,7 +316,7 @@ template <class R> Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R g
     mass += double(a);
     normalizer += double(b);
   }
-  return {w, mass, mass, 1 / normalizer};
+  return {w, mass, mass, 1 / normalizer, R(1)};
 }
 
 // Whether sums of numbers up to this neither overflow nor lose digits.
@@ -344,7 +353,7 @@ template <class R> Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w)
     total += double(a);
   }
   double mass = wrong ? double(nan_of<R>()) : as_they_are ? total / double(base) : total;
-  return {as_they_are ? x : w, total, mass, double(base)};
+  return {as_they_are ? x : w, total, mass, double(base), as_they_are ? base : R(1)};
 }
 
 // --- one row ---------------------------------------------------------------------------------------------------------
@@ -393,15 +402,16 @@ template <class R> int64_t mark_valid(const gklx_call &c, int64_t row, const R *
 
 // What a row that is not moderate holds.
 struct Exceptions {
-  bool nan, student_rules_out, teacher_rules_out;  // -inf of one network alone
+  bool student_nan, teacher_nan;
+  bool student_rules_out;  // -inf, alone
 };
 
 template <class R> Exceptions exceptions_of(const R *s, const R *t, int64_t n) {
   Exceptions found = {false, false, false};
   for (int64_t j = 0; j < n; ++j) {
-    found.nan |= is_nan(s[j]) || is_nan(t[j]);
+    found.student_nan |= is_nan(s[j]);
+    found.teacher_nan |= is_nan(t[j]);
     found.student_rules_out |= s[j] == -Real<R>::inf;
-    found.teacher_rules_out |= t[j] == -Real<R>::inf;
   }
   return found;
 }
@@ -427,15 +437,20 @@ template <class R> struct Rower {
     if (array) ((R *)array)[row] = R(x);
   }
 
-  // The rows of `to_student` and `to_teacher` are all `x` in the valid classes, 0 in the others.
-  void fill(int64_t row, const uint8_t *valid, R of_student, R of_teacher) const {
-    for (int side = 0; side < 2; ++side) {
-      if (!(side ? pass.to_teacher : pass.to_student)) continue;
-      R *line = side ? scratch.to_t : scratch.to_s, x = side ? of_teacher : of_student;
-      for (int64_t j = 0; j < call.classes; ++j) line[j] = !valid || valid[j] ? x : R(0);
-      narrow(line, side ? call.to_teacher : call.to_student, side ? call.teacher_type : call.student_type, row,
-             call.classes);
+  // Of a row without softmaxes: NaN, but 0 in a class without weight and where a factor is 0.
+  void undefined_gradients(int64_t row, const uint8_t *valid, int64_t n, const R *w, const Row &found) {
+    if (!pass.to_student && !pass.to_teacher) return;
+    const R nan = nan_of<R>();
+    const Rates<R> rates = rates_of(row, found, 1);
+    const R gap = rates.gap == 0 ? R(0) : nan;
+    for (int64_t j = 0; j < n; ++j) {
+      const bool none = rates.difference == 0 || (w && w[j] == 0 && !is_nan(found.mass));
+      const R difference = none ? R(0) : nan;
+      scratch.to_s[j] = student_has_difference() ? gap - difference : gap;
+      scratch.to_t[j] = difference;
     }
+    if (pass.to_student) give(scratch.to_s, call.to_student, call.student_type, row, valid);
+    if (pass.to_teacher) give(scratch.to_t, call.to_teacher, call.teacher_type, row, valid);
   }
 
   void report(int64_t row, const Row &found, bool valid, bool undefined, double s_total, double t_total) const {
@@ -499,19 +514,18 @@ template <class R> struct Rower {
 
   template <bool Careful>
   void finish(int64_t row, double weight, const uint8_t *valid, Line<R> &x, Exceptions exceptions) {
-    const bool student_defined = !exceptions.nan && !is_infinite(x.s_top);
-    const bool teacher_defined = !exceptions.nan && !is_infinite(x.t_top);
-    const bool defined = student_defined && teacher_defined;
+    const bool student_defined = !exceptions.student_nan && !is_infinite(x.s_top);
+    const bool teacher_defined = !exceptions.teacher_nan && !is_infinite(x.t_top);
     const double nan = double(nan_of<R>());
     Row found = {weight, 1, 1, 0, 0, 0};
-    Weighing<R> weighing = weights_of(row, valid, x, defined);
+    Weighing<R> weighing = weights_of(row, valid, x, teacher_defined);
     found.mass = weighing.mass;
     found.base = weighing.base;
-    if (!defined) {
+    if (!student_defined || !teacher_defined) {
       found.loss_kl = found.loss_mse = found.loss_ce = nan;
       report(row, found, true, true, nan, nan);
-      R of_student = has_gap() || student_has_difference() ? R(nan) : R(0);
-      return fill(row, valid, of_student, teacher_has_difference() ? R(nan) : R(0));
+      if (!weighing.w && teacher_defined) weighing = teacher_power(x.t, x.t_top, x.n, R(1), x.per_temperature, scratch.w);
+      return undefined_gradients(row, valid, x.n, weighing.w, found);
     }
     const bool to_s_in_place = pass.to_student && !valid && call.student_type == type_of<R>;
     const bool to_t_in_place = pass.to_teacher && !valid && call.teacher_type == type_of<R>;
@@ -521,13 +535,19 @@ template <class R> struct Rower {
     x.et = pass.to_teacher ? to_t : scratch.et;
     x.w = weighing.w;
     x.w_total = weighing.total;
-    x.mean = x.correction = 0;
+    x.mean = 0;
+    x.s_reference = x.s_top;
+    x.t_reference = x.t_top;
     x.s_total = x.t_total = 1;
     const bool own = !x.w, spread = this->spread();
     if (own && spread) exponentials<R, Careful, true>(x);
     else if (needs_softmax()) exponentials<R, Careful, false>(x);
     if (own) x.w = x.et;
-    else if (spread) mean_of_difference<R, Careful>(x);
+    else if (spread) find_reference(x, weighing.largest);
+    if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
+      x.s_reference = x.s_top;
+      x.t_reference = x.t_top;
+    }
     const Sums of_row = sums_of<Careful>(x, spread);
     const int infinite = Careful && spread ? infinite_differences(x) : 0;
 
@@ -582,23 +602,23 @@ template <class R> struct Rower {
   }
 
   // No weights (null) are those of the teacher's probabilities, which are not made yet.
-  Weighing<R> weights_of(int64_t row, const uint8_t *valid, const Line<R> &x, bool defined) {
+  Weighing<R> weights_of(int64_t row, const uint8_t *valid, const Line<R> &x, bool teacher_defined) {
     const double nan = double(nan_of<R>());
-    if (pass.weights == PROBABILITIES) return {nullptr, 0, defined ? 1 : nan, 1};
+    if (pass.weights == PROBABILITIES) return {nullptr, 0, teacher_defined ? 1 : nan, 1, R(1)};
     if (pass.weights == TEACHER_POWER) {
-      if (!defined) return {nullptr, 0, nan, 1};
+      if (!teacher_defined) return {nullptr, 0, nan, 1, R(1)};
       return teacher_power(x.t, x.t_top, x.n, gamma, R(1) / R(call.weight_temperature), scratch.w);
     }
     int64_t source = row;
     if (const RaisedPrior *raised = pass.raised) {
       const int64_t at = raised->of_row[row];
-      if (at < 0) return {nullptr, 0, nan, 1};
+      if (at < 0) return {nullptr, 0, nan, 1, R(1)};
       source = raised->source[at];
       if (!valid) {
         const bool as_it_is = !raised->weights && is_ordinary(raised->base[at]);
         const R *w = raised->weights ? (const R *)raised->weights + at * call.classes
                                      : (const R *)call.prior + source * call.classes;
-        if (raised->weights || as_it_is) return {w, raised->total[at], raised->mass[at], raised->base[at]};
+        if (raised->weights || as_it_is) return {w, raised->total[at], raised->mass[at], raised->base[at], R(raised->largest[at])};
       }
     }
     const R *prior = widened(call.prior, call.prior_type, source, call.classes, scratch.raw);
@@ -615,10 +635,10 @@ template <class R> struct Rower {
     Sums found = pass.kl ? gap ? sums<R, Careful, true, true, true>(x) : sums<R, Careful, true, false, true>(x)
                          : gap ? sums<R, Careful, true, true, false>(x) : sums<R, Careful, true, false, false>(x);
     if (x.w_total == 0) return found;
-    const double correction = found.moment / x.w_total, off = found.moment * correction;
-    x.correction = R(correction);
-    // The squares about the first mean are too large by `off`: where that is most of them, they are summed again.
-    if (pass.mse && !(8 * off <= found.squares)) found.squares = sums<R, Careful, true, false, false>(x).squares;
+    const double mean = found.moment / x.w_total, off = found.moment * mean;
+    x.mean = R(mean);
+    // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
+    if (pass.mse && !(2 * off <= found.squares)) found.squares = sums<R, Careful, true, false, false>(x).squares;
     else found.squares -= off;
     return found;
   }
@@ -627,8 +647,8 @@ template <class R> struct Rower {
   int infinite_differences(const Line<R> &x) const {
     int found = 0;
     for (int64_t j = 0; j < x.n; ++j) {
-      Difference<R> d = difference<R, true>(x.t[j], x.s[j]);
-      if (d.infinite && x.w[j] > 0) found |= d.unbounded > 0 ? 1 : 2;
+      const R d = R(0.25) * x.t[j] - R(0.25) * x.s[j];
+      if (is_infinite(d) && x.w[j] > 0) found |= d > 0 ? 1 : 2;
     }
     return found;
   }
@@ -640,8 +660,8 @@ template <class R> struct Rower {
     const R others = infinite == 1 ? -inf : infinite == 2 ? inf : nan_of<R>();
     const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
     for (int64_t j = 0; j < x.n; ++j) {
-      Difference<R> d = difference<R, true>(x.t[j], x.s[j]);
-      const R of_difference = x.w[j] == 0 ? R(0) : rates.difference * (d.infinite ? d.unbounded : others);
+      const R d = R(0.25) * x.t[j] - R(0.25) * x.s[j];
+      const R of_difference = x.w[j] == 0 ? R(0) : rates.difference * (is_infinite(d) ? d : others);
       const R p = x.et[j] * of_t, q = x.es[j] * of_s;
       if (pass.to_student) {
         const R of_gap = rates.gap * ((q - p) - p * gap_sum);
@@ -684,6 +704,7 @@ template <class R> void raise_rows(const Pass &pass, int64_t begin, int64_t end,
     pass.raised->base[at] = found.base;
     pass.raised->mass[at] = found.mass;
     pass.raised->total[at] = found.total;
+    pass.raised->largest[at] = double(found.largest);
   }
 }
 

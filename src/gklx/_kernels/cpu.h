@@ -58,7 +58,7 @@ enum Weights {
 struct RaisedPrior {
   void *weights;          // REAL [distinct, classes]; null where the prior's own rows can be used as they are
   double *base, *mass;    // [distinct], as in `Row`
-  double *total;          // [distinct], the sum of the weights as they lie here
+  double *total, *largest;  // [distinct], of the weights as they lie here
   const int64_t *source;  // [distinct]: which row of the prior
   const int64_t *of_row;  // [rows]: which distinct row a row of logits uses, -1 where its label names no class
 };
