@@ -11,7 +11,7 @@ import pytest
 
 from gklx._scoring.atomic import check_writable, replacing
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):

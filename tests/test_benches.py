@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.files, pytest.mark.version_independent]
+pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
 BENCHES = Path(__file__).parents[1] / "benches"
 

@@ -23,7 +23,7 @@ from gklx._scoring.file_formats import npz
 from gklx._scoring.file_formats.rows import picked
 from gklx._scoring.files import check_together, open_labels, open_logits
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 rng = np.random.default_rng(11)
 

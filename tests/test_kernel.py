@@ -13,7 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -21,6 +20,9 @@ import oracle
 from closeness import assert_near
 from gklx._run import cpu
 
+pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
 if cpu.library() is None:
     pytest.skip("the kernel's library is not built: cmake -S . -B build, see CMakeLists.txt", allow_module_level=True)
 

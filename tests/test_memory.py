@@ -5,7 +5,7 @@ import pytest
 
 from gklx._scoring.memory import parse_size, rows_and_threads
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import gklx
 from gklx._scoring import plot
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 pytest.importorskip("altair", reason="altair is not installed")
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")

@@ -18,7 +18,7 @@ from gklx._scoring import statistics, work_file
 from gklx._scoring.work_file import WorkFile
 
 pytestmark = [
-    pytest.mark.files,
+    pytest.mark.library_independent,
     pytest.mark.skipif(os.name != "posix", reason="signals, limits and locks of POSIX"),
 ]
 
