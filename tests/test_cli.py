@@ -151,9 +151,32 @@ def test_json_is_strict_where_numbers_are_not_finite(run, save, on):
     assert None in [each["mean"]["kl"] for each in found["worst_classes"]]
 
 
-def test_losses_keep_their_order_and_come_once(run):
-    _, out, _ = run("score", *FILES, "--format", "json", "--loss", "gkl", "kl", "gkl")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [*FILES, "--loss", "gkl", "kl", "gkl"],
+        [*FILES, "--loss", "gkl,kl,gkl"],
+        [*FILES, "--loss", "gkl", "--loss", "kl"],
+        ["--loss", "gkl", "--loss=kl", *FILES],
+        ["--loss", "gkl,kl", *FILES],
+        ["--loss", "gkl", "kl", *FILES],
+        ["--loss", "gkl", FILES[0], "--loss", "kl", FILES[1]],
+        ["--loss", "gkl,kl", "--", *FILES],
+    ],
+    ids=" ".join,
+)
+def test_losses_by_commas_spaces_and_again_keep_their_order_and_come_once(run, argv):
+    status, out, err = (
+        run("score", *argv, "--format", "json") if "--" not in argv else run("score", "--format", "json", *argv)
+    )
+    assert (status, err) == (0, "")
     assert list(json.loads(out)["losses"]) == ["gkl", "kl"]
+
+
+def test_one_loss_before_the_files(run):
+    status, out, err = run("score", "--format", "json", "--loss", "kl", *FILES)
+    assert (status, err) == (0, "")
+    assert list(json.loads(out)["losses"]) == ["kl"]
 
 
 def test_version_and_help(run):
@@ -276,8 +299,10 @@ def test_bad_labels(fails, save, change, message):
         (["--mse-weight", "inf"], "argument --mse-weight: must be a finite number, got inf"),
         (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
         (["--batch-size", "1.5"], "must be a whole number"),
-        (["--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
-        (["--loss"], "argument --loss: expected at least one argument"),
+        (["--loss", "mse"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'mse'"),
+        (["--loss", "kl,"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'kl,'"),
+        (["--loss", "kl", "mse"], "unrecognized arguments: mse"),
+        (["--loss"], "argument --loss: expected one argument"),
         (["--backend", "tensorflow"], "argument --backend: invalid choice"),
         (["--format", "xml"], "argument --format: invalid choice"),
         (["--device", "nowhere"], "device nowhere: NumPy cannot compute there"),
@@ -329,14 +354,14 @@ def test_devices_by_name(run, on):
     ],
 )
 def test_trouble_inside(run, monkeypatch, raised, status, line):
-    def trouble(request):
+    def trouble(request, report):
         raise raised
 
     monkeypatch.setattr(gklx._scoring.score, "score", trouble)
     assert run("score", *FILES) == (status, "", line + "\n")
 
 
-def test_broken_pipe_in_process(monkeypatch, capsys):
+def test_broken_pipe_in_process(tmp_path, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text):
             if text:
@@ -344,7 +369,7 @@ def test_broken_pipe_in_process(monkeypatch, capsys):
             return 0
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert main(["score", *FILES]) == 141
+    assert main(["score", *FILES, "--work-dir", str(tmp_path)]) == 141
     assert capsys.readouterr().err == ""
 
 
@@ -375,26 +400,36 @@ def test_import_brings_no_command():
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
-def test_nobody_reads(argv, statuses):
+def test_nobody_reads(tmp_path, argv, statuses):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "gklx", *argv], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
+            [sys.executable, "-m", "gklx", *argv, *([] if "--help" in argv else ["--work-dir", str(tmp_path)])],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
         )
     assert done.returncode in statuses  # argparse may have swallowed the error of writing its help
     assert done.stderr == b""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-def test_output_that_cannot_be_written():
-    with open("/dev/full", "wb") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "gklx", "score", *FILES], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
-        )
+@pytest.mark.parametrize("by", ["standard output", "--output"])
+def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
+    argv = [sys.executable, "-m", "gklx", "score", *FILES, "--work-dir", str(tmp_path / "work"), "--format", "json"]
+    if by == "--output":
+        argv += ["--output", "/dev/full"]
+    with open("/dev/full" if by == "standard output" else os.devnull, "wb") as out:
+        done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith(b"gklx: error: OSError: ")
     assert done.stderr.count(b"\n") == 1
+    again = subprocess.run(argv[: argv.index("--format") + 2], capture_output=True, text=True, check=True, timeout=60)
+    assert again.stderr == "gklx: going on after 899 of 899 samples\n"
+    assert json.loads(again.stdout)["samples"] == 899
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -407,7 +442,11 @@ def test_interrupt(tmp_path):
         "sys.exit(cli.main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "score", *FILES], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, "score", *FILES, "--work-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (
         130,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 import gklx
 from gklx._scoring.file_formats import npz
-from gklx._scoring.file_formats.rows import picked
+from gklx._scoring.file_formats.rows import picked, stamp
 from gklx._scoring.files import check_together, open_labels, open_logits
 
 rng = np.random.default_rng(11)
@@ -236,7 +237,7 @@ def test_shards_of_every_format_in_natural_order(tmp_path, kind):
     whole = np.concatenate([parts[i] for i in (1, 2, 9, 10)])
     assert (rows.name, rows.shape, rows.dtype) == (name.replace("x-9", "x-*"), (8, 3), "float32")
     assert_read(rows.read(1, 7), whole, 1, 7, 1)
-    assert [Path(path).name.partition(".")[0] for path, _, _ in rows.stamps()] == ["x-1", "x-2", "x-9", "x-10"] or (
+    assert [Path(each.path).name.partition(".")[0] for each in rows.stamps] == ["x-1", "x-2", "x-9", "x-10"] or (
         kind.startswith("zarr")
     )
 
@@ -328,12 +329,36 @@ def test_an_archive_is_unpacked_once_and_leaves_nothing(tmp_path, monkeypatch):
 def test_stamps_tell_a_changed_file(tmp_path, kind):
     x = rng.standard_normal((4, 2))
     rows = open_logits(save(kind, tmp_path / "x", x))
-    before = rows.stamps()
-    assert before == open_logits(rows.name).stamps() == copy.deepcopy(rows).stamps()
-    assert all(os.path.isabs(path) for path, _, _ in before)
+    before = rows.stamps
+    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == now(rows)
+    assert all(os.path.isabs(each.path) for each in before)
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    assert rows.stamps() != before
+    assert rows.stamps == before
+    assert now(rows) != before
+
+
+def now(rows):
+    return tuple(stamp(each.path) for each in rows.stamps)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no time of change here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_stamps_tell_a_file_that_was_changed_and_dated_back(tmp_path, kind):
+    """Of the same size, written in place or put in the place, with the old times."""
+    rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((4, 2))))
+    files = [path for each in rows.stamps for path in [Path(each.path), *Path(each.path).rglob("*")] if path.is_file()]
+    for replaced in (False, True):
+        before = now(rows)
+        time.sleep(0.02)  # the system's clock of changes ticks some hundred times a second
+        dates, content = files[-1].stat(), bytearray(files[-1].read_bytes())
+        content[-1] ^= 1
+        written = files[-1].with_name("new") if replaced else files[-1]
+        written.write_bytes(content)
+        os.utime(written, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+        os.replace(written, files[-1])
+        assert (files[-1].stat().st_size, files[-1].stat().st_mtime_ns) == (dates.st_size, dates.st_mtime_ns)
+        assert now(rows) != before
 
 
 BOUNDED = """

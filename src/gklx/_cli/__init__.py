@@ -5,20 +5,19 @@
 """
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
+from .._scoring.streams import drop, fill_closed, say
 from . import score, verify
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
 _EXAMPLE = """\
 example:
-  gklx score student.npy teacher.npy --labels labels.npy --loss kl gkl --gamma 0.5
+  gklx score student.npy teacher.npy --labels labels.npy --loss kl,gkl --gamma 0.5
   gklx verify --format markdown
 """
 
@@ -27,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(message)
+        say(f"error: {message}")
         raise SystemExit(2)
 
 
@@ -40,22 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The arguments after the command's name; those of the process by default.
     """
     try:
+        fill_closed()
         status = _run(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        print(f"gklx: {interrupt.args[0] if interrupt.args else 'interrupted'}", file=sys.stderr)
+        say(str(interrupt.args[0]) if interrupt.args else "interrupted")
         return 130
     except BrokenPipeError:
-        _drop_output()
+        drop(sys.stdout)
         return 141
     except MemoryError as error:
-        _complain(f"not enough memory; a smaller --memory may help ({error})")
+        say(f"error: not enough memory; a smaller --memory may help ({error})")
         return 1
     except Exception as error:  # nobody at a prompt is helped by a traceback
         if isinstance(error, OSError):
-            _drop_output()
-        _complain(f"{type(error).__name__}: {error}")
+            drop(sys.stdout)
+        say(f"error: {type(error).__name__}: {error}")
         return 1
     return status
 
@@ -63,21 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(score.with_losses_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     if arguments.command is None:
-        parser.print_help(sys.stderr)
+        if sys.stderr is not None:
+            parser.print_help(sys.stderr)
         return 2
     try:
-        report, status = arguments.run(arguments)
+        return int(arguments.run(arguments, _print))
     except (ValueError, TypeError) as error:
-        _complain(str(error))
+        say(f"error: {error}")
         return 2
+
+
+def _print(report: str) -> None:
+    """The report on standard output; OSError where it did not get there."""
+    if sys.stdout is None:
+        raise OSError("standard output is closed, and the report was to go there")
     # Characters that the output cannot spell are replaced: a table is no reason to fail.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(report.encode(encoding, "replace").decode(encoding), end="")
-    return int(status)
+    print(report.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,20 +94,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in (score, verify):
         command.add_to(commands)
     return parser
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-def _complain(message: str) -> None:
-    """One line on stderr, whatever line breaks a file name or a library's message has."""
-    with contextlib.suppress(OSError):
-        print(f"gklx: error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _drop_output() -> None:
-    """Sends what is still buffered for stdout nowhere; the interpreter would try to write it once more."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -1,19 +1,21 @@
 """NumPy's `.npz`: a stored member is read where it lies in the archive, a compressed one is unpacked once."""
 
 import functools
+import lzma
 import math
 import shutil
 import tempfile
 import threading
 import weakref
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .npy import NpyRows, header
-from .rows import chosen, reading, stamp
+from .rows import Stamp, chosen, reading, reason, stamp, text
 
 _LOCAL_HEADER = 30
 """Bytes of a member's header in the archive, before its name and extra field."""
@@ -44,19 +46,26 @@ class PackedRows:
         """By name."""
         return self.unpacked.dtype
 
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The archive's."""
+        return self.unpacked.stamps
+
+    @property
+    def held_bytes(self) -> int:
+        """What is unpacked is in a file."""
+        return 0
+
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
         with reading(self.name), _one_at_a_time:
             copy = _copy(self.path, self.member, stamp(self.path))
         return self.unpacked.read_mapped(copy.file, start, stop)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """The archive as it is now."""
-        return (stamp(self.path),)
-
 
 def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | PackedRows:
     """An array in an archive; ValueError where there is none of that key, or it is damaged."""
+    stamps = (stamp(path),)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {x.filename.removesuffix(".npy"): x for x in archive.infolist() if x.filename.endswith(".npy")}
@@ -64,17 +73,21 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | Pack
             with archive.open(info) as file:
                 shape, fortran, stored = header(name, file)
                 start = file.tell()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{name}: the .npz archive is damaged or cut short ({error})") from None
-    if info.file_size < start + stored.itemsize * math.prod(shape):
-        raise ValueError(f"{name}: the array in the archive is damaged or cut short")
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name}: the .npz archive is damaged or cut short ({reason(error)})") from None
+    needed = start + stored.itemsize * math.prod(shape)
+    if info.file_size != needed:
+        raise ValueError(
+            f"{name}: the array in the archive is damaged or cut short: its header promises shape {text(shape)}, "
+            f"{needed:,} bytes, and there are {info.file_size:,}"
+        )
     if info.compress_type != zipfile.ZIP_STORED:
-        return PackedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes))
+        return PackedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes, stamps))
     with open(path, "rb") as raw:  # the archive's directory does not say how long a member's own header is
         raw.seek(info.header_offset + _LOCAL_HEADER - 4)
         of_name, of_extra = np.frombuffer(raw.read(4), dtype="<u2").tolist()
     offset = info.header_offset + _LOCAL_HEADER + of_name + of_extra + start
-    return NpyRows(name, path, offset, shape, stored, fortran, axes)
+    return NpyRows(name, path, offset, shape, stored, fortran, axes, stamps)
 
 
 class _Copy:
@@ -93,6 +106,6 @@ class _Copy:
 
 # The few that student, teacher and labels are read from at once: shard after shard would fill the disk.
 @functools.lru_cache(maxsize=8)
-def _copy(path: str, member: str, _: tuple[str, int, int]) -> _Copy:
+def _copy(path: str, member: str, _: Stamp) -> _Copy:
     """The copy of an archive as stamped."""
     return _Copy(path, member)
