@@ -57,6 +57,17 @@ class Watch:
 def run(job: Job, inputs: Inputs, pool: Pool, work: WorkFile, progress: Callable[[str, int], None]) -> None:
     """Fills the work file; `progress` is told what is under way and how many samples are through it."""
     watch = Watch(tuple(each for _, stamps in inputs.stamps() or () for each in stamps))
+    try:
+        _run(job, inputs, pool, work, watch, progress)
+    except Exception:
+        watch.check(last=True)  # what went wrong may come from that
+        raise
+    watch.check(last=True)
+
+
+def _run(
+    job: Job, inputs: Inputs, pool: Pool, work: WorkFile, watch: Watch, progress: Callable[[str, int], None]
+) -> None:
     if job.strict:
         at = 0
         for records in work.blocks():  # an earlier run may not have been strict
@@ -73,7 +84,6 @@ def run(job: Job, inputs: Inputs, pool: Pool, work: WorkFile, progress: Callable
         watch.check()
         work.append(records)
         progress("scoring", work.records)
-    watch.check(last=True)
 
 
 def _check_strict(records: Any, first: int) -> None:
