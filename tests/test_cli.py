@@ -314,6 +314,38 @@ def test_bad_arguments(fails, argv, message):
     assert message in fails("score", *FILES, *argv)
 
 
+def test_outputs_that_are_inputs_or_each_other(fails, save, tmp_path):
+    s, t, y = save("s", np.load(STUDENT)), save("t", np.load(TEACHER)), save("y", np.load(LABELS))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "link.npy").symlink_to(t)
+    os.link(s, tmp_path / "hard.npy")
+    for path, read in ((s, s), (t, t), (y, y), (tmp_path / "link.npy", t), (tmp_path / "hard.npy", s)):
+        for option in ("output", "per_sample"):
+            line = fails("score", s, t, "--labels", y, f"--{option.replace('_', '-')}", path)
+            assert line == f"{path}: {option} must not be written over an input, got {read}"
+    line = fails("score", tmp_path / "[st].npy", tmp_path / "[ts].npy", "--output", t)
+    assert line == f"{t}: output must not be written over an input, got {t}"
+    (tmp_path / "new").symlink_to(tmp_path / "x.npy")
+    for one, two in (("x.npy", "x.npy"), ("new", "x.npy")):
+        line = fails("score", s, t, "--output", tmp_path / one, "--per-sample", tmp_path / two)
+        assert line == f"{tmp_path / two}: per_sample and output must be two files, got one"
+    with pytest.raises(ValueError, match=r"per_sample must not be written over an input"):
+        gklx.score(s, t, per_sample=t)
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"s.npy", "t.npy", "y.npy", "link.npy", "hard.npy", "new"}
+
+
+def test_outputs_within_an_input(fails, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(tmp_path / "s.zarr", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
+    before = (tmp_path / "s.zarr" / "zarr.json").read_bytes()
+    for name in ("zarr.json", "c/0/new"):
+        path = tmp_path / "s.zarr" / name
+        line = fails("score", tmp_path / "s.zarr", TEACHER, "--output", path)
+        assert line == f"{path}: output must not be written over an input, got {tmp_path / 's.zarr'}"
+    assert (tmp_path / "s.zarr" / "zarr.json").read_bytes() == before
+
+
 def test_too_few_arguments(fails):
     assert "required: TEACHER" in fails("score", STUDENT)
     assert "invalid choice: 'train'" in fails("train")

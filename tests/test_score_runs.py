@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import backends
 import gklx
 from dumps import COMMAND, SAMPLES, command, saved_in
 from gklx._scoring import run as runs
@@ -144,9 +146,10 @@ def cut_off(monkeypatch, at, *args, **kwargs):
             raise OSError("gone")
         return original(place, job, chunk, prior)
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="gone"):
+    with monkeypatch.context() as patched:
         patched.setattr(runs, "score_chunk", gone)
-        gklx.score(*args, batch_size=100, **kwargs)
+        with pytest.raises(OSError, match="gone"):
+            gklx.score(*args, batch_size=100, **kwargs)
 
 
 def flipped(content, at):
@@ -216,7 +219,9 @@ def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
 
     def save(path, x):
         if kind == "zarr":
-            pytest.importorskip("zarr").open_array(path, mode="w", shape=x.shape, dtype=x.dtype, chunks=x.shape)[...] = x
+            pytest.importorskip("zarr").open_array(path, mode="w", shape=x.shape, dtype=x.dtype, chunks=x.shape)[
+                ...
+            ] = x
         else:
             (np.save if kind == "npy" else np.savez)(path, x)
 
@@ -320,16 +325,31 @@ def test_a_full_disk(files, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
-def test_memory_of_the_process_stays_below_the_bound(tmp_path):
+@pytest.mark.parametrize("kind", ["npy", "npz", "zarr", "prior"])
+def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
     """By the operating system's own count, files of 600 MB; the bound is what NumPy and the command need and some."""
+    shape = {"zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
+    paths = []
     for name in ("student", "teacher"):
-        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (5000, 30_000))[::500] = 1
+        x = np.zeros(shape, np.float16)
+        x[::500] = 1
+        paths.append(tmp_path / f"{name}.{'npy' if kind == 'prior' else kind}")
+        if kind == "npz":
+            np.savez_compressed(paths[-1], x)
+        elif kind == "zarr":  # in one chunk of 60 MB
+            zarr = pytest.importorskip("zarr")
+            zarr.create_array(paths[-1], shape=shape, dtype=x.dtype, chunks=shape)[...] = x
+        else:
+            np.save(paths[-1], x)
+    np.save(tmp_path / "labels.npy", np.arange(shape[0]) % shape[1])
+    options = ["--loss", "gkl", "--labels", tmp_path / "labels.npy"] if kind == "prior" else ["--loss", "kl"]
+    bound = {"zarr": 560, "prior": 640}.get(kind, 200)
     code = (  # not ru_maxrss, which begins with that of the parent
         "import re, sys; from gklx._cli import main; status = main();"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr);"
         "sys.exit(status)"
     )
-    argv = ["score", tmp_path / "student.npy", tmp_path / "teacher.npy", "--loss", "kl", "--memory", "200MB"]
+    argv = ["score", *paths, *options, "--memory", f"{bound}MB"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, argv)],
         capture_output=True,
@@ -339,7 +359,32 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stderr) * 1024 < 200e6
+    assert int(done.stderr) * 1024 < bound * 1e6
+    if kind in ("zarr", "prior"):
+        done = command(*argv[1:-1], "300MB")
+        assert (done.returncode, done.stdout) == (2, "")
+        what = {
+            "zarr": rf"the chunks of {paths[0]}, {paths[1]}, which are unpacked whole",
+            "prior": r"the class prior of 3,000 classes \(losses kl and dkl need none\)",
+        }[kind]
+        line = rf"gklx: error: memory must be at least \d+ MB for {shape[1]:,} classes here, \d+ MB of it for {what}; "
+        assert re.fullmatch(line + "got 300 MB\n", done.stderr)
+
+
+@pytest.mark.parametrize("on", ["numpy", "dask"])
+def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on):
+    """Without a bound too: of a million classes it takes 8 TB as it is, and as much for each block under way."""
+    backends.needs(on)
+    for name in ("s", "t"):
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (3, 10**6))
+    np.save(tmp_path / "y.npy", np.arange(3))
+    argv = [*(tmp_path / f"{name}.npy" for name in "st"), "--labels", tmp_path / "y.npy", "--backend", on]
+    done = command(*argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    what = r"32,000 GB of it for the class prior of 1,000,000 classes \(losses kl and dkl need none\)"
+    line = rf"gklx: error: memory must be at least 32,\d\d\d GB for 1,000,000 classes here, {what}; "
+    assert re.fullmatch(line + r"half of the free memory leaves [\d,]+ [MG]B\n", done.stderr)
+    assert command(*argv[:-2], "--loss", "kl").returncode == 0
 
 
 def test_folder_of_progress_that_cannot_be_made(files):

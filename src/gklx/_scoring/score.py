@@ -13,7 +13,7 @@ from .._libraries import library_of
 from . import memory
 from .atomic import check_apart, check_writable
 from .backend import backend
-from .file_formats import zarr
+from .file_formats import npz, zarr
 from .inputs import Inputs, inputs_of
 from .plot import check_plot, draw
 from .pools import Pool, cluster, threads
@@ -70,6 +70,7 @@ def score(request: Request, report: Callable[[Score], None] = lambda found: None
         digest()
     with contextlib.ExitStack() as stack:
         stack.callback(zarr.forget)
+        stack.callback(npz.forget)
         pool, rows = stack.enter_context(_pool(request, inputs, names))
         job = Job(names, parameters, rows, request.strict)
         progress = stack.enter_context(Progress(inputs.samples, shown=request.progress))
