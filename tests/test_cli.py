@@ -405,6 +405,20 @@ def test_broken_pipe_in_process(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["\x1b[31mred", "\x9b31m", "\x07\x08", "\u202eback", "\udcff", "\r", "two\u2028lines", "x" * 200_000, "é"],
+    ids=ascii,
+)
+def test_names_do_not_steer_the_terminal(fails, name):
+    line = fails("score", f"{name}.npy", TEACHER)
+    assert "No such file" in line or "File name too long" in line
+    assert line.isprintable()
+    assert len(line) < 2100
+    assert ("é" in line) == (name == "é")
+    assert fails("score", *FILES, "--loss", name).isprintable()
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
@@ -462,6 +476,50 @@ def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
     assert again.stderr == "gklx: going on after 899 of 899 samples\n"
     assert json.loads(again.stdout)["samples"] == 899
     assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="streams of POSIX")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
+def test_streams_that_are_closed(tmp_path, closed, case):
+    """A report is lost with a status, nothing goes to the other stream, and no file takes a stream's number."""
+    out = tmp_path / "out.json"
+    argv = {
+        "report": ["score", *FILES, "--format", "json"],
+        "file": ["score", *FILES, "--format", "json", "--output", str(out)],
+        "error": ["score", "none.npy", TEACHER],
+        "help": ["score", "--help"],
+        "nothing asked": [],
+    }[case]
+    work = ["--work-dir", str(tmp_path / "work")] if "--format" in argv else []
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "gklx", *argv, *work],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    silent, deaf = ">&-" in closed.replace("2>&-", ""), "2>" in closed
+    lost = "gklx: error: OSError: standard output is closed, and the report was to go there\n" if silent else ""
+    said = {
+        "report": lost,
+        "file": "",
+        "error": "gklx: error: none.npy: No such file or directory\n",
+        "help": lost,
+        "nothing asked": done.stderr,
+    }[case]
+    assert done.stderr == ("" if deaf else said)
+    assert (
+        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "nothing asked": 2}[case]
+    )
+    if case == "report" and not silent:
+        assert json.loads(done.stdout)["samples"] == 899
+    elif case == "help" and not silent:
+        assert done.stdout.startswith("usage: ")
+    else:
+        assert done.stdout == ""
+    if case == "file":
+        assert json.loads(out.read_text())["samples"] == 899
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

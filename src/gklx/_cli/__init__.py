@@ -7,13 +7,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from .._scoring.streams import drop, fill_closed, say
 from . import score, verify
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
+
+_CLOSED = "standard output is closed, and the report was to go there"
 
 _EXAMPLE = """\
 example:
@@ -28,6 +30,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         say(f"error: {message}")
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is None:  # argparse would take the other stream
+            raise OSError(_CLOSED)
+        super()._print_message(message, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +87,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _print(report: str) -> None:
     """The report on standard output; OSError where it did not get there."""
     if sys.stdout is None:
-        raise OSError("standard output is closed, and the report was to go there")
+        raise OSError(_CLOSED)
     # Characters that the output cannot spell are replaced: a table is no reason to fail.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(report.encode(encoding, "replace").decode(encoding), end="", flush=True)

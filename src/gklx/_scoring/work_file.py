@@ -116,12 +116,16 @@ class WorkFile:
     def _opened(self) -> tuple[IO[bytes], IO[bytes] | None]:
         """The two files of the folder, locked; or a nameless one without checksums."""
         if self.folder is not None:
-            try:
-                if (file := _locked(self.folder)) is not None:
-                    return file, _open_own(self.folder / _CHECKS, os.O_RDWR | os.O_CREAT)
-                self.note = "no progress is kept: another run of this job is under way"
-            except _NotOwnError as error:
-                self.note = f"no progress is kept: {error}"
+            with contextlib.ExitStack() as stack:
+                try:
+                    if (file := _locked(self.folder)) is not None:
+                        stack.callback(file.close)
+                        checks = _open_own(self.folder / _CHECKS, os.O_RDWR | os.O_CREAT)
+                        stack.pop_all()
+                        return file, checks
+                    self.note = "no progress is kept: another run of this job is under way"
+                except _NotOwnError as error:
+                    self.note = f"no progress is kept: {error}"
             self.folder = None
         return tempfile.TemporaryFile(buffering=0), None
 
