@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -520,6 +521,30 @@ def test_streams_that_are_closed(tmp_path, closed, case):
         assert done.stdout == ""
     if case == "file":
         assert json.loads(out.read_text())["samples"] == 899
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.score", "rich.progress", "psutil"])
+def test_interrupt_during_imports(tmp_path, module):
+    """At once and without a word: an import that is cut off may say anything."""
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from gklx._cli import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", *FILES, "--work-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

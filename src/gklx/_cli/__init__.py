@@ -9,9 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .. import __version__
-from .._scoring.streams import drop, fill_closed, say
-from . import score, verify
+from .._scoring.streams import drop, ended_by_interrupts, fill_closed, say
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
@@ -68,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _parser()
+    with ended_by_interrupts():
+        from . import score
+
+        parser = _parser()
     try:
         arguments = parser.parse_args(score.with_losses_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:
@@ -94,6 +95,9 @@ def _print(report: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+    from . import score, verify
+
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="gklx", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gklx {__version__}")

@@ -121,11 +121,13 @@ def with_losses_joined(argv: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
-    from .._scoring.atomic import replacing
-    from .._scoring.report import as_json, as_table
-    from .._scoring.score import Request, score
-    from .._scoring.streams import say
-    from .._scoring.work_file import default_parent
+    from .._scoring.streams import ended_by_interrupts, say
+
+    with ended_by_interrupts():
+        from .._scoring.atomic import replacing
+        from .._scoring.report import as_json, as_table
+        from .._scoring.score import Request, score
+        from .._scoring.work_file import default_parent
 
     def report(found: Score) -> None:
         text = as_json(found) if arguments.format == "json" else as_table(found)

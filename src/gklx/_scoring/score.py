@@ -22,6 +22,7 @@ from .run import ChangedError, Job, run
 from .sample_files import check_sample_file, write_samples
 from .samples import LOSSES, Parameters, checked, record_dtype
 from .statistics import EXACT_QUANTILES, Score, Values, digest, score_of
+from .streams import printable
 from .work_file import WorkFile, job_folder
 
 
@@ -189,5 +190,4 @@ def _title(request: Request) -> str:
 def _short(x: Any) -> str:
     if isinstance(x, (list, tuple)):
         return f"{len(x)} shards"
-    # What is no text in the system's encoding cannot be drawn.
-    return os.fsencode(Path(os.fspath(x)).name).decode(errors="replace")
+    return printable(Path(os.fspath(x)).name)  # else it may not be drawn at all

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import TextIO
 
 _LONGEST = 2000
@@ -24,6 +27,25 @@ def printable(text: str) -> str:
     line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}"
+
+
+@contextlib.contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once: an exception in the middle of an import is a traceback of its own.
+
+    For the command alone; a handler that somebody else has set stays.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def drop(stream: TextIO | None) -> None:
