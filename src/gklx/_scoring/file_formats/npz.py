@@ -1,4 +1,4 @@
-"""NumPy's `.npz`: a stored member is read where it lies in the archive, a compressed one is unpacked as a stream."""
+"""NumPy's `.npz`: a member is read as a stream, compressed or not, so that its checksum is compared."""
 
 import collections
 import functools
@@ -19,16 +19,13 @@ from ..backend import threads
 from .npy import NpyRows, header
 from .rows import Stamp, chosen, reading, reason, stamp, text, widened
 
-_LOCAL_HEADER = 30
-"""Bytes of a member's header in the archive, before its name and extra field."""
-
 _PIECE = 2**20
 _one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """A compressed member, of which no more is unpacked than the rows read about now.
+class ArchivedRows:
+    """A member, of which no more is unpacked than the rows read about now.
 
     In Fortran order each row is all over the member: the first read in a process unpacks it into TMPDIR, which takes
     the array's size there.
@@ -79,7 +76,7 @@ class PackedRows:
         return widened(x.reshape(shape), whole.axes)
 
 
-def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | PackedRows:
+def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:
     """An array in an archive; ValueError where there is none of that key, or it is damaged."""
     stamps = (stamp(path),)
     try:
@@ -97,13 +94,7 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | Pack
             f"{name}: the array in the archive is damaged or cut short: its header promises shape {text(shape)}, "
             f"{needed:,} bytes, and there are {info.file_size:,}"
         )
-    if info.compress_type != zipfile.ZIP_STORED:
-        return PackedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes, stamps))
-    with open(path, "rb") as raw:  # the archive's directory does not say how long a member's own header is
-        raw.seek(info.header_offset + _LOCAL_HEADER - 4)
-        of_name, of_extra = np.frombuffer(raw.read(4), dtype="<u2").tolist()
-    offset = info.header_offset + _LOCAL_HEADER + of_name + of_extra + start
-    return NpyRows(name, path, offset, shape, stored, fortran, axes, stamps)
+    return ArchivedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes, stamps))
 
 
 class _Copy:
