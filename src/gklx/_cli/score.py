@@ -30,8 +30,8 @@ files:
   in both files are skipped. Those with NaN, or with no finite logit, are left out and counted as undefined.
 
 progress:
-  A run keeps its progress in a folder under --work-dir until it is done. One that was killed, interrupted or ran out of
-  disk goes on with the same command, and gives the same numbers.
+  A run keeps its progress in a folder under --work-dir until the report is written. One that was killed, interrupted or
+  ran out of disk goes on with the same command, and gives the same numbers. A file that changes meanwhile is an error.
 
 json:
   samples, skipped, undefined, classes, backend, device, quantiles, parameters, top1_agreement,
