@@ -116,8 +116,8 @@ def damage(rng: random.Random, content: bytearray) -> bytearray:
 
 def expected(s: Any, t: Any) -> tuple[int, float, float]:
     """Samples scored, mean KL and top-1 agreement, by the definition in float64."""
-    s, t = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (s, t))
     with np.errstate(all="ignore"):
+        s, t = (np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in (s, t))
         log_q, log_p = (x - x.max(-1, keepdims=True) for x in (s, t))
         log_q, log_p = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (log_q, log_p))
         kl = np.where(np.exp(log_p) > 0, np.exp(log_p) * (log_p - log_q), 0).sum(-1)

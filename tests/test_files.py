@@ -734,6 +734,16 @@ def test_a_pipe_within_zarr_is_refused(tmp_path, where):
     assert done.stderr.splitlines()[-1] == message
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_other_files_in_a_zarr_group_are_passed_over_in_silence(tmp_path, zarr_format):
+    x = rng.standard_normal((50, 4))
+    name = save(f"zarr {zarr_format}", tmp_path / "x", x)
+    (tmp_path / "x.zarr" / "notes.txt").write_text("mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_read(open_logits(name).read(3, 9), x, 3, 9, 1)
+
+
 def test_zarr_in_folders_that_are_links(tmp_path):
     x = rng.standard_normal((50, 4))
     save("zarr 3", tmp_path / "x", x)

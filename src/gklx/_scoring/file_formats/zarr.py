@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +77,16 @@ def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
     for _ in files_below(path):  # each can be read without waiting for somebody who writes
         pass
     try:
-        found = zarr.open(path, mode="r")
-        held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
-        if held is not None:
-            key = chosen(name, key, [each for each, x in held.items() if hasattr(x, "shape")])
-        elif key is not None:
-            raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
-        stamps = (stamp(os.path.join(path, key or "")),)
-        found = zarr.open_array(path, mode="r", path=key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are none of Zarr's
+            found = zarr.open(path, mode="r")
+            held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
+            if held is not None:
+                key = chosen(name, key, [each for each, x in held.items() if hasattr(x, "shape")])
+            elif key is not None:
+                raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
+            stamps = (stamp(os.path.join(path, key or "")),)
+            found = zarr.open_array(path, mode="r", path=key)
     except Exception as error:  # whatever its stores and codecs raise
         if str(error).startswith(f"{name}: "):
             raise
