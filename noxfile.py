@@ -31,7 +31,17 @@ def _ignored(*names: str) -> tuple[str, ...]:
 
 # Files, processes and pictures: tested with NumPy, and with all libraries together where more take part.
 FILES = _ignored(
-    "atomic", "benches", "files", "memory", "mutations", "plot", "progress", "sample_files", "score_peers", "score_runs"
+    "atomic",
+    "benches",
+    "files",
+    "memory",
+    "mutations",
+    "plot",
+    "progress",
+    "sample_files",
+    "score_peers",
+    "score_runs",
+    "work_file",
 )
 # The kernels, compiled by g++ and by NVRTC: one session's, and a GPU's.
 KERNELS = _ignored("cuda_rows")

@@ -339,12 +339,15 @@ def test_outputs_that_are_inputs_or_each_other(fails, save, tmp_path):
 def test_outputs_within_an_input(fails, tmp_path):
     zarr = pytest.importorskip("zarr")
     zarr.create_array(tmp_path / "s.zarr", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
-    before = (tmp_path / "s.zarr" / "zarr.json").read_bytes()
-    for name in ("zarr.json", "c/0/new"):
-        path = tmp_path / "s.zarr" / name
-        line = fails("score", tmp_path / "s.zarr", TEACHER, "--output", path)
-        assert line == f"{path}: output must not be written over an input, got {tmp_path / 's.zarr'}"
-    assert (tmp_path / "s.zarr" / "zarr.json").read_bytes() == before
+    group = zarr.open_group(tmp_path / "g.zarr", mode="w")
+    group.create_array("a/b", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
+    for store, names in (("s.zarr", ("zarr.json", "c/0/new")), ("g.zarr", ("zarr.json", "new", "a/b/zarr.json"))):
+        before = (tmp_path / store / "zarr.json").read_bytes()
+        for name in names:
+            path = tmp_path / store / name
+            line = fails("score", tmp_path / store, TEACHER, "--output", path)
+            assert line == f"{path}: output must not be written over an input, got {tmp_path / store}"
+        assert (tmp_path / store / "zarr.json").read_bytes() == before
 
 
 def test_too_few_arguments(fails):

@@ -65,7 +65,7 @@ def score(request: Request, report: Callable[[Score], None] = lambda found: None
     outputs = {"output": request.output, "per_sample": request.per_sample, "plot": request.plot}
     check_apart(
         ((name, path) for name, path in outputs.items() if path is not None),
-        (each.path for _, stamps in inputs.stamps() or () for each in stamps),
+        (zarr.store_of(each.path) for _, stamps in inputs.stamps() or () for each in stamps),
     )
     if inputs.samples is not None and inputs.samples > EXACT_QUANTILES:
         digest()

@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,14 @@ def _band_of(shape: tuple[int, ...], chunks: tuple[int, ...], axes: int, itemsiz
     inner, period = math.prod(shape[at + 1 : leading]), math.prod(shape[at:leading])
     rows = min(chunks[at], shape[at]) * inner
     return Band(rows, rows * math.prod(shape[leading:]) * itemsize, period)
+
+
+def store_of(path: str) -> str:
+    """The outermost Zarr folder that an array's folder lies in; another path as it is."""
+    if not os.path.isdir(path):
+        return path
+    above = [path, *map(str, Path(path).parents)]
+    return [each for each in above if each.endswith(".zarr")][-1]
 
 
 def forget() -> None:
