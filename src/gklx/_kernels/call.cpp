@@ -295,6 +295,7 @@ void run_call(const gklx_call &c) {
       Pass masses = pass;
       masses.kl = masses.mse = masses.ce = false;
       run_pass(masses);
+      pass.masses_known = true;
     } else {
       presume(pass);
     }

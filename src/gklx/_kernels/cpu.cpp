@@ -29,7 +29,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 1024;
+constexpr int64_t CHUNK = 512;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -205,7 +205,10 @@ template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
   R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
   SIMD(reduction(max : s_reference, t_reference))
   for (int64_t j = 0; j < x.n; ++j) {
-    R s_here = w[j] == largest_weight ? s[j] : -Real<R>::inf, t_here = w[j] == largest_weight ? t[j] : -Real<R>::inf;
+    R s_here = s[j], t_here = t[j];
+    bool weighs_most = w[j] == largest_weight;
+    s_here = weighs_most ? s_here : -Real<R>::inf;
+    t_here = weighs_most ? t_here : -Real<R>::inf;
     s_reference = s_here > s_reference ? s_here : s_reference;
     t_reference = t_here > t_reference ? t_here : t_reference;
   }
@@ -300,8 +303,9 @@ template <class R> struct Weighing {
   R largest;          // w
 };
 
-// exp(gamma z / tau), 1 where gamma is 0 though the logit be -inf.
-template <class R> APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
+// exp(gamma z / tau), 1 where gamma is 0 though the logit be -inf. W's base is left out unless `Normalizer`.
+template <class R, bool Normalizer>
+APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
   constexpr R lowest = -Real<R>::largest / 2;
   double mass = 0, normalizer = 0;
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
@@ -311,51 +315,75 @@ template <class R> APART Weighing<R> teacher_power(const R *t, R t_top, int64_t 
     for (int64_t j = begin; j < end; ++j) {
       R z = (t[j] - t_top) * per_tau;
       z = z < lowest ? lowest : z;
-      b += exponential(z);
+      if (Normalizer) b += exponential(z);
       w[j] = exponential(gamma * z);
       a += w[j];
     }
     mass += double(a);
     normalizer += double(b);
   }
-  return {w, mass, mass, 1 / normalizer, R(1)};
+  return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
 }
 
 // Whether sums of numbers up to this neither overflow nor lose digits.
 bool is_ordinary(double base) { return base > 1e-18 && base < 1e18; }
 
-// (x / base)^gamma with base the largest x: x itself, where gamma is 1 and no scale is in the way.
-template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
+template <class R> struct PriorSeen {
+  R largest;
+  bool wrong;  // an entry is negative or NaN
+};
+
+template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
   using Word = typename Real<R>::Word;
-  R base = 0;
+  R largest = 0;
   Word wrong = 0;
-  SIMD(reduction(max : base) reduction(| : wrong))
+  SIMD(reduction(max : largest) reduction(| : wrong))
   for (int64_t j = 0; j < n; ++j) {
-    base = x[j] > base ? x[j] : base;
-    wrong |= x[j] >= R(0) ? Word(0) : Word(1);
+    R here = x[j];
+    largest = here > largest ? here : largest;
+    wrong |= here >= R(0) ? Word(0) : Word(1);
   }
-  const bool as_they_are = gamma == R(1) && is_ordinary(double(base));
+  return {largest, wrong != 0};
+}
+
+// The largest power of two that is not above x and whose inverse is finite.
+template <class R> R power_of_two_below(R x) {
+  using Word = typename Real<R>::Word;
+  x = x < Real<R>::smallest_normal ? Real<R>::smallest_normal : x;
+  return real_of(Word(bits_of(x) >> Real<R>::fraction << Real<R>::fraction));
+}
+
+// (x / base)^gamma, base about the largest x: x itself, where gamma is 1 and no scale is in the way.
+template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
+  const PriorSeen<R> seen = inspect_prior(x, n);
+  const bool as_they_are = gamma == R(1) && is_ordinary(double(seen.largest));
+  const R base = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_base = R(1) / base;
   double total = 0;
+  R largest = as_they_are ? base : R(0);
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, n);
     R a = 0;
     if (as_they_are) {
       SIMD(reduction(+ : a))
       for (int64_t j = begin; j < end; ++j) a += x[j];
-    } else if (gamma == R(0) || base == R(0)) {
-      for (int64_t j = begin; j < end; ++j) w[j] = gamma == R(0) ? R(1) : R(0);
-      a = gamma == R(0) ? R(end - begin) : R(0);
-    } else if (gamma == R(1)) {
-      SIMD(reduction(+ : a))
-      for (int64_t j = begin; j < end; ++j) a += w[j] = x[j] / base;
+    } else if (gamma == R(0)) {
+      for (int64_t j = begin; j < end; ++j) w[j] = R(1);
+      a = R(end - begin);
+      largest = R(1);
     } else {
-      SIMD(reduction(+ : a))
-      for (int64_t j = begin; j < end; ++j) a += w[j] = power(x[j] / base, gamma);
+      SIMD(reduction(+ : a) reduction(max : largest))
+      for (int64_t j = begin; j < end; ++j) {
+        R here = x[j] * per_base;
+        here = gamma == R(1) ? here : power(here, gamma);
+        w[j] = here;
+        a += here;
+        largest = here > largest ? here : largest;
+      }
     }
     total += double(a);
   }
-  double mass = wrong ? double(nan_of<R>()) : as_they_are ? total / double(base) : total;
-  return {as_they_are ? x : w, total, mass, double(base), as_they_are ? base : R(1)};
+  double mass = seen.wrong ? double(nan_of<R>()) : as_they_are ? total / double(base) : total;
+  return {as_they_are ? x : w, total, mass, double(base), largest};
 }
 
 // --- one row ---------------------------------------------------------------------------------------------------------
@@ -521,12 +549,12 @@ template <class R> struct Rower {
     const double nan = double(nan_of<R>());
     Row found = {weight, 1, 1, 0, 0, 0};
     Weighing<R> weighing = weights_of(row, valid, x, teacher_defined);
-    found.mass = weighing.mass;
-    found.base = weighing.base;
+    found.mass = pass.masses_known ? pass.rows[row].mass : weighing.mass;
+    found.base = pass.masses_known ? pass.rows[row].base : weighing.base;
     if (!student_defined || !teacher_defined) {
       found.loss_kl = found.loss_mse = found.loss_ce = nan;
       report(row, found, true, true, nan, nan);
-      if (!weighing.w && teacher_defined) weighing = teacher_power(x.t, x.t_top, x.n, R(1), x.per_temperature, scratch.w);
+      if (!weighing.w && teacher_defined) weighing = teacher_power<R, false>(x.t, x.t_top, x.n, R(1), x.per_temperature, scratch.w);
       return undefined_gradients(row, valid, x.n, weighing.w, found);
     }
     const bool to_s_in_place = pass.to_student && !valid && call.student_type == type_of<R>;
@@ -609,7 +637,9 @@ template <class R> struct Rower {
     if (pass.weights == PROBABILITIES) return {nullptr, 0, teacher_defined ? 1 : nan, 1, R(1)};
     if (pass.weights == TEACHER_POWER) {
       if (!teacher_defined) return {nullptr, 0, nan, 1, R(1)};
-      return teacher_power(x.t, x.t_top, x.n, gamma, R(1) / R(call.weight_temperature), scratch.w);
+      const R per_tau = R(1) / R(call.weight_temperature);
+      if (pass.masses_known || gamma == 0) return teacher_power<R, false>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
+      return teacher_power<R, true>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
     }
     int64_t source = row;
     if (const RaisedPrior *raised = pass.raised) {
