@@ -1,7 +1,12 @@
 """The CPU row kernel by itself, called as the package calls it, against the losses' definitions.
 
-`definition` is written in NumPy's widest type, row by row, on the valid classes alone: it shares nothing with the package.
-Every test runs on each instruction set that the library was compiled for and this machine has.
+`definition` is written in NumPy's widest type, row by row, on the valid classes alone; it shares nothing with the
+package. Every test runs on each instruction set that the library was compiled for and this machine has.
+
+Under the sanitizers, with a library built by `cmake -S . -B build/sanitized -DGKLX_SANITIZE=ON`, see CMakeLists.txt:
+
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \\
+        GKLX_KERNEL_LIBRARY=build/sanitized/rows.so python -m pytest tests/test_kernel.py
 """
 
 import ctypes
@@ -83,7 +88,7 @@ def run(
     threads=1,
     asked=("value", "to_student", "to_teacher"),
 ):
-    """What was asked for, as a dictionary; the arrays are filled with 7 beforehand, so that each entry must be written."""
+    """What was asked for, as a dictionary. The arrays hold 7 beforehand, so that each entry must be written."""
     rows, classes = s.shape
     real = np.result_type(*(x.dtype if x.dtype.itemsize > 2 else np.float32 for x in (s, t)))
     shapes = {
@@ -247,7 +252,8 @@ def definition(
 
 
 EVERYTHING = (
-    "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid", "undefined",
+    "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid",
+    "undefined",
 )  # fmt: skip
 
 
@@ -356,7 +362,7 @@ def test_every_pair_of_types(kernel, loss, student, teacher):
     compare(kernel, name, s, t, **settings)
 
 
-@pytest.mark.parametrize("loss", [loss for loss, (name, _) in LOSSES.items()])
+@ALL
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masks", ["none", "where", "weights", "both"])
 def test_reductions_masks_and_weights(kernel, loss, reduction, masks):
@@ -550,7 +556,7 @@ def test_kl_of_close_rows(kernel, dtype, size):
     t = (3 * rng.standard_normal((50, 1000))).astype(dtype)
     s = (t + size * rng.standard_normal(t.shape)).astype(dtype)
     if size == 0:
-        s = np.nextafter(t, dtype_of(dtype, rng.choice([-INF, INF], t.shape)))
+        s = np.nextafter(t, rng.choice([-INF, INF], t.shape).astype(dtype))
     found = run(kernel, "kl", s, t, reduction="none", asked=("value", "to_student", "to_teacher"))
     assert (found["value"] >= 0).all()
     if size:
@@ -559,10 +565,6 @@ def test_kl_of_close_rows(kernel, dtype, size):
     assert (run(kernel, "kl", t, t, reduction="none")["value"] == 0).all()
     moved = np.float64(1 << 10) + t.astype(np.float16).astype(dtype)
     assert (run(kernel, "kl", moved, moved - 1024, reduction="none")["value"] == 0).all()
-
-
-def dtype_of(dtype, x):
-    return x.astype(dtype)
 
 
 @pytest.mark.parametrize("kind", ["confident", "confident-teacher", "opposed", "wide"])
@@ -659,7 +661,7 @@ def test_a_batch_of_no_weight(kernel, loss):
     assert (found["to_teacher"] == 0).all()
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES])
+@ALL
 def test_the_definition_is_the_oracles(loss):
     """What the other tests compare with, itself compared: all pairs of classes, complex steps."""
     name, settings = loss_of(loss, 1, 4, 7, np.float64)

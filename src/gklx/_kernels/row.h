@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -175,6 +176,11 @@ struct Totals {
   double weight;                        // sum of v/V
   double squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
 };
+
+// base^gamma, where base may itself be relative to that of a batch.
+GKLX_BOTH double power_of_base(double base, double gamma) {
+  return gamma == 1 ? base : gamma == 0 ? 1 : std::pow(base, gamma);
+}
 
 // What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
 GKLX_BOTH double share_of(double weight, bool mean, double ranks, const Totals &totals) {
