@@ -97,7 +97,9 @@ _TOKENS = {
     "&&": "||", "||": "&&", "+=": "-=", "-=": "+=", "*=": "/=", "|=": "&=", "true": "false", "false": "true",
 }  # fmt: skip
 # Between spaces an operator is one of two operands, and neither a pointer, a template's bracket nor a sign.
-_PLACES = re.compile(r"(?<= )(?:[-+*/]=?|[<>]=?|[=!]=|&&|\|\||\|=)(?= )|\b(?:true|false)\b|\b\d+\.\d+\b|(?<=R\()\d+(?=\))")
+_PLACES = re.compile(
+    r"(?<= )(?:[-+*/]=?|[<>]=?|[=!]=|&&|\|\||\|=)(?= )|\b(?:true|false)\b|\b\d+\.\d+\b|(?<=R\()\d+(?=\))"
+)
 
 
 def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
@@ -149,14 +151,13 @@ def _load(folder: pathlib.Path, name: str, changed: str) -> None:
 
 _NOT_A_PROGRAM = 77
 _SELECTED = {
-    "formulas": "numpy-formulas and not float16",
-    "kernel": "numpy and not formulas",
+    "formulas": "numpy-formulas and not float16 and not float32",
+    "kernel": "numpy and not formulas and not float16",
 }
 _TESTS = (
     "test_against_definition.py::test_value_and_gradients",
-    "test_against_definition.py::test_batch_axes",
     "test_extremes.py",
-    "test_precision.py",
+    "test_blocks.py::test_blocks_are_the_whole",
 )
 MUTANTS = {"formulas": of_formulas, "kernel": of_kernel}
 
