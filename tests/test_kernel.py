@@ -84,7 +84,7 @@ def run(
     threads=1,
     asked=("value", "to_student", "to_teacher"),
 ):
-    """What was asked for, as a dictionary; the arrays are filled with 7 beforehand, so that each entry must be written."""
+    """What was asked for, as a dictionary; the arrays hold 7 beforehand, so that each entry must be written."""
     rows, classes = s.shape
     real = np.result_type(*(x.dtype if x.dtype.itemsize > 2 else np.float32 for x in (s, t)))
     shapes = {

@@ -363,7 +363,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", CARE)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
-    """What is presumed of the rows is found out, and the careful sweep takes over."""
+    """Infinite and absent logits come out of a compiled program as they do eagerly."""
     compile_, _ = compiled
     s, t, given = CARE[name](*torch.randn(2, 6, 7))
     loss = partial(LOSSES[loss], reduction="none", **given)
