@@ -36,6 +36,9 @@ class Backend:
     """The dtypes that stand for all where compiling every case for each would take minutes."""
     execution: Literal["kernel", "formulas"] | None = None
     """None where the library has no kernel to choose."""
+    cases: tuple[str, ...] = ()
+    """Likewise for the calls of cases.py and their masks: these alone, where any are named."""
+    masks: tuple[str, ...] = ()
 
     @property
     def xp(self) -> ModuleType:
@@ -142,8 +145,18 @@ BACKENDS = (
     Backend("torch", BY_BACKEND["torch"], _torch, execution="kernel"),
     Backend("torch-formulas", BY_BACKEND["torch"], _torch, execution="formulas"),
     Backend("jax", BY_BACKEND["jax"], _jax),
-    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",), execution="kernel"),
-    Backend("jax-jit-formulas", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",), execution="formulas"),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel"),
+    # Two seconds a program.
+    Backend(
+        "jax-jit-formulas",
+        BY_BACKEND["jax"],
+        _jax,
+        _jax_jit,
+        only=("float32",),
+        execution="formulas",
+        cases=("kl-T", "ikl-tau", "gkl-prior", "gkl-asymmetric"),
+        masks=("none", "elements", "samples"),
+    ),
     Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16")),
     Backend("strict", BY_BACKEND["array_api_strict"], _strict),
     Backend("strict-device1", BY_BACKEND["array_api_strict"], lambda x: _strict(x, "device1")),

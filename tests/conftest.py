@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import backends
+from cases import Case
 
 # Eight virtual devices of the host for JAX; read when JAX starts, and nothing to the other libraries.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -29,6 +30,23 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("backend", "dtype"), pairs, ids=ids, indirect=["backend"])
     else:
         metafunc.parametrize("backend", chosen, ids=[each.name for each in chosen], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what a backend has others stand for."""
+
+    def left_out(item):
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        backend, case, mask = (given.get(name) for name in ("backend", "case", "mask"))
+        if not isinstance(backend, backends.Backend):
+            return False
+        out = isinstance(case, Case) and backend.cases and case.id not in backend.cases
+        return bool(out or (mask is not None and backend.masks and mask not in backend.masks))
+
+    out = [item for item in items if left_out(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not left_out(item)]
 
 
 @pytest.fixture(autouse=True)

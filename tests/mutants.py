@@ -91,7 +91,7 @@ def _execute(module: str, code: object) -> None:
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
 # Which part of a file is the mathematics: from here to there. test_kernel.py tests the rest, each type and layout.
-_MATHEMATICS = {"row.h": ("exp(x) for x <= 0", None), "cpu.cpp": ("// --- loops over the classes", "struct Scratch")}
+_MATHEMATICS = {"row.h": ("exp(x) for x <= 0", None), "loops.h": ("// A row of valid classes", None)}
 _TOKENS = {
     "+": "-", "-": "+", "*": "/", "/": "*", "<": ">=", ">": "<=", "<=": ">", ">=": "<", "==": "!=", "!=": "==",
     "&&": "||", "||": "&&", "+=": "-=", "-=": "+=", "*=": "/=", "|=": "&=", "true": "false", "false": "true",
@@ -124,7 +124,17 @@ def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
 
 def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
     """Slow code, quickly made; for the baseline that every processor has."""
-    options = ("-std=c++17", "-O0", "-fPIC", "-shared", "-DGKLX_SET=generic", "-DGKLX_HAS_GENERIC", "-pthread", "-w")
+    options = (
+        "-std=c++17",
+        "-O0",
+        "-fPIC",
+        "-shared",
+        "-DGKLX_SET=generic",
+        "-DGKLX_HAS_GENERIC",
+        "-DGKLX_CHUNK=128",
+        "-pthread",
+        "-w",
+    )
     files = (str(sources / name) for name in ("cpu.cpp", "call.cpp"))
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, *options, *files, "-o", str(library)], check=True, capture_output=True)
@@ -168,6 +178,7 @@ class EachMutant:
     def __init__(self, mutants: list[Mutant]) -> None:
         self.mutants, self.outcomes = mutants, Counter()
         self.survivors: list[str] = []
+        self.stream = os.fdopen(os.dup(2), "w")  # pytest captures the other
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         assert session.items, "no tests were selected"
@@ -176,6 +187,7 @@ class EachMutant:
         for mutant in self.mutants:
             if self._passes(session, mutant.apply):
                 self.survivors.append(mutant.name)
+                print("survives:", mutant.name, file=self.stream, flush=True)
         return True
 
     def _passes(self, session: pytest.Session, apply: Callable[[], None]) -> bool:
