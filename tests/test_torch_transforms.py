@@ -9,8 +9,9 @@ import pytest
 
 import backends
 import gklx
+import oracle
 from backends import BY_NAME
-from cases import CASES, call, loss_of, on
+from cases import CASES, call, loss_of, on, rounded
 from closeness import assert_close
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -280,22 +281,50 @@ def test_compiled_by_a_compiler_that_runs_the_graph_as_it_is(compiled, case):
         same(b.grad, expected[1], ulps=64)
 
 
+INDUCTOR = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor"
+)
+
+
+@pytest.fixture(params=["operator", "formulas"])
+def given_to_inductor(request, monkeypatch):
+    """The one operator, or the formulas themselves, as on CUDA and over several ranks."""
+    from gklx._autodiff import torch_operator
+
+    if request.param == "formulas":
+        monkeypatch.setattr(torch_operator, "serves", lambda call: False)
+        monkeypatch.setenv("GKLX_KERNEL", "0")
+    return request.param
+
+
 @supports("compiler")
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor")
-def test_compiled_by_the_default_compiler(compiled):
+@INDUCTOR
+@pytest.mark.parametrize(
+    ("name", "mask", "permuted"),
+    [("kl", "none", True), ("gkl-tau", "none", True), ("gkl-prior", "samples", False)],
+)
+def test_inductors_own_values(compiled, given_to_inductor, name, mask, permuted):
+    """Against the definition; Inductor has had faults where the two networks' layouts differ."""
     compile_, _ = compiled
-    case = next(case for case in CASES if case.id == "gkl-prior")
-    loss, s, t = given(case, "samples", dtype="float32")
-    a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
+    case = next(case for case in CASES if case.id == name)
+    s, t, arrays = call(case, mask, batch=(1, 4, 4))
+    exact_s, exact_t, exact = rounded(BY_NAME["torch"], "float32", s, t, arrays)
+    s, t, arrays = on(BY_NAME["torch"], "float32", s, t, arrays)
+
+    def loss(a, b):
+        return loss_of(case)(a.permute(0, 2, 3, 1) if permuted else a, b, **arrays)
+
+    a = (s.permute(0, 3, 1, 2).contiguous() if permuted else s).requires_grad_()
+    b = t.requires_grad_()
     value = compile_(loss, backend="inductor")(a, b)
     value.backward()
-    same(value, loss(s, t), dtype="float32")
-    for found, expected in zip((a.grad, b.grad), gklx.grad(loss, (0, 1))(s, t), strict=True):
-        same(found, expected, dtype="float32", ulps=64)
+    found = (value.detach(), a.grad.permute(0, 2, 3, 1) if permuted else a.grad, b.grad)
+    for one, other in zip(found, oracle.evaluate(case.loss, exact_s, exact_t, **case.settings, **exact), strict=True):
+        assert_close(one, other, BY_NAME["torch"], "float32", ulps=32)
 
 
 @supports("compiler")
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for TorchInductor")
+@INDUCTOR
 def test_a_compiled_program_is_kept_on_disk(compiled, monkeypatch, tmp_path):
     """What docs/speed.md tells of the compiler's cache."""
     import torch._inductor.config as options
