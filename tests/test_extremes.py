@@ -134,3 +134,16 @@ def test_half_precision_sums_do_not_overflow(backend):
     exact = gklx.gkl(backend.rounded(s, "float16"), backend.rounded(t, "float16"), gamma=0.0)
     assert_close(value, exact, backend, "float32", ulps=32)
     assert np.isfinite(backend.numpy(to_s)).all()
+
+
+@pytest.mark.parametrize("network", ["student", "teacher"])
+@pytest.mark.parametrize("loss", [gklx.kl, gklx.dkl, gklx.ikl, partial(gklx.gkl, normalize="samples")])
+def test_nan_outweighs_an_infinite_difference(backend, loss, network):
+    """A row with a NaN logit is NaN and not infinite, though the student rules out a class that the teacher does not."""
+    s = np.asarray([[0.0, -np.inf, 1.0, 0.5], [0.0, 2.0, 1.0, 0.5]])
+    t = np.asarray([[0.0, 1.0, 0.5, 0.2], [1.0, 1.0, 0.5, 0.2]])
+    (s if network == "student" else t)[0, 2] = np.nan
+    with np.errstate(all="ignore"):
+        found = backend.numpy(backend.wrap(partial(loss, reduction="none"))(backend.array(s), backend.array(t)))
+    assert np.isnan(found[0])
+    assert np.isfinite(found[1])
