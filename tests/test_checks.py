@@ -338,7 +338,10 @@ def test_modules_without_class_weights_take_no_labels():
     s, t, labels = torch.tensor(S), torch.tensor(T), torch.tensor(LABELS)
     for kind in (KLLoss, DKLLoss):
         for call in (lambda loss: loss(s, t, labels), lambda loss: loss(s, t, labels=labels)):
-            message = f"labels must not be given to {kind.__name__}, which has no class weights, got Tensor"
+            message = (
+                f"labels must not be given to {kind.__name__}, which has no class weights and takes two positional "
+                "arguments, got Tensor"
+            )
             with raises(TypeError, message):
                 call(kind())
         assert torch.equal(kind()(s, t, None), kind()(s, t))

@@ -10,7 +10,7 @@ import numpy as np
 from ._core.call import Array
 from ._core.checks import class_count, computed_in, known_library, labelled_logits, positive_number
 from ._core.formulas import is_class, softmax, valid_mask
-from ._core.libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
+from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
 
 
@@ -75,7 +75,7 @@ def class_sums(
     weighted = p * v[..., None]
     if labels.ndim != 1:
         weighted, labels = xp.reshape(weighted, (-1, num_classes)), xp.reshape(labels, (-1,))
-    classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
+    classes = xp.arange(num_classes, dtype=labels.dtype, device=device_like(library, labels))
     member = labels[:, None] == classes[None, :]
     # In the product NaN reaches every class, for 0 · NaN is NaN: it is taken out, and put into its own class's row. A
     # label that names no class may stand for any.
@@ -130,7 +130,7 @@ class ClassPriorState(NamedTuple):
         num_classes = class_count(num_classes)
         library = known_library("like", like)
         xp = library.namespace()
-        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": beside(library, like)}
+        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": device_like(library, like)}
         shape = (num_classes, num_classes)
         return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
 

@@ -12,7 +12,7 @@ import torch
 
 import gklx
 
-from ._arguments import class_count, type_name, whole_number
+from ._core.checks import class_count, type_name, whole_number
 from .losses import call_builder
 from .prior import allow_in_torch_load
 
@@ -79,8 +79,8 @@ class _UnlabelledLoss(_Loss):
         """
         if labels is not None:
             raise TypeError(
-                f"labels must not be given to {type(self).__name__}, which has no class weights, "
-                f"got {type_name(labels)}"
+                f"labels must not be given to {type(self).__name__}, which has no class weights and takes "
+                f"two positional arguments, got {type_name(labels)}"
             )
         loss: torch.Tensor = self._function(
             student_logits, teacher_logits, **self._settings(), sample_weight=sample_weight, where=where

@@ -7,7 +7,6 @@ No library is imported to recognise its arrays.
 import contextlib
 import sys
 from collections.abc import Callable
-from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from .call import Array
 
-_BLOCK_ON_CPU = 2**20  # for each core that works on it: benches/block_size.py
+_BLOCK_ON_CPU = 2**20
 _BLOCK_ON_GPU = 2**28
 
 
@@ -39,14 +38,6 @@ class Library(NamedTuple):
     """The device of an array; None where it has none to tell, as under tracing or over several devices."""
     block: Callable[..., int] = lambda *xs: 0
     """How many bytes of one of these arrays a block of rows may hold; 0 where all rows are to be worked off at once."""
-    needs_threads: bool = False
-    """Whether blocks are best run side by side: the library lets go of the interpreter, and has no threads itself."""
-    silent: bool = False
-    """Whether arithmetic on infinities and NaN never warns: rows may then be looked at when all is computed."""
-    softmax: Callable[[int], Callable[[Array], Array] | None] = lambda classes: None
-    """A fused softmax along the last axis; None if there is none, or of so many classes one that loses digits."""
-    sizes_known: Callable[[], bool] = lambda: True
-    """Whether a choice may be made by the sizes of arrays; a compiler that keeps them open would fix them there."""
     constant: Callable[[Array], Array] = lambda x: x
     """The array cut from any autodiff graph."""
     differentiates: bool = False
@@ -72,21 +63,10 @@ def _library_named(backend: str) -> Library:
 # Imports by statement: a compiler that follows these functions takes no other.
 
 
-@cache
 def _import_numpy() -> ModuleType:
-    """Its reductions are the ufuncs' own: what `numpy.sum` does beforehand takes longer than to sum a small batch."""
     import array_api_compat.numpy as xp
 
-    direct = ModuleType(xp.__name__)
-    vars(direct).update(vars(xp), sum=_reducing(np.add), max=_reducing(np.maximum), min=_reducing(np.minimum))
-    return direct
-
-
-def _reducing(ufunc: np.ufunc) -> Callable[..., Array]:
-    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
-        return ufunc.reduce(x, axis=axis, keepdims=keepdims)
-
-    return reduce
+    return xp
 
 
 def _import_torch() -> ModuleType:
@@ -107,44 +87,10 @@ def _import_cupy() -> ModuleType:
     return xp
 
 
-@cache
 def _import_dask() -> ModuleType:
-    """Its namespace, but for three functions that fail on filtered arrays.
+    from . import dask_arrays
 
-    `dask.array` has neither maximum nor reshape where a chunk holds no rows, and no reshape where their number is not
-    known.
-    """
-    import array_api_compat.dask.array as xp
-
-    direct = ModuleType(xp.__name__)
-    extremes = {"max": _extreme_over_chunks("max"), "min": _extreme_over_chunks("min")}
-    vars(direct).update(vars(xp), **extremes, reshape=_reshape_if_needed)
-    return direct
-
-
-def _extreme_over_chunks(name: str) -> Callable[..., Array]:
-    of_chunk = partial(_extreme_of_chunk, name)
-
-    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
-        reduction: Any = sys.modules["dask.array"].reduction
-        return reduction(x, of_chunk, of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
-
-    return reduce
-
-
-def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Array:
-    pairs = list(zip(x.shape, shape, strict=False))
-    same = all(own == to or to == -1 or (np.isnan(own) and np.isnan(to)) for own, to in pairs)
-    if x.ndim == len(shape) and same:
-        return x
-    if any(0 in sizes for sizes in x.chunks):
-        x = x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in x.chunks))
-    xp: Any = sys.modules["array_api_compat.dask.array"]
-    return xp.reshape(x, shape, copy=copy)
-
-
-def _extreme_of_chunk(name: str, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-    return getattr(x, name)(axis=axis, keepdims=keepdims)
+    return dask_arrays.namespace()
 
 
 def _import_strict() -> ModuleType:
@@ -215,11 +161,6 @@ def _torch_block(*xs: Array) -> int:
     return _BLOCK_ON_CPU * torch.get_num_threads() if xs[0].device.type == "cpu" else _BLOCK_ON_GPU
 
 
-def _torch_softmax(classes: int) -> Callable[[Array], Array] | None:
-    # Its sum is a plain one: at 1,000 classes as exact as `sum`, at 32,000 up to 16 units in the last place off.
-    return partial(sys.modules["torch"].softmax, dim=-1) if classes <= 4096 else None
-
-
 def _jax_device(x: Array) -> Any:
     device = compat.device(x)
     return device if hasattr(device, "platform") else None
@@ -242,7 +183,6 @@ LIBRARIES: tuple[Library, ...] = (
         readable=lambda *xs: True,
         to_numpy=_numpy,
         block=lambda *xs: _BLOCK_ON_CPU,
-        needs_threads=True,
     ),
     Library(
         name="PyTorch",
@@ -254,9 +194,6 @@ LIBRARIES: tuple[Library, ...] = (
         device=lambda x: x.device,
         unsupported=_torch_unsupported,
         block=_torch_block,
-        silent=True,
-        softmax=_torch_softmax,
-        sizes_known=lambda: not sys.modules["torch"].compiler.is_compiling(),
         constant=lambda x: x.detach(),
         differentiates=True,
         dtypes=("bfloat16", "float16", "float32", "float64"),
@@ -319,7 +256,7 @@ def library_of(x: Any) -> Library | None:
     return None
 
 
-def beside(library: Library, x: Array) -> Any:
+def device_like(library: Library, x: Array) -> Any:
     """The device to name when an array is made to meet x; None where its library would bind it more than x is bound.
 
     JAX moves arrays that nobody put anywhere to those that somebody did, and compiles anew where that changes.
