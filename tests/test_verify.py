@@ -24,9 +24,9 @@ from gklx._run import cpu
 from gklx._verify import cases, checks, definitions
 from gklx._verify.calls import Arguments
 from gklx._verify.checks import Check
+from gklx._verify.executions import executions, pairs
 from gklx._verify.junit import as_junit
 from gklx._verify.places import places
-from gklx._verify.executions import executions, pairs
 from gklx._verify.report import as_json, as_markdown, as_table
 from gklx._verify.verify import Report, verify
 
@@ -186,7 +186,8 @@ def test_a_wrong_exponential_turns_it_red(other, few, monkeypatch):
         if case.get("classname") == f"gklx.verify.definition.{formulas}" and case.get("name") == "float32 kl T=2.5"
     )
     assert re.match(
-        rf"{other} \(formulas\), float32, kl T=2\.5, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, allowed 32 and \d+ more$",
+        rf"{other} \(formulas\), float32, kl T=2\.5, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, "
+        r"allowed 32 and \d+ more$",
         failure.get("message"),
     )
     assert f"{formulas}, float32, kl T=2.5, gradient: gradient to the teacher element [" in failure.text
@@ -198,9 +199,9 @@ def test_a_wrong_exponential_of_numpy_is_numpys(few, here, monkeypatch):
     assert blamed(verify(here)) == {"numpy (formulas)"}
 
 
-@pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_a_fault_of_the_kernel_is_the_kernels(few, backend, monkeypatch):
-    backends.needs(backend)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_fault_of_the_kernel_is_the_kernels(few, library, monkeypatch):
+    backends.needs(library)
     if SET is None:
         pytest.skip("no kernel is in use")
     true_run = cpu.run
@@ -210,8 +211,8 @@ def test_a_fault_of_the_kernel_is_the_kernels(few, backend, monkeypatch):
         true_run(request)
 
     monkeypatch.setattr(cpu, "run", run_hotter)
-    found = verify([backend])
-    *kernels, formulas = names_of(backend)
+    found = verify([library])
+    *kernels, formulas = names_of(library)
     assert blamed(found) == set(kernels)
     assert {check.places for check in found.broken if check.kind == "pair"} == {(name, formulas) for name in kernels}
 
