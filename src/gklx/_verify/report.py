@@ -23,8 +23,8 @@ _WHATS = ("value", "gradient", "autodiff")
 _PLAIN = str.maketrans({"–": "-", "≡": "=", "·": "|"})
 """For a standard output that spells no more than ASCII."""
 _BOUNDS = (
-    "in units in the last place; allowed: 32, for gradients in halves 1, between two executions twice that, "
-    "DKL from KL in one execution 16"
+    "in units in the last place; allowed: 32, for gradients in halves 1, between two rows twice that, "
+    "DKL from KL in one row 16"
 )
 
 
