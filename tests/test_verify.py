@@ -43,7 +43,7 @@ def few(monkeypatch):
     monkeypatch.setattr(checks, "cases", lambda: iter(some))
     monkeypatch.setattr(checks, "equivalents", lambda: itertools.islice(cases.equivalents(), 1))
     monkeypatch.setattr(checks, "DTYPES", ("float16", "float32"))
-    monkeypatch.setattr(checks, "_EQUIVALENT_IN", ("float32",))
+    monkeypatch.setattr(checks, "EQUIVALENT_IN", ("float32",))
 
 
 @pytest.fixture(params=OTHERS)

@@ -20,9 +20,9 @@ bounds:
   DKL from those of KL. docs/verify.md has the reasons.
 
 json:
-  backends.NAME.{version, device, hardware, kernel}, absent.NAME, checks, kl_equals_dkl, and in lists of {kind, backends,
-  dtype, what, case, ulps, bound}: farthest, the worst of each; broken, what is beyond its bound, with what was found.
-  kernel is its instruction set, null for the formulas.
+  backends.NAME.{version, device, hardware, kernel}, absent.NAME, checks, kl_equals_dkl, and in lists of {kind,
+  backends, dtype, what, case, ulps, bound}: farthest, the worst of each; broken, what is beyond its bound, with what
+  was found. kernel is the instruction set that the kernel uses, null for the formulas.
   ulps is null where one side is infinite or NaN, or raised an error.
 
 exit status:

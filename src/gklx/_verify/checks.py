@@ -30,7 +30,7 @@ from .executions import Execution, pairs
 from .ulps import DTYPES, farthest, units
 
 _HALVES = ("float16", "bfloat16")
-_EQUIVALENT_IN = ("float32", "float64")
+EQUIVALENT_IN = ("float32", "float64")
 _BOUND, _BOUND_OF_HALF_GRADIENTS, _BOUND_OF_EQUIVALENCE = 32.0, 1.0, 16.0
 
 
@@ -97,7 +97,7 @@ def run(executions: Sequence[Execution]) -> list[Check]:
         for case in cases():
             if case.halves or dtype not in _HALVES:
                 found += _of_case(able, case, dtype)
-        for kl, dkl in equivalents() if dtype in _EQUIVALENT_IN else ():
+        for kl, dkl in equivalents() if dtype in EQUIVALENT_IN else ():
             found += _of_equivalents(able, kl, dkl, dtype)
     return found
 

@@ -73,14 +73,12 @@ def _at(place: Place) -> Iterator[Execution]:
     kernel = _kernel(place)
     if kernel is not None:
         yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
-    backend, on_cpu = place.library.backend, cpu.instruction_set()
-    if on_cpu is not None and not place.on_gpu:
-        name = f"{place.library.jit} (kernel: {on_cpu})"
-        if backend == "torch":
-            # Each program takes its compiler a second: one dtype stands for all.
-            yield Execution(name, place, on_cpu, _torch_compiled, ("float32",))
-        elif backend == "jax" and cpu.serves_jax():
-            yield Execution(name, place, on_cpu, sys.modules["jax"].jit)
+    backend, on_cpu = place.library.backend, None if place.on_gpu else cpu.instruction_set()
+    if backend == "torch" and on_cpu is not None:
+        # Each program takes its compiler a second: one dtype stands for all.
+        yield Execution(f"torch.compile (kernel: {on_cpu})", place, on_cpu, _torch_compiled, ("float32",))
+    if backend == "jax" and on_cpu is not None and cpu.serves_jax():
+        yield Execution(f"jax.jit (kernel: {on_cpu})", place, on_cpu, sys.modules["jax"].jit)
     yield Execution(f"{place.name} (formulas)", place, None)
 
 

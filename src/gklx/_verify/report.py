@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .checks import Check
+from .checks import EQUIVALENT_IN, Check
 from .executions import pairs
 from .ulps import DTYPES
 from .verify import Report
@@ -120,26 +120,14 @@ def _grids(report: Report) -> list[_Grid]:
     here += [(name, _NONE, _NONE, why) for name, why in report.absent.items()]
     of_definitions = [_of_definition(report, name, dtype) for name in names for dtype in DTYPES]
     of_pairs = [
-        (
-            _Cell(f"{one.name}, {other.name}"),
-            *(
-                _cells(report, "pair", (one.name, other.name), dtype, ("value",), ("gradient", "autodiff"))
-                for dtype in DTYPES
-            ),
-        )
+        _row(report, "pair", (one.name, other.name), DTYPES, ("value",), ("gradient", "autodiff"))
         for one, other in pairs(report.executions)
     ]
-    dtypes = ("float32", "float64")
     of_dkl = [
-        (
-            _Cell(name),
-            *(
-                _cells(report, "equivalence", (name,), dtype, ("gradient", "autodiff"), ("definition",))
-                for dtype in dtypes
-            ),
-        )
+        _row(report, "equivalence", (name,), EQUIVALENT_IN, ("gradient", "autodiff"), ("definition",))
         for name in ("definition", *names)
     ]
+    title_of_dkl = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
     grids = [
         _Grid("Backends", ("backend", "version", "device", ""), [tuple(map(_Cell, row)) for row in here]),
         _Grid(
@@ -148,11 +136,15 @@ def _grids(report: Report) -> list[_Grid]:
             [row for row in of_definitions if row],
         ),
         _Grid("Farthest from each other: value, gradient", ("backends", *DTYPES), of_pairs),
-        _Grid(
-            "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL", ("backend", *dtypes), of_dkl
-        ),
+        _Grid(title_of_dkl, ("backend", *EQUIVALENT_IN), of_dkl),
     ]
     return [grid for grid in grids if grid.rows]
+
+
+def _row(
+    report: Report, kind: str, names: tuple[str, ...], dtypes: Sequence[str], *whats: tuple[str, ...]
+) -> tuple[_Cell, ...]:
+    return _Cell(", ".join(names)), *(_cells(report, kind, names, dtype, *whats) for dtype in dtypes)
 
 
 def _of_definition(report: Report, name: str, dtype: str) -> tuple[_Cell, ...]:
