@@ -20,9 +20,11 @@
 
 #if defined(_MSC_VER)
 #define SIMD(...) __pragma(omp simd __VA_ARGS__)
+#define APART __declspec(noinline)
 #else
 #define PRAGMA(x) _Pragma(#x)
 #define SIMD(...) PRAGMA(omp simd __VA_ARGS__)
+#define APART __attribute__((noinline))  // a loop of its own keeps its numbers in registers
 #endif
 
 namespace {
@@ -145,7 +147,7 @@ template <class R> struct Inspected {
   bool moderate;  // all logits are finite, and so are sums of their differences
 };
 
-template <class R> Inspected<R> inspect(const R *s, const R *t, int64_t n) {
+template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   using Word = typename Real<R>::Word;
   constexpr R limit = Real<R>::largest / R(1ull << 50);
   R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
@@ -161,7 +163,7 @@ template <class R> Inspected<R> inspect(const R *s, const R *t, int64_t n) {
 
 // Fills es, et and their sums, and finds the part of CE. With `Own`, where the teacher's own softmax weighs the classes,
 // also the reference: the largest of several does, as any number between their differences would.
-template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
+template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
   const R *s = x.s, *t = x.t;
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
@@ -198,7 +200,7 @@ template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
 }
 
 // The reference where a prior or a power of the teacher's softmax weighs the classes.
-template <class R> void find_reference(Line<R> &x, R largest_weight) {
+template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
   const R *s = x.s, *t = x.t, *w = x.w;
   R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
   SIMD(reduction(max : s_reference, t_reference))
@@ -217,7 +219,7 @@ struct Sums {
   double kl;
 };
 
-template <class R, bool Careful, bool Spread, bool Gap, bool Kl> Sums sums(const Line<R> &x) {
+template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
@@ -266,7 +268,7 @@ template <class R> struct Rates {
 enum Student { NOT, GAP, GAP_AND_DIFFERENCE };
 
 template <class R, bool Careful, Student To, bool Teacher>
-void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
+APART void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
@@ -299,7 +301,7 @@ template <class R> struct Weighing {
 };
 
 // exp(gamma z / tau), 1 where gamma is 0 though the logit be -inf.
-template <class R> Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
+template <class R> APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
   constexpr R lowest = -Real<R>::largest / 2;
   double mass = 0, normalizer = 0;
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
@@ -323,7 +325,7 @@ template <class R> Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R g
 bool is_ordinary(double base) { return base > 1e-18 && base < 1e18; }
 
 // (x / base)^gamma with base the largest x: x itself, where gamma is 1 and no scale is in the way.
-template <class R> Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
+template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
   using Word = typename Real<R>::Word;
   R base = 0;
   Word wrong = 0;
