@@ -1,4 +1,4 @@
-"""Runs a call: on the row kernel where it serves the arrays, else by the formulas."""
+"""Runs a call: on the row kernel of the CPU or of a GPU where it serves the arrays, else by the formulas."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result
-from . import blocks, rows
+from . import blocks, cuda, rows
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     `shared` is what the samples of the batch share, where an earlier evaluation found it. The gradients are those of
     each sample's own entry under the reduction "none", times `upstream`, of the value's shape, where it is given.
     """
-    run = rows.evaluate if rows.serves(call) else blocks.evaluate
+    run = rows.evaluate if rows.serves(call) else cuda.evaluate if cuda.serves(call) else blocks.evaluate
     return run(call, shared, value=value, student=student, teacher=teacher, upstream=upstream)
 
 

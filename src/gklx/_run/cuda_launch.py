@@ -1,0 +1,191 @@
+"""Compiles and starts the CUDA kernels on the stream and the device of the arrays: by CuPy, or by NVIDIA's cuda-core.
+
+PyTorch's arrays take whichever of the two is installed.
+"""
+
+import contextlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._core.call import Array
+from .._core.libraries import library_of
+
+# From every GPU that NVRTC 13 compiles for (sm_75) on, blocks of this size find the shared memory they need.
+THREADS = 256
+"""Of a block."""
+
+Options = tuple[tuple[str, str], ...]
+"""The definitions that cuda.cu asks for, by name."""
+
+_LANGUAGE = "c++17"
+
+
+class Device(NamedTuple):
+    """What is done with the arrays of one library on one device."""
+
+    contiguous: Callable[[Array, Any], Array]
+    """The array with its rows one after the other, and in a dtype where one is given."""
+    address: Callable[[Array], int]
+    empty: Callable[[tuple[int, ...], Any], Array]
+    """Of a shape and a dtype."""
+    start: Callable[[Options, int, str, tuple[Any, ...]], None]
+    """Runs a kernel, compiled with some options, on so many blocks; arrays, numbers, None for a null pointer."""
+
+
+def device_of(x: Array) -> Device:
+    """The device of an array on a GPU, CuPy's or PyTorch's."""
+    library = library_of(x)
+    assert library is not None
+    return _of_cupy(x) if library.backend == "cupy" else _of_torch(x)
+
+
+def available(x: Array) -> bool:
+    """Whether the kernels compile for the device of an array; a warning where the compiler is there and fails."""
+    library = library_of(x)
+    assert library is not None
+    with_cupy = importlib.util.find_spec("cupy") is not None
+    if library.backend == "cupy" or with_cupy:
+        return with_cupy and _available(_cupy_kernel, x.device.id if library.backend == "cupy" else x.device.index)
+    return _find("cuda.core") and _available(_core_kernel, x.device.index)
+
+
+@cache
+def _available(kernel_of: Callable[[Options, str, int], Any], device: int) -> bool:
+    options = tuple({
+        "REAL": "float", "STUDENT": "float", "TEACHER": "float", "WEIGHTS": "PROBABILITIES", "VECTOR": "4",
+        "GROUP": "256", "BLOCK": str(THREADS),
+    }.items())  # fmt: skip
+    try:
+        kernel_of(options, "statistics", device)
+    except Exception as error:  # a compiler or a driver that is not there comes in many kinds
+        message = f"gklx's kernels do not compile here, array operations take their place: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def source() -> str:
+    """The text of cuda.cu with row.h in its place: CuPy's cache on disk knows a kernel by its text."""
+    folder = resources.files("gklx") / "_kernels"
+    text, shared = ((folder / name).read_text(encoding="utf-8") for name in ("cuda.cu", "row.h"))
+    return text.replace('#include "row.h"', shared.replace("#pragma once", ""))
+
+
+def _find(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
+
+
+def _numbers(address: Callable[[Array], int], arguments: tuple[Any, ...]) -> list[Any]:
+    kinds = {int: np.int64, float: np.float64}
+    return [kinds[type(x)](x) if type(x) in kinds else np.uint64(0 if x is None else address(x)) for x in arguments]
+
+
+# --- CuPy -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _cupy_kernel(options: Options, name: str, device: int) -> Any:
+    """Compiled for a device; CuPy keeps the result on disk as well."""
+    import cupy
+
+    definitions = (f"-D{key}={value}" for key, value in options)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=source(), options=(f"--std={_LANGUAGE}", *definitions))
+        return module.get_function(name)
+
+
+def _of_cupy(x: Array) -> Device:
+    import cupy
+
+    def address(y: Array) -> int:
+        return int(y.data.ptr)
+
+    def contiguous(y: Array, dtype: Any) -> Array:
+        with x.device:
+            return cupy.ascontiguousarray(y, dtype)
+
+    def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
+        with x.device:
+            _cupy_kernel(options, name, x.device.id)((blocks,), (THREADS,), tuple(_numbers(address, arguments)))
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        with x.device:
+            return cupy.empty(shape, dtype=dtype)
+
+    return Device(contiguous, address, empty, start)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _core_kernel(options: Options, name: str, device: int) -> Any:
+    """Compiled for a device by cuda-core; kept as long as the process."""
+    from cuda.core import Device as CudaDevice
+    from cuda.core import Program, ProgramOptions
+
+    on = CudaDevice(device)
+    on.set_current()
+    capability = on.compute_capability
+    program_options = ProgramOptions(
+        std=_LANGUAGE,
+        arch=f"sm_{capability.major}{capability.minor}",
+        define_macro=list(options),
+    )
+    return Program(source(), "c++", program_options).compile("cubin").get_kernel(name)
+
+
+class _Stream(NamedTuple):
+    """PyTorch's current stream, as cuda-core asks for one."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _of_torch(x: Array) -> Device:
+    torch = sys.modules["torch"]
+    device, by_cupy = x.device.index, importlib.util.find_spec("cupy") is not None
+
+    def address(y: Array) -> int:
+        return int(y.data_ptr())
+
+    def contiguous(y: Array, dtype: Any) -> Array:
+        y = y.detach()
+        return (y if dtype is None else y.to(dtype)).contiguous().resolve_neg()
+
+    def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
+        stream, given = torch.cuda.current_stream(x.device).cuda_stream, _numbers(address, arguments)
+        with torch.cuda.device(x.device):
+            if not by_cupy:
+                from cuda.core import Device as CudaDevice
+                from cuda.core import LaunchConfig, launch
+
+                on = CudaDevice(device)
+                on.set_current()
+                config = LaunchConfig(grid=blocks, block=THREADS)
+                launch(on.create_stream(_Stream(stream)), config, _core_kernel(options, name, device), *given)
+                return
+            import cupy
+
+            with contextlib.ExitStack() as current:
+                current.enter_context(cupy.cuda.Device(device))
+                current.enter_context(cupy.cuda.ExternalStream(stream, device))
+                _cupy_kernel(options, name, device)((blocks,), (THREADS,), tuple(given))
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        return torch.empty(tuple(shape), dtype=dtype, device=x.device)
+
+    return Device(contiguous, address, empty, start)
