@@ -4,7 +4,6 @@ What a GPU adds, blocks of threads that wait for each other and the memory betwe
 """
 
 import ctypes
-import re
 import shutil
 import subprocess
 from functools import cache, partial
@@ -19,7 +18,6 @@ import oracle
 from backends import BY_NAME
 from cases import CASES, MASKS, Case, call, loss_of, on
 from closeness import assert_near, ulps_of
-from gklx._core import batch as batches
 from gklx._run import blocks, cuda, cuda_launch, dispatch
 from gklx.transforms import _unwrapped as call_builder
 from test_precision import MANY, logits, scale_of
@@ -47,7 +45,7 @@ def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
         return compiled(program, folder / f"{abs(hash(options))}.so", *(f"-D{k}={v}" for k, v in options), *more)
 
     def start(options, blocks, name, arguments):
-        kinds = {int: ctypes.c_longlong, float: ctypes.c_double}
+        kinds = {int: ctypes.c_longlong, np.float32: ctypes.c_float, np.float64: ctypes.c_double}
         given = [
             kinds[type(x)](x) if type(x) in kinds else ctypes.c_void_p(None if x is None else x.ctypes.data)
             for x in arguments
@@ -243,6 +241,18 @@ def test_infinities_and_nan_end_as_in_the_formulas(on_cpu, case, rows_of):
         else:
             given["prior"] = given["prior"][:2]
     s, t = (np.asarray(x) for x in rows_of)
+    if np.isposinf(t).any() and case.prior:  # there is no d: NaN in every class of weight, and so on the CPU's kernel
+        own = call_of(case, s, t, given, "none")
+        own = own._replace(formula=own.formula._replace(batch_normalized=False))
+        found = cuda.evaluate(own, device=on_cpu, value=True, student=True, teacher=True)
+        assert np.isnan(found.value).tolist() == [True, False]
+        weighs = given["prior"][0] > 0
+        assert np.isnan(found.teacher).tolist() == [weighs.tolist(), [False] * 3]
+        assert np.isnan(found.student).tolist() == [
+            [bool(case.settings.get("ce_weight", 1.0)) or w for w in weighs],
+            [False] * 3,
+        ]
+        return
     compare(on_cpu, case, "float64", s, t, given, 32, "none")
 
 
@@ -290,7 +300,9 @@ def test_float32_is_within_the_bounds_of_the_precision_tests(gklx_on_kernels, mo
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "heaviest-last"])
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in ("kl", "gkl-tau", "gkl-rows")], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.id in ("kl", "gkl-tau", "gkl-rows")], ids=lambda c: c.id
+)
 def test_the_order_of_the_classes_costs_no_digits(on_cpu, case, order):
     """Each class of a thread is then larger than the one before: sums are rescaled, the reference moves each time."""
     s, t, given = call(case, "none", classes=3000)
@@ -377,9 +389,9 @@ def test_where_need_not_be_repeated(on_cpu, shape):
         ("deviation(d, r.reference) - r.mean", "deviation(d, r.reference)"),
         ("REAL(8) * value_of(sums.squares)", "REAL(16) * value_of(sums.squares)"),
         ("    add(a.mass, b.mass);\n", ""),
-        ("multiply(x.s_total, exponential((x.s_top - s_top) * g.per_temperature))", "multiply(x.s_total, REAL(1))"),
+        ("multiply(x.s_total, exponential_of(x.s_top - s_top, g.per_temperature))", "multiply(x.s_total, REAL(1))"),
         ("multiply(x.mass, teacher_weight(g, by))", "multiply(x.mass, REAL(1))"),
-        ("exponential(below_top * g.per_weight_temperature)", "exponential(below_top * g.per_temperature)"),
+        ("exponential_of(below_top, g.per_weight_temperature)", "exponential_of(below_top, g.per_temperature)"),
         ("add(x.moment, -(mass.high * by))", "add(x.moment, mass.high * by)"),
     ],
 )
@@ -391,7 +403,7 @@ def test_a_mutation_of_the_kernels_is_caught(tmp_path, on_cpu, old, new):
     assert text.count(old) == 1
     (tmp_path / "cuda.cu").write_text(text.replace(old, new))
     program = shutil.copy(HERE / "cuda_on_cpu.cpp", tmp_path)  # finds what lies beside it first
-    case = next(case for case in CASES if case.id == "gkl-tau")
+    case = next(case for case in CASES if case.id == "ikl-tau")
     s, t, given = call(case, "none", classes=100)
     with pytest.raises(AssertionError, match="units in the last place"):
         compare(device_with(starter(tmp_path, program)), case, "float64", s, t, given, 64)
@@ -485,11 +497,8 @@ def test_nvrtc_compiles_them(kinds, architecture, weights):
     ptx = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetPTX(program, ptx)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    in_double = re.findall(rb"\w+(?:\.\w+)*\.f64", ptx.value)
-    if kinds[0] == "float":  # numbers come as doubles; nothing else is one, which most GPUs are slow at
-        assert set(in_double) <= {b"ld.param.f64", b"cvt.rn.f32.f64", b".param .f64", b"mov.f64"}, set(in_double)
-    else:
-        assert b"fma.rn.f64" in in_double
+    in_double = b".f64" in ptx.value  # which most GPUs are slow at
+    assert in_double == (kinds[0] == "double")
 
 
 def nvrtc_library():

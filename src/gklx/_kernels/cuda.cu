@@ -37,6 +37,8 @@ GKLX_BOTH void narrow(REAL x, Brain &to) { to.bits = brain_of_float(to_be_rounde
 
 GKLX_BOTH float logarithm_of_1_plus(float x) { return log1pf(x); }
 GKLX_BOTH double logarithm_of_1_plus(double x) { return log1p(x); }
+GKLX_BOTH float product_and_sum(float a, float b, float c) { return fmaf(a, b, c); }  // rounded once
+GKLX_BOTH double product_and_sum(double a, double b, double c) { return fma(a, b, c); }
 
 constexpr REAL INF = Real<REAL>::inf;
 
@@ -66,6 +68,18 @@ GKLX_BOTH void multiply(Sum &x, REAL by) {
 
 GKLX_BOTH REAL value_of(const Sum &x) { return is_finite(x.high) ? x.high + x.low : x.high; }
 
+// A factor of exponents, and what its rounding left.
+struct Rate {
+  REAL high, low;
+};
+
+// exp(x * rate) for x <= 0. An exponent of -40 is rounded by as much as 40 units in the last place of the result.
+GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
+  const REAL product = x * rate.high, y = exponential(product);
+  const REAL rounding = product_and_sum(x, rate.high, -product) + x * rate.low;
+  return y == REAL(0) ? y : y + y * rounding;
+}
+
 // --- what is given ---------------------------------------------------------------------------------------------------
 
 // What all rows have in common. Null where there is no such array.
@@ -77,7 +91,9 @@ struct Given {
   const REAL *sample_weight;  // [rows]
   const uint8_t *where;       // with the two strides below, 0 where broadcast
   int64_t rows, classes, where_row_stride, where_class_stride;
-  REAL per_temperature, per_weight_temperature, gamma;
+  Rate per_temperature, per_weight_temperature;
+  Rate weighing;  // gamma / weight_temperature
+  REAL gamma;
 };
 
 GKLX_BOTH bool is_valid(const Given &g, int64_t row, int64_t j, REAL s, REAL t) {
@@ -98,10 +114,9 @@ GKLX_BOTH const REAL *prior_of(const Given &g, int64_t row) {
 
 // softmax^gamma of the teacher, relative to that of its largest logit, which t is so much below; 0^0 = 1.
 GKLX_BOTH REAL teacher_weight(const Given &g, REAL below_top) {
-  if (WEIGHTS == PROBABILITIES) return exponential(below_top * g.per_temperature);
+  if (WEIGHTS == PROBABILITIES) return exponential_of(below_top, g.per_temperature);
   constexpr REAL lowest = -Real<REAL>::largest / 2;
-  REAL z = below_top * g.per_weight_temperature;
-  return exponential(g.gamma * (z < lowest ? lowest : z));
+  return exponential_of(below_top < lowest ? lowest : below_top, g.weighing);
 }
 
 // (x / base)^gamma for x up to base.
@@ -137,15 +152,15 @@ GKLX_BOTH const Sum &mass_of(const Partial &x) { return WEIGHTS == PROBABILITIES
 // The sums relative to larger maxima.
 GKLX_BOTH void raise(const Given &g, Partial &x, REAL s_top, REAL t_top, REAL base) {
   if (s_top > x.s_top) {
-    if (x.s_top != -INF) multiply(x.s_total, exponential((x.s_top - s_top) * g.per_temperature));
+    if (x.s_top != -INF) multiply(x.s_total, exponential_of(x.s_top - s_top, g.per_temperature));
     x.s_top = s_top;
   }
   if (t_top > x.t_top) {
     if (x.t_top != -INF) {
       REAL by = x.t_top - t_top;
-      multiply(x.t_total, exponential(by * g.per_temperature));
+      multiply(x.t_total, exponential_of(by, g.per_temperature));
       if (WEIGHTS == TEACHER_POWER) {
-        multiply(x.tau_total, exponential(by * g.per_weight_temperature));
+        multiply(x.tau_total, exponential_of(by, g.per_weight_temperature));
         multiply(x.mass, teacher_weight(g, by));
       }
       if (WEIGHTS == PROBABILITIES || WEIGHTS == TEACHER_POWER) multiply(x.moment, teacher_weight(g, by));
@@ -173,9 +188,9 @@ GKLX_BOTH void move_reference(Partial &x, const Difference<REAL> &to) {
 }
 
 GKLX_BOTH void collect_one(const Given &g, REAL s, REAL t, REAL prior, Partial &x) {
-  REAL of_s = s == -INF ? REAL(0) : exponential((s - x.s_top) * g.per_temperature);
+  REAL of_s = s == -INF ? REAL(0) : exponential_of(s - x.s_top, g.per_temperature);
   REAL below_top = t == -INF ? -INF : t - x.t_top;
-  REAL of_t = exponential(below_top * g.per_temperature);
+  REAL of_t = exponential_of(below_top, g.per_temperature);
   if (WEIGHTS != UNWEIGHTED) {
     REAL height = WEIGHTS == PRIOR_POWER ? prior : t;
     REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, prior, x.base)
@@ -192,7 +207,7 @@ GKLX_BOTH void collect_one(const Given &g, REAL s, REAL t, REAL prior, Partial &
     } else if (t == -INF) {
       x.below = larger(WEIGHTS == PRIOR_POWER ? prior : REAL(0), x.below);
     }
-    if (WEIGHTS == TEACHER_POWER) add(x.tau_total, exponential(below_top * g.per_weight_temperature));
+    if (WEIGHTS == TEACHER_POWER) add(x.tau_total, exponential_of(below_top, g.per_weight_temperature));
     if (WEIGHTS != PROBABILITIES) add(x.mass, w);
   }
   add(x.s_total, of_s);
@@ -279,7 +294,7 @@ struct RowStatistics {
 };
 
 GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) {
-  RowStatistics r = {0, 0, 1, 1, 0, 0, 0, 1, 0, {0, 0}, 0, 0, 0, 0, 0, 0};
+  RowStatistics r = {0, 0, 1, 1, 0, 0, 0, WEIGHTS == PRIOR_POWER ? REAL(0) : REAL(1), 0, {0, 0}, 0, 0, 0, 0, 0, 0};
   if (!x.has_valid) return r;
   const bool teacher_undefined = x.teacher_nan || !is_finite(x.t_top);
   r.has_valid = 1;
@@ -298,7 +313,6 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) 
   const bool unknown = WEIGHTS == PRIOR_POWER ? x.prior_nan || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));
   r.base = WEIGHTS == PRIOR_POWER ? x.base : REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
-  if (unknown) r.base = REAL(1);
   r.reference = x.reference;
   r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / r.mass;
   bool above, below;  // of weight
@@ -355,7 +369,7 @@ GKLX_BOTH Sums thread_gradients(const Given &g, const Asked &a, const RowStatist
   const REAL *prior = WEIGHTS == PRIOR_POWER ? prior_of(g, row) : nullptr;
   const Difference<REAL> top = difference_at<REAL, true>(r.t_top, r.s_top);
   const bool weighs = WEIGHTS != UNWEIGHTED && (a.energy_factor || a.energy);
-  const REAL gap_rate = a.ce_factor ? a.ce_factor[row] * g.per_temperature : REAL(0);
+  const REAL gap_rate = a.ce_factor ? a.ce_factor[row] * g.per_temperature.high : REAL(0);
   const REAL energy_rate = a.energy_factor ? a.energy_factor[row] : REAL(0);
   const REAL scale = REAL(4) / (r.mass == REAL(0) ? REAL(1) : r.mass);  // d is in quarters
   for (int64_t i = lane; i < g.classes / VECTOR; i += GROUP) {
@@ -370,7 +384,7 @@ GKLX_BOTH Sums thread_gradients(const Given &g, const Asked &a, const RowStatist
         const Difference<REAL> d = difference_at<REAL, true>(t, s);
         const bool infinite = is_infinite(d.high);
         const REAL z_s = s - r.s_top, z_t = t - r.t_top;
-        const REAL es = exponential(z_s * g.per_temperature), et = exponential(z_t * g.per_temperature);
+        const REAL es = exponential_of(z_s, g.per_temperature), et = exponential_of(z_t, g.per_temperature);
         if (weighs) {
           const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, prior[j], r.base)
                        : WEIGHTS == PROBABILITIES ? et : teacher_weight(g, z_t);
@@ -389,7 +403,7 @@ GKLX_BOTH Sums thread_gradients(const Given &g, const Asked &a, const RowStatist
         if (a.ce && z_s != -INF) add(sums.mean_logit, et * z_s);
         if (a.kl) {
           const REAL p = et * r.per_t_total, q = es * r.per_s_total;
-          const REAL ratio = deviation(d, top) * (REAL(4) * g.per_temperature) - r.log_ratio;
+          const REAL ratio = deviation(d, top) * (REAL(4) * g.per_temperature.high) - r.log_ratio;
           add(sums.kl, infinite || p == REAL(0) ? q : divergence(p, q, ratio));
         }
       }
@@ -404,7 +418,7 @@ GKLX_BOTH Sums thread_gradients(const Given &g, const Asked &a, const RowStatist
 
 GKLX_BOTH void finish_values(const Given &g, const Asked &a, const RowStatistics &r, int64_t row, const Sums &sums) {
   REAL kl = value_of(sums.kl);
-  REAL ce = r.log_s_total - value_of(sums.mean_logit) * r.per_t_total * g.per_temperature;
+  REAL ce = r.log_s_total - value_of(sums.mean_logit) * r.per_t_total * g.per_temperature.high;
   REAL energy = REAL(8) * value_of(sums.squares) / (r.mass == REAL(0) ? REAL(1) : r.mass);  // 16 quarters of quarters
   if (r.infinite) energy = INF;
   if (r.unreachable) kl = ce = INF;
@@ -420,11 +434,13 @@ GKLX_BOTH void finish_values(const Given &g, const Asked &a, const RowStatistics
 #define GIVEN                                                                                                     \
   const STUDENT *student, const TEACHER *teacher, const REAL *prior, const int64_t *labels,                      \
       const REAL *given_weights, const uint8_t *where, int64_t rows, int64_t classes, int64_t where_row_stride,  \
-      int64_t where_class_stride, double temperature, double weight_temperature, double gamma
+      int64_t where_class_stride, REAL per_temperature, REAL per_temperature_low, REAL per_weight_temperature,   \
+      REAL per_weight_temperature_low, REAL weighing, REAL weighing_low, REAL gamma
 
 #define GATHERED                                                                                                 \
   {student, teacher, prior, labels, given_weights, where, rows, classes, where_row_stride, where_class_stride,   \
-   REAL(1) / REAL(temperature), REAL(1) / REAL(weight_temperature), REAL(gamma)}
+   {per_temperature, per_temperature_low}, {per_weight_temperature, per_weight_temperature_low},                 \
+   {weighing, weighing_low}, gamma}
 
 #define ASKED                                                                                                     \
   const REAL *ce_factor, const REAL *energy_factor, STUDENT *to_student, TEACHER *to_teacher, REAL *kl, REAL *ce, \

@@ -8,6 +8,8 @@ import math
 import sys
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from .._core import batch as batches
 from .._core import formulas
 from .._core.batch import Batch
@@ -18,6 +20,7 @@ from .cuda_launch import THREADS, Device, Options
 
 _TYPES = {"float16": "Half", "bfloat16": "Brain", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_REALS = {"float": np.float32, "double": np.float64}
 _ROW_BYTES = {"float": 56, "double": 112}  # of `RowStatistics` in cuda.cu: thirteen reals and four flags
 
 _Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
@@ -179,14 +182,21 @@ def _statistics(call: Call, device: Device, weighs: bool) -> _Run:
         shape[-1],
         where_row,
         where_class,
-        numbers.temperature,
-        numbers.weight_temperature,
-        numbers.gamma,
+        *_split(plan, 1.0 / numbers.temperature),
+        *_split(plan, 1.0 / numbers.weight_temperature),
+        *_split(plan, numbers.gamma / numbers.weight_temperature),
+        _REALS[plan.real](numbers.gamma),
     )
     v, mass, base = (device.empty(shape[:-1], call.dtype) for _ in range(3))
     found = device.empty((math.prod(shape[:-1]), _ROW_BYTES[plan.real]), xp.uint8)
     device.start(plan.options, plan.blocks, "statistics", (*given, found, v, mass, base))
     return _Run(device, plan, given, found, v, formulas.ClassWeights(None, mass, base))
+
+
+def _split(plan: Plan, x: float) -> tuple[Any, Any]:
+    """A number in what is computed in, and what its rounding left."""
+    real = _REALS[plan.real]
+    return real(x), real(x - float(real(x)))
 
 
 def _on_nvidia(x: Any) -> bool:

@@ -36,7 +36,8 @@ class Device(NamedTuple):
     empty: Callable[[tuple[int, ...], Any], Array]
     """Of a shape and a dtype."""
     start: Callable[[Options, int, str, tuple[Any, ...]], None]
-    """Runs a kernel, compiled with some options, on so many blocks; arrays, numbers, None for a null pointer."""
+    """Runs a kernel, compiled with some options, on so many blocks, on arrays, integers, floats of the dtype that it computes in, and
+    None for a null pointer."""
 
 
 def device_of(x: Array) -> Device:
@@ -87,8 +88,12 @@ def _find(module: str) -> bool:
 
 
 def _numbers(address: Callable[[Array], int], arguments: tuple[Any, ...]) -> list[Any]:
-    kinds = {int: np.int64, float: np.float64}
-    return [kinds[type(x)](x) if type(x) in kinds else np.uint64(0 if x is None else address(x)) for x in arguments]
+    def number(x: Any) -> Any:
+        if isinstance(x, np.floating):
+            return x
+        return np.int64(x) if isinstance(x, int) else np.uint64(0 if x is None else address(x))
+
+    return [number(x) for x in arguments]
 
 
 # --- CuPy -------------------------------------------------------------------------------------------------------------
