@@ -36,8 +36,10 @@ class Device(NamedTuple):
     empty: Callable[[tuple[int, ...], Any], Array]
     """Of a shape and a dtype."""
     start: Callable[[Options, int, str, tuple[Any, ...]], None]
-    """Runs a kernel, compiled with some options, on so many blocks, on arrays, integers, floats of the dtype that it computes in, and
-    None for a null pointer."""
+    """Runs a kernel, compiled with some options, on so many blocks.
+
+    Its arguments are arrays, None for a null pointer, integers, and floats of the type that it computes in.
+    """
 
 
 def device_of(x: Array) -> Device:
