@@ -93,7 +93,7 @@ def library(session: nox.Session, library: str) -> None:
     _install(session, extras, *TOOLS, *more)
     marked = "not cuda_kernels and not evidence and not side_by_side"
     if library != "numpy" or session.python == "3.12":
-        marked += " and not files"
+        marked += " and not library_independent"
     if library == "numpy" and session.python != PYTHONS[0]:
         marked += " and not version_independent"
     if library == "jax" and session.python != PYTHONS[0]:
@@ -114,13 +114,15 @@ def together(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], *TOOLS, "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, "not files and not cuda_kernels and not evidence", "numpy")
+    _pytest(session, "not library_independent and not cuda_kernels and not evidence", "numpy")
 
 
 @nox.session(python=PYTHONS[0])
 def kernels(session: nox.Session) -> None:
     """The CUDA kernels without a GPU: run on the CPU, thread by thread, and compiled for GPUs."""
-    _install(session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.6")
+    _install(
+        session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.8", "cuda-core>=1", "cuda-bindings==12.*"
+    )
     _pytest(session, "cuda_kernels", "numpy")
 
 
@@ -137,7 +139,7 @@ def cupy(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here: nvidia-smi is not on the path")
     _install(session, ["cupy"], *TOOLS)
-    _pytest(session, "not files and not evidence", "cupy")
+    _pytest(session, "not library_independent and not evidence", "cupy")
 
 
 @nox.session(python=PYTHONS[0])

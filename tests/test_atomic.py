@@ -11,7 +11,7 @@ import pytest
 
 from gklx._scoring.atomic import check_writable, replacing
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 
 def test_a_file_takes_its_place_at_the_end(tmp_path):
@@ -123,6 +123,41 @@ def _python(code):
     return subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True, timeout=60
     ).stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+@pytest.mark.parametrize("name", ["x", "[a-z]*.json", "n" * 250])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, name):
+    path = tmp_path / name
+    code = f"""
+import sys
+from gklx._scoring.atomic import replacing
+with replacing({str(path)!r}) as part:
+    part.write_text("half")
+    print(part, flush=True)
+    sys.stdin.read()
+"""
+    argv = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen(argv, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    parts = [each.stdout.readline().strip() for each in started]
+    started[0].kill()
+    started[0].communicate()
+    other = tmp_path / f".{name[:40]}y.01234567.part"
+    other.write_text("not ours")
+    (tmp_path / f".{name[:40]}.01234567.part").mkdir()
+    assert {os.path.exists(part) for part in parts} == {True}
+    with replacing(path) as part:
+        part.write_text("new")
+    assert [os.path.exists(part) for part in parts] == [False, True]  # the second one is still being written
+    assert path.read_text() == "new"
+    assert other.exists()
+    started[1].communicate()
+    assert path.read_text() == "half"
+    assert sorted(os.listdir(tmp_path)) == sorted([name, other.name, f".{name[:40]}.01234567.part"])
 
 
 def test_what_cannot_be_written(tmp_path):

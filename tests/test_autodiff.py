@@ -237,9 +237,9 @@ def test_jax_without_float64(jax):
 
 def test_nothing_is_attached_where_nothing_is_differentiated():
     """NumPy has no autodiff; the same entry gives value and gradients from one sweep."""
-    from gklx.losses import problem_builder
+    from gklx.losses import call_builder
 
     s, t, _ = call(CASES[0], "none")
-    result = value_and_gradients(problem_builder(gklx.gkl)(s, t), student=True, teacher=False, value=True)
+    result = value_and_gradients(call_builder(gklx.gkl)(s, t), student=True, teacher=False, value=True)
     assert result.teacher is None
     assert_near(result.value, gklx.gkl(s, t), "float64", ulps=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.files, pytest.mark.version_independent]
+pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
 BENCHES = Path(__file__).parents[1] / "benches"
 
@@ -31,6 +31,15 @@ def quick(script: str, *options: str, before: Path | None = None) -> str:
 def files(folder: Path) -> dict[Path, int]:
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
     return {path: path.stat().st_mtime_ns for path in found}
+
+
+@pytest.mark.parametrize("seed", [3, 23])
+def test_fuzz_of_files_finds_nothing(seed):
+    pytest.importorskip("zarr")
+    pytest.importorskip("safetensors")
+    command = [sys.executable, str(BENCHES / "fuzz_files.py"), "--seed", str(seed), "--cases", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, f"seed {seed}\n6 cases, 0 findings\n")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.files, pytest.mark.version_independent]
+pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
 HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent / "src" / "gklx"

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 pty = pytest.importorskip("pty", reason="terminals of POSIX")
 

@@ -6,7 +6,7 @@ import pytest
 import gklx
 from gklx._scoring import work_file
 
-pytestmark = pytest.mark.files
+pytestmark = pytest.mark.library_independent
 
 rng = np.random.default_rng(5)
 STUDENT, TEACHER = rng.standard_normal((2, 40, 6)) * 3

@@ -8,7 +8,7 @@ import gklx
 from gklx._cli import main
 from gklx._core.libraries import LIBRARIES
 
-pytestmark = [pytest.mark.files, pytest.mark.together]
+pytestmark = [pytest.mark.library_independent, pytest.mark.together]
 
 SAMPLES, CLASSES = 300, 1000
 TEMPERATURE = 2.0

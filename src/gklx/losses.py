@@ -5,8 +5,8 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec
 
 from . import _autodiff
-from ._core.checks import problem_of
-from ._core.call import Array, Call as Problem, Formula, Number, Reduction
+from ._core.call import Array, Call, Formula, Number, Reduction
+from ._core.checks import call_of, truth
 
 _Signature = ParamSpec("_Signature")
 
@@ -15,7 +15,7 @@ _DKL = Formula(decomposed=True, tempered=True, symmetric=False, batch_normalized
 _IKL = Formula(decomposed=True, tempered=False, symmetric=True, batch_normalized=False)
 
 
-def _loss(build: Callable[_Signature, Problem]) -> Callable[_Signature, Array]:
+def _loss(build: Callable[_Signature, Call]) -> Callable[_Signature, Array]:
     """A public loss from the function that checks its arguments; `grad` and its kin find that function again."""
 
     @wraps(build)
@@ -23,7 +23,7 @@ def _loss(build: Callable[_Signature, Problem]) -> Callable[_Signature, Array]:
         return _autodiff.value(build(*args, **kwargs))
 
     loss.__annotations__["return"] = Array
-    loss._gklx_problem = build  # type: ignore[attr-defined]
+    loss._gklx_call = build  # type: ignore[attr-defined]
     return loss
 
 
@@ -36,7 +36,7 @@ def kl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Problem:
+) -> Call:
     r"""KL(teacher ‖ student): the divergence of the student's softmax from the teacher's.
 
     With p = softmax(t/T) of the teacher and q = softmax(s/T) of the student, a sample's loss is
@@ -88,7 +88,7 @@ def kl(
     >>> print(f"{gklx.kl(student, teacher):.6f}")
     0.102420
     """
-    return problem_of(
+    return call_of(
         _KL,
         student_logits,
         teacher_logits,
@@ -110,7 +110,7 @@ def dkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Problem:
+) -> Call:
     r"""Decoupled KL(teacher ‖ student): a weighted MSE of logit differences plus a soft-label cross-entropy.
 
     With both weights 1 its gradients equal those of `kl`, for student and teacher, at every temperature. Its value
@@ -157,7 +157,7 @@ def dkl(
     >>> bool(abs(of_dkl - of_kl).max() < 1e-15)
     True
     """
-    return problem_of(
+    return call_of(
         _DKL,
         student_logits,
         teacher_logits,
@@ -184,7 +184,7 @@ def ikl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Problem:
+) -> Call:
     r"""Improved KL(teacher ‖ student): DKL with a symmetric MSE and class-wise weights.
 
     A sample's loss is mse_weight·¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)² − ce_weight·Σ_j S(p_j) log q_j. The wMSE's gradient
@@ -232,7 +232,7 @@ def ikl(
     >>> print(f"{gklx.ikl(student, teacher, prior=prior, labels=np.asarray([2, 1])):.6f}")
     0.932217
     """
-    return problem_of(
+    return call_of(
         _IKL,
         student_logits,
         teacher_logits,
@@ -265,7 +265,7 @@ def gkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Problem:
+) -> Call:
     r"""Generalized KL(teacher ‖ student): IKL with smoother weights w^γ, normalised over the batch.
 
     The loss is mse_weight·Σ v·wMSE / Σ v W² + ce_weight·Σ v·CE / Σ v, where wMSE = ¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)²
@@ -314,12 +314,11 @@ def gkl(
     >>> print(f"{gklx.gkl(student, teacher, gamma=0.5, mse_weight=4.0):.6f}")
     1.335344
     """
-    if normalize not in ("batch", "samples"):
+    if not isinstance(normalize, str) or normalize not in ("batch", "samples"):
         raise ValueError(f'normalize must be "batch" or "samples", got {normalize!r}')
-    if not isinstance(symmetric, bool):
-        raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
+    symmetric = truth("symmetric", symmetric)
     formula = Formula(decomposed=True, tempered=False, symmetric=symmetric, batch_normalized=normalize == "batch")
-    return problem_of(
+    return call_of(
         formula,
         student_logits,
         teacher_logits,
@@ -336,9 +335,9 @@ def gkl(
     )
 
 
-def problem_builder(loss: Any) -> Callable[..., Problem]:
+def call_builder(loss: Any) -> Callable[..., Call]:
     """The function that checks the arguments of one of the four losses; TypeError for anything else."""
-    build: Callable[..., Problem] | None = getattr(loss, "_gklx_problem", None)
+    build: Callable[..., Call] | None = getattr(loss, "_gklx_call", None)
     if build is None:
         raise TypeError(
             "loss must be gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl or a functools.partial of one, "

@@ -1,16 +1,17 @@
 """The class prior of IKL and GKL: the mean of the teacher's softmax over the samples of each class."""
 
+import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from ._core.checks import class_count, computed_in, labelled_logits, positive_number
-from ._core.ranks import ranks_of
-from ._core.libraries import Library, beside, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.call import Array
+from ._core.checks import class_count, computed_in, known_library, labelled_logits, positive_number
 from ._core.formulas import is_class, softmax, valid_mask
+from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
+from ._core.ranks import ranks_of
 
 
 def class_sums(
@@ -43,6 +44,7 @@ def class_sums(
     array, shape [C, C]
         Row y is the sum over class y, and its own sum the weight of the samples seen; float32, or float64 for float64
         logits. Built by one matrix product, B·C² multiplications. Within `global_batch` over the samples of all ranks.
+        NaN in a sample that counts makes the row of its class NaN, and no other.
 
     Raises
     ------
@@ -61,6 +63,7 @@ def class_sums(
     num_classes = class_count(num_classes)
     temperature = positive_number("temperature", temperature)
     library, xp, dtype, labels, sample_weight = labelled_logits(logits, labels, num_classes, sample_weight)
+    temperature = positive_number("temperature", temperature, "float64" if dtype == xp.float64 else "float32")
     x = xp.astype(library.constant(logits), dtype, copy=False)
     valid = valid_mask(xp, (x,), None, sample_weight)
     has_valid = xp.any(valid, axis=-1)
@@ -69,12 +72,19 @@ def class_sums(
     if sample_weight is not None:
         v = xp.where(has_valid, xp.where(sample_weight >= 0, sample_weight, xp.nan), 0.0)
     v = xp.where(is_class(labels, num_classes) | ~has_valid, v, xp.nan)
-    classes = xp.arange(num_classes, dtype=labels.dtype, device=beside(library, labels))
-    member = xp.astype(labels[..., None] == classes, dtype)
-    member = xp.reshape(member, (-1, num_classes))
-    weighted = xp.reshape(p * v[..., None], (-1, num_classes))
+    weighted = p * v[..., None]
+    if labels.ndim != 1:
+        weighted, labels = xp.reshape(weighted, (-1, num_classes)), xp.reshape(labels, (-1,))
+    classes = xp.arange(num_classes, dtype=labels.dtype, device=device_like(library, labels))
+    member = labels[:, None] == classes[None, :]
+    # In the product NaN reaches every class, for 0 · NaN is NaN: it is taken out, and put into its own class's row. A
+    # label that names no class may stand for any.
+    finite = xp.all(xp.isfinite(weighted), axis=-1, keepdims=True)
+    weighted = xp.where(finite, weighted, 0.0)
+    spoiled = xp.any((member | ~is_class(labels, num_classes)[:, None]) & ~finite, axis=0)
     with exact_matmul(library, weighted):
-        sums = xp.matmul(xp.matrix_transpose(member), weighted)
+        sums = xp.matmul(xp.matrix_transpose(xp.astype(member, dtype)), weighted)
+    sums = xp.where(spoiled[:, None], xp.nan, sums)
     ranks = ranks_of(library)
     return sums if ranks is None else ranks.total(sums)
 
@@ -118,11 +128,9 @@ class ClassPriorState(NamedTuple):
             Bad `num_classes`; `like` is no floating array of a known library.
         """
         num_classes = class_count(num_classes)
-        library = library_of(like)
-        if library is None:
-            raise TypeError(f"like must be an array of a known library, got {type(like).__name__}")
+        library = known_library("like", like)
         xp = library.namespace()
-        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": beside(library, like)}
+        kind = {"dtype": getattr(xp, computed_in("like", like)), "device": device_like(library, like)}
         shape = (num_classes, num_classes)
         return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
 
@@ -140,6 +148,35 @@ class ClassPriorState(NamedTuple):
         seen = totals != 0
         table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
         return ClassPriorState(table, xp.zeros_like(self.sums))
+
+
+class StateArray(np.ndarray):
+    """An array of a `state_dict`: NumPy's, but for how it is pickled.
+
+    `torch.load` calls what it was allowed to call and nothing else, by default. A plain array is restored by
+    `numpy.dtype`, which a made-up file can have read foreign memory: to allow that would open every later `torch.load`
+    of the process. Restoring this one calls a function that makes floats of bytes, and that is allowed.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> Any:
+        if self.dtype not in (np.float32, np.float64):  # what somebody computed from one
+            return super().__reduce_ex__(protocol)
+        return _state_array, (self.dtype.str, self.shape, self.tobytes())
+
+
+def _state_array(dtype: str, shape: tuple[int, ...], data: bytes) -> np.ndarray:
+    """Restores an array of a `state_dict`. Files name this function and its module: both must keep their names."""
+    kind = np.dtype(dtype) if dtype in ("<f4", "<f8", ">f4", ">f8") else None
+    if kind is None:
+        raise ValueError(f"a class prior's arrays must be float32 or float64, got {dtype!r}")
+    return np.frombuffer(data, kind).reshape(shape).astype(kind.newbyteorder("=")).view(StateArray)
+
+
+def allow_in_torch_load() -> None:
+    """Allows `torch.load` to restore the arrays of a `state_dict`, where PyTorch is imported."""
+    serialization = getattr(sys.modules.get("torch"), "serialization", None)
+    if serialization is not None:
+        serialization.add_safe_globals([_state_array])
 
 
 class ClassPrior:
@@ -183,10 +220,18 @@ class ClassPrior:
         self._settled = False  # the dtype is chosen
         self._state = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
         if like is not None:
-            library = library_of(like)
-            if library is None:
-                raise TypeError(f"like must be an array of a known library, got {type(like).__name__}")
+            library = known_library("like", like)
             self._move(library, like, computed_in("like", like))
+        allow_in_torch_load()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: a device is not, since JAX's cannot be, and one of its arrays tells it."""
+        return {**vars(self), "_device": self._device is not None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        on_one = self._library is not None and state["_device"]
+        self._device = self._library.device(self._state.sums) if self._library is not None and on_one else None
 
     @property
     def table(self) -> Array:
@@ -220,17 +265,24 @@ class ClassPrior:
             self._add("other", other._state.sums)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as NumPy arrays and plain numbers."""
+        """All that is needed to go on, as NumPy arrays and plain numbers.
+
+        `torch.load` reads them back from a file by its default ``weights_only=True`` in a process that has imported
+        `gklx.torch`, or has made a `ClassPrior` after it imported PyTorch.
+        """
+        allow_in_torch_load()
         return {
             "num_classes": self.num_classes,
             "temperature": self.temperature,
             "settled": int(self._settled),
-            "table": to_numpy(self._state.table).copy(),
-            "sums": to_numpy(self._state.sums).copy(),
+            "table": np.array(to_numpy(self._state.table)).view(StateArray),
+            "sums": np.array(to_numpy(self._state.sums)).view(StateArray),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict`; the library and device stay this object's own.
+
+        Arrays of other libraries are taken as well, such as tensors into which somebody turned those of the state.
 
         ValueError where a key is missing or unknown, or an entry does not fit this prior.
         """
@@ -241,7 +293,8 @@ class ClassPrior:
             if state[name] != getattr(self, name):
                 raise ValueError(f"state must have {name} {getattr(self, name)}, got {state[name]}")
         square = (self.num_classes, self.num_classes)
-        found = {name: np.array(state[name]) for name in ("table", "sums")}
+        given = {name: state[name] for name in ("table", "sums")}
+        found = {name: np.array(to_numpy(x) if library_of(x) else x) for name, x in given.items()}
         for name, x in found.items():
             if x.shape != square or x.dtype not in (np.float32, np.float64):
                 raise ValueError(f"state must hold {name} as float32 or float64 {square}, got {x.dtype} {x.shape}")

@@ -14,13 +14,14 @@ from typing import Any, get_args
 
 import numpy as np
 
+from ._core.checks import whole_number
 from ._core.libraries import library_of
 from ._verify.agreement import Agreement, told
 from ._verify.calls import Arguments, Results, autodiff, call
 from ._verify.differences import differences
 from ._verify.places import places
 from ._verify.ulps import DTYPES, Per, farthest, units
-from .losses import problem_builder
+from .losses import call_builder
 
 __all__ = ["assert_backends_agree", "assert_gradients_match"]
 
@@ -276,15 +277,20 @@ def _check_options(dtypes: Sequence[str], ulps: float, per: str) -> None:
 
 
 def _argnums(argnums: int | Sequence[int], arrays: tuple[Any, ...]) -> tuple[int, ...]:
-    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
-    for at in numbers:
+    several = isinstance(argnums, Sequence) or (isinstance(argnums, np.ndarray) and argnums.ndim == 1)
+    numbers: list[int] = []
+    for each in argnums if several else (argnums,):  # type: ignore[union-attr]
+        at = whole_number(each)
+        if at is None:
+            raise TypeError(f"argnums must be an integer or a sequence of integers, got {argnums!r}")
         if not 0 <= at < len(arrays) or not isinstance(arrays[at], np.ndarray) or arrays[at].dtype.kind != "f":
             raise ValueError(
                 f"argnums must name floating arrays among the {len(arrays)} that are given, got {argnums!r}"
             )
+        numbers.append(at)
     if not numbers:
         raise ValueError("argnums must name at least one array, got none")
-    return numbers
+    return tuple(numbers)
 
 
 def _check_grad(
@@ -315,12 +321,12 @@ def _stops_gradients(fn: Any, arguments: Arguments, numbers: tuple[int, ...]) ->
     positional = arguments.positional
     while isinstance(fn, partial):
         positional, settings, fn = (*fn.args, *positional), {**fn.keywords, **settings}, fn.func
-    if not hasattr(fn, "_gklx_problem"):
+    if not hasattr(fn, "_gklx_call"):
         return False
-    problem = problem_builder(fn)(*positional, **{**settings, **arguments.named})
-    formula, weights = problem.formula, problem.numbers
+    call = call_builder(fn)(*positional, **{**settings, **arguments.named})
+    formula, weights = call.formula, call.numbers
     to_student = not formula.symmetric and weights.mse_weight != 0
-    to_teacher = weights.ce_weight != 0 or (problem.arrays.prior is None and weights.mse_weight != 0)
+    to_teacher = weights.ce_weight != 0 or (call.arrays.prior is None and weights.mse_weight != 0)
     return formula.decomposed and ((0 in numbers and to_student) or (1 in numbers and to_teacher))
 
 

@@ -5,18 +5,22 @@ IKL and GKL keep the class prior of the run and the epoch of its warm-up as buff
 resumed run goes on where it was.
 """
 
-from numbers import Integral
+from types import FunctionType
 from typing import Any, ClassVar, Literal
 
 import torch
 
 import gklx
 
-from .losses import problem_builder
+from ._core.checks import class_count, type_name, whole_number
+from .losses import call_builder
+from .prior import allow_in_torch_load
 
 __all__ = ["DKLLoss", "GKLLoss", "IKLLoss", "KLLoss"]
 
 Reduction = Literal["mean", "sum", "none"]
+
+allow_in_torch_load()
 
 
 class _Loss(torch.nn.Module):
@@ -24,10 +28,17 @@ class _Loss(torch.nn.Module):
 
     _function: ClassVar[Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__name__ in __all__ and cls.__module__ == __name__:
+            # Python's own errors about arguments name a function by its class: the public one.
+            cls.forward = _renamed(cls.forward, f"{cls.__name__}.forward")
+
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        tiny = torch.zeros(1, 1, dtype=torch.float32)
-        problem_builder(self._function)(tiny, tiny, **settings)  # the loss checks its own settings
+        # In float64, so that nothing is refused which suits some dtype; the dtype of a call is known in the call.
+        tiny = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        call_builder(self._function)(tiny, tiny, **settings)  # the loss checks its own settings
         self._names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -40,6 +51,16 @@ class _Loss(torch.nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
 
+def _renamed(function: Any, qualname: str) -> Any:
+    same = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__"):
+        setattr(same, name, getattr(function, name))
+    same.__qualname__ = qualname
+    return same
+
+
 class _UnlabelledLoss(_Loss):
     """KL and DKL."""
 
@@ -47,11 +68,20 @@ class _UnlabelledLoss(_Loss):
         self,
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
+        labels: None = None,
         *,
         sample_weight: torch.Tensor | None = None,
         where: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of a batch; arguments, result and errors as in the function of `gklx`."""
+        """The loss of a batch; arguments, result and errors as in the function of `gklx`.
+
+        `labels` is there for the error alone: without class weights there is nothing that they could choose.
+        """
+        if labels is not None:
+            raise TypeError(
+                f"labels must not be given to {type(self).__name__}, which has no class weights and takes "
+                f"two positional arguments, got {type_name(labels)}"
+            )
         loss: torch.Tensor = self._function(
             student_logits, teacher_logits, **self._settings(), sample_weight=sample_weight, where=where
         )
@@ -69,12 +99,14 @@ class _ClassWeightedLoss(_Loss):
     weight_temperature: float
 
     def __init__(self, num_classes: int | None, warmup_epochs: int, **settings: Any) -> None:
-        if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, Integral):
-            raise TypeError(f"warmup_epochs must be an integer, got {type(warmup_epochs).__name__}")
-        if warmup_epochs < 0:
+        epochs = whole_number(warmup_epochs)
+        if epochs is None:
+            raise TypeError(f"warmup_epochs must be an integer, got {type_name(warmup_epochs)}")
+        if epochs < 0:
             raise ValueError(f"warmup_epochs must be at least 0, got {warmup_epochs}")
         super().__init__(**settings)
-        self.num_classes, self.warmup_epochs = num_classes, int(warmup_epochs)
+        num_classes = None if num_classes is None else class_count(num_classes)
+        self.num_classes, self.warmup_epochs = num_classes, epochs
         prior = prior_sums = None
         if num_classes is not None:
             prior, prior_sums = gklx.ClassPriorState.uniform(num_classes, like=torch.zeros(1, dtype=torch.float32))

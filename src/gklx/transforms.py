@@ -1,12 +1,16 @@
 """From a loss to its gradients, its value with them, or its parts; no autodiff needed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _autodiff
-from ._core.call import Array, Call as Problem
-from .losses import kl, problem_builder
+from ._core.call import Array, Call
+from ._core.checks import whole_number
+from .losses import call_builder, kl
 
 
 class Terms(NamedTuple):
@@ -28,13 +32,13 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     loss : kl, dkl, ikl, gkl, or a functools.partial of one
         What to differentiate.
     argnums : int or sequence of ints
-        0 is the student, 1 the teacher. Only what is named is computed.
+        0 is the student, 1 the teacher. Only what is named is computed. Python's integers or NumPy's.
 
     Returns
     -------
     callable
         Takes the loss's own arguments; returns ``(value, gradient)``. The gradient has the shape and dtype of the
-        logits it is for, and is a tuple where `argnums` is a sequence.
+        logits it is for, and is a tuple where `argnums` is a sequence. It can be pickled, as the loss can.
 
     Raises
     ------
@@ -52,13 +56,7 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     >>> gradient.round(6)
     array([[ 0.25, -0.25]])
     """
-    build, numbers = _unwrapped(loss), _argnums(argnums)
-
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        value, gradients = _evaluate(build(*args, **kwargs), numbers, value=True)
-        return value, gradients if isinstance(argnums, Sequence) else gradients[0]
-
-    return evaluate
+    return _ValueAndGradient(loss, *_argnums(argnums))
 
 
 def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
@@ -76,13 +74,7 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     >>> [g.round(4) for g in of_both(student, teacher)]
     [array([[ 0.5247, -0.5247]]), array([[-0.2747,  0.2747]])]
     """
-    build, numbers = _unwrapped(loss), _argnums(argnums)
-
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        _, gradients = _evaluate(build(*args, **kwargs), numbers, value=False)
-        return gradients if isinstance(argnums, Sequence) else gradients[0]
-
-    return evaluate
+    return _Gradient(loss, *_argnums(argnums))
 
 
 def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
@@ -113,47 +105,87 @@ def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
     >>> print(f"{parts.mse:.6f} {parts.ce:.6f}")
     0.113151 0.693147
     """
-    build = _unwrapped(loss)
+    found = _Terms(loss)
     if _without_partials(loss) is kl:
         raise TypeError("loss must be gklx.dkl, gklx.ikl or gklx.gkl, which have parts, got kl")
+    return found
 
-    def evaluate(*args: Any, **kwargs: Any) -> Terms:
-        problem = build(*args, **kwargs)
+
+# What the three return: objects rather than inner functions, which cannot be pickled.
+
+
+@dataclass(frozen=True)
+class _OfLoss:
+    loss: Any
+
+    def __post_init__(self) -> None:
+        _unwrapped(self.loss)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return _unwrapped(self.loss)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Gradient(_OfLoss):
+    argnums: tuple[int, ...]
+    as_tuple: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _, gradients = _evaluate(self._call(args, kwargs), self.argnums, value=False)
+        return gradients if self.as_tuple else gradients[0]
+
+
+@dataclass(frozen=True)
+class _ValueAndGradient(_OfLoss):
+    argnums: tuple[int, ...]
+    as_tuple: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value, gradients = _evaluate(self._call(args, kwargs), self.argnums, value=True)
+        return value, gradients if self.as_tuple else gradients[0]
+
+
+@dataclass(frozen=True)
+class _Terms(_OfLoss):
+    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+        call = self._call(args, kwargs)
         return Terms(
-            mse=_autodiff.value(problem._replace(numbers=problem.numbers._replace(ce_weight=0.0))),
-            ce=_autodiff.value(problem._replace(numbers=problem.numbers._replace(mse_weight=0.0))),
+            mse=_autodiff.value(call._replace(numbers=call.numbers._replace(ce_weight=0.0))),
+            ce=_autodiff.value(call._replace(numbers=call.numbers._replace(mse_weight=0.0))),
         )
 
-    return evaluate
 
-
-def _unwrapped(loss: Any) -> Callable[..., Problem]:
-    """The problem builder of a loss, with a partial's arguments bound."""
+def _unwrapped(loss: Any) -> Callable[..., Call]:
+    """The function that checks the arguments of a loss, with a partial's arguments bound."""
     if isinstance(loss, partial):
         return partial(_unwrapped(loss.func), *loss.args, **loss.keywords)
-    return problem_builder(loss)
+    return call_builder(loss)
 
 
 def _without_partials(loss: Any) -> Any:
     return _without_partials(loss.func) if isinstance(loss, partial) else loss
 
 
-def _argnums(argnums: Any) -> tuple[int, ...]:
-    numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int):
+def _argnums(argnums: Any) -> tuple[tuple[int, ...], bool]:
+    """The numbers, and whether they came as a sequence."""
+    as_tuple = isinstance(argnums, Sequence) or (isinstance(argnums, np.ndarray) and argnums.ndim == 1)
+    numbers: list[int] = []
+    for each in argnums if as_tuple else (argnums,):
+        number = whole_number(each)
+        if number is None:
             raise TypeError(f"argnums must be an integer or a sequence of integers, got {argnums!r}")
         if number not in (0, 1):
             raise ValueError(f"argnums must be made of 0 (student) and 1 (teacher), got {argnums!r}")
+        numbers.append(number)
     if not numbers:
         raise ValueError(f"argnums must name at least one argument, got {argnums!r}")
-    return numbers
+    return tuple(numbers), as_tuple
 
 
-def _evaluate(problem: Problem, numbers: tuple[int, ...], *, value: bool) -> tuple[Array | None, tuple[Array, ...]]:
+def _evaluate(call: Call, numbers: tuple[int, ...], *, value: bool) -> tuple[Array | None, tuple[Array, ...]]:
     """The value, if wanted, and the gradients in the order of `numbers`, each in its logits' dtype."""
-    if problem.reduction == "none":
+    if call.reduction == "none":
         raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
-    result = _autodiff.value_and_gradients(problem, student=0 in numbers, teacher=1 in numbers, value=value)
+    result = _autodiff.value_and_gradients(call, student=0 in numbers, teacher=1 in numbers, value=value)
     found = (result.student, result.teacher)
     return result.value, tuple(found[n] for n in numbers)

@@ -116,11 +116,16 @@ def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any)
 
 def _logits_alone(plan: _Plan, tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The tangents of the logits; a TypeError where another argument has one."""
-    student, teacher, rest = tangents
-    if any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(rest[1])):
-        names = ", ".join(n for n, x in zip(Numbers._fields, rest[1], strict=True) if x is not None)
+    student, teacher, (_, numbers) = tangents
+    own = Numbers._fields if not plan.formula.tempered else set(Numbers._fields) - {"weight_temperature"}
+    moving = [
+        name
+        for name, x in zip(Numbers._fields, numbers, strict=True)
+        if name in own and x is not None and not isinstance(x, SymbolicZero)
+    ]
+    if moving:
         raise TypeError(
-            f"{names} must be held constant (jax.lax.stop_gradient), since only the logits are differentiable, "
-            "got a tangent"
+            f"{', '.join(moving)} must be held constant (jax.lax.stop_gradient), since only the logits are "
+            "differentiable, got a tangent"
         )
     return student, teacher

@@ -22,18 +22,17 @@ def tracks(call: Call) -> bool:
 
 def attach(call: Call) -> torch.Tensor:
     """The loss; its derivatives are the analytic ones."""
-    arrays = call.arrays
     if torch.compiler.is_compiling():
         from . import torch_operator  # imports PyTorch's compiler, which takes seconds
 
         if torch_operator.serves(call):
             return torch_operator.attach(call)
-        value: torch.Tensor = _Loss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
-        return value
-    if _transformed() or forward_ad._current_level >= 0:
-        value = _TransformableLoss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
-        return value
-    value = _EagerLoss.apply(_plan(call, ahead=True), *arrays)  # type: ignore[no-untyped-call]
+        found = _Loss.apply(_plan(call, ahead=False), *call.arrays)[0]  # type: ignore[no-untyped-call]
+    elif _transformed() or forward_ad._current_level >= 0:
+        found = _TransformableLoss.apply(_plan(call, ahead=False), *call.arrays)[0]  # type: ignore[no-untyped-call]
+    else:
+        found = _EagerLoss.apply(_plan(call, ahead=True), *call.arrays)  # type: ignore[no-untyped-call]
+    value: torch.Tensor = found
     return value
 
 
@@ -185,9 +184,7 @@ def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
     return [None if x is None else x * upstream for x in gradients]
 
 
-def _gradients(
-    call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None
-) -> list[Any]:
+def _gradients(call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None) -> list[Any]:
     """The gradients that are asked for, in their logits' dtypes."""
     found = evaluate(call, batch, student=wanted[0], teacher=wanted[1], upstream=upstream)
     return [found.student, found.teacher]

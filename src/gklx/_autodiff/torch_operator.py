@@ -16,12 +16,11 @@ from .._run.dispatch import evaluate
 def serves(call: Call) -> bool:
     """Whether the compiler may be given the operator.
 
-    An exported program is to run where gklx is not; a batch over several ranks needs collectives that the compiler sees.
+    An exported program is to run where gklx is not; a batch over several ranks needs collectives, which the compiler
+    must see.
     """
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has no such question
-    return (
-        not exporting() and not _transformed() and call.arrays.student.device.type == "cpu" and call.ranks is None
-    )
+    return not exporting() and not _transformed() and call.arrays.student.device.type == "cpu" and call.ranks is None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -33,7 +32,9 @@ def _transformed() -> bool:
 def attach(call: Call) -> torch.Tensor:
     """The loss; its derivatives are the analytic ones."""
     ahead = [_differentiated(x) and x.dtype == call.dtype for x in call.arrays[:2]]
-    value: torch.Tensor = _in_graph(tuple(call.formula), tuple(call.numbers), call.reduction, *call.arrays, True, *ahead)[0]
+    value: torch.Tensor = _in_graph(
+        tuple(call.formula), tuple(call.numbers), call.reduction, *call.arrays, True, *ahead
+    )[0]
     return value
 
 

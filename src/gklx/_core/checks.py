@@ -4,20 +4,29 @@ TypeError: something of the wrong kind. ValueError: the right kind with a wrong 
 reading is free (`Library.readable`); shapes, dtypes and devices are checked everywhere.
 """
 
+import builtins
 import math
 import numbers as python_numbers
+import operator
 from types import ModuleType
 from typing import Any
 
-from .call import Array, Arrays, Call, Formula, Number, Numbers
+import numpy as np
+
+from .call import Array, Arrays, Call, Formula, Number, Numbers, Reduction
 from .formulas import is_class, valid_mask
-from .libraries import LIBRARIES, Library, dtype_name, library_of
+from .libraries import LIBRARIES, Library, dtype_name, library_of, to_numpy
 from .ranks import ranks_of
 
 _COMPUTED_IN = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 
+# The smallest normal number and the largest number. A processor may take smaller ones for 0.
+_RANGES = {name: (float(np.finfo(name).tiny), float(np.finfo(name).max)) for name in ("float32", "float64")}
 
-def problem_of(
+_NOT_GIVEN: Any = object()
+
+
+def call_of(
     formula: Formula,
     student_logits: Array,
     teacher_logits: Array,
@@ -26,14 +35,14 @@ def problem_of(
     labels: Array | None = None,
     sample_weight: Array | None,
     where: Array | None,
-    reduction: Any,
+    reduction: Reduction,
     temperature: Number,
-    weight_temperature: Number | None = None,
+    weight_temperature: Number = _NOT_GIVEN,
     gamma: Number = 1.0,
     mse_weight: Number = 1.0,
     ce_weight: Number = 1.0,
 ) -> Call:
-    """The checked problem of a call to one of the four losses."""
+    """The checked call of one of the four losses."""
     named = {
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
@@ -42,14 +51,14 @@ def problem_of(
         "sample_weight": sample_weight,
         "where": where,
     }
-    present = {name: x for name, x in named.items() if x is not None}
+    present = {name: x for name, x in named.items() if x is not None or name in ("student_logits", "teacher_logits")}
     library = _one_library(present)
     ranks = ranks_of(library)
     to_read = sample_weight is not None or prior is not None
     readable = to_read and library.readable(*present.values())
     xp = library.namespace()
     dtype = _logits(xp, {"student_logits": student_logits, "teacher_logits": teacher_logits})
-    if student_logits.shape != teacher_logits.shape:
+    if not _fits(tuple(teacher_logits.shape), tuple(student_logits.shape)):
         raise ValueError(
             f"teacher_logits must have the shape of student_logits, {_shape(student_logits)}, "
             f"got {_shape(teacher_logits)}"
@@ -61,21 +70,23 @@ def problem_of(
         sample_weight = _sample_weight(xp, sample_weight, batch, dtype, readable)
     if prior is None and labels is not None:
         raise ValueError("labels need a prior to choose rows of, got labels and no prior")
+    given_labels = labels
     if labels is not None:
-        labels = _labels(xp, labels, batch)
+        labels = _labels(xp, library, labels, batch)
     if prior is not None:
         _prior_shape(xp, prior, labels, tuple(student_logits.shape))
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    temperature = _number(xp, library, dtype, "temperature", temperature, above_zero=True)
+    computed = "float64" if dtype == xp.float64 else "float32"
+    temperature = _number(xp, library, dtype, computed, "temperature", temperature, above_zero=True)
     checked = Numbers(
         temperature=temperature,
         weight_temperature=temperature
-        if weight_temperature is None
-        else _number(xp, library, dtype, "weight_temperature", weight_temperature, above_zero=True),
-        gamma=_number(xp, library, dtype, "gamma", gamma, below_zero=False),
-        mse_weight=_number(xp, library, dtype, "mse_weight", mse_weight),
-        ce_weight=_number(xp, library, dtype, "ce_weight", ce_weight),
+        if weight_temperature is _NOT_GIVEN
+        else _number(xp, library, dtype, computed, "weight_temperature", weight_temperature, above_zero=True),
+        gamma=_number(xp, library, dtype, computed, "gamma", gamma, below_zero=False),
+        mse_weight=_number(xp, library, dtype, computed, "mse_weight", mse_weight),
+        ce_weight=_number(xp, library, dtype, computed, "ce_weight", ce_weight),
     )
     arrays = Arrays(
         student=student_logits,
@@ -86,10 +97,8 @@ def problem_of(
         where=where,
     )
     if readable and prior is not None:
-        _values(xp, arrays, prior)
-    return Call(
-        xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=ranks
-    )
+        _values(xp, arrays, prior, given_labels)
+    return Call(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=ranks)
 
 
 def labelled_logits(
@@ -97,7 +106,7 @@ def labelled_logits(
 ) -> tuple[Library, ModuleType, Any, Array, Array | None]:
     """Checks the arguments of `class_sums`: library, namespace, dtype to compute in, labels and weights to use."""
     named = {"logits": logits, "labels": labels, "sample_weight": sample_weight}
-    present = {name: x for name, x in named.items() if x is not None}
+    present = {name: x for name, x in named.items() if x is not None or name != "sample_weight"}
     library = _one_library(present)
     readable = library.readable(*present.values())
     xp = library.namespace()
@@ -105,26 +114,56 @@ def labelled_logits(
     if logits.shape[-1] != num_classes:
         raise ValueError(f"logits must have num_classes = {num_classes} classes on the last axis, got {_shape(logits)}")
     batch = tuple(logits.shape[:-1])
-    labels = _labels(xp, labels, batch)
+    given_labels, labels = labels, _labels(xp, library, labels, batch)
     if sample_weight is not None:
         sample_weight = library.constant(_sample_weight(xp, sample_weight, batch, dtype, readable))
     if readable:
-        _label_values(xp, labels, num_classes, (logits,), None, sample_weight)
+        _label_values(xp, labels, given_labels, num_classes, (logits,), None, sample_weight)
     return library, xp, dtype, labels, sample_weight
 
 
 def class_count(num_classes: Any) -> int:
     """A number of classes."""
-    if isinstance(num_classes, bool) or not isinstance(num_classes, python_numbers.Integral):
-        raise TypeError(f"num_classes must be an integer, got {type(num_classes).__name__}")
-    if num_classes < 1:
+    count = whole_number(num_classes)
+    if count is None:
+        raise TypeError(f"num_classes must be an integer, got {type_name(num_classes)}")
+    if count < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    return int(num_classes)
+    return count
 
 
-def positive_number(name: str, value: Any) -> float:
-    """A Python number above 0."""
-    return _python_number(name, value, above_zero=True)
+def whole_number(value: Any) -> int | None:
+    """Python's integer of anything that is one: an int, a NumPy integer, a 0-d array of integers; None otherwise.
+
+    A Boolean is none: where it is given for a number something was mixed up.
+    """
+    if isinstance(value, bool) or dtype_name(getattr(value, "dtype", None)) == "bool":
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def truth(name: str, value: Any) -> bool:
+    """Python's bool of one of Python's or NumPy's."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type_name(value)}")
+    return bool(value)
+
+
+def positive_number(name: str, value: Any, computed: str | None = None) -> float:
+    """A Python number above 0, and within the range of the dtype computed in, where that is known already."""
+    return _python_number(name, value, computed, above_zero=True)
+
+
+def known_library(name: str, x: Any) -> Library:
+    """The library of an array; TypeError where gklx knows none, or cannot take an array of that kind."""
+    library = library_of(x)
+    if library is None:
+        raise TypeError(f"{name} must be an array of a known library, got {type_name(x)}")
+    _dense(library, name, x)
+    return library
 
 
 def computed_in(name: str, x: Array) -> str:
@@ -146,7 +185,9 @@ def _one_library(named: dict[str, Any]) -> Library:
         found = library_of(x)
         if found is None:
             known = ", ".join(each.name for each in LIBRARIES)
-            raise TypeError(f"{name} must be an array of {known}, got {type(x).__module__}.{type(x).__qualname__}")
+            came = "None" if x is None else f"{type(x).__module__}.{type(x).__qualname__}"
+            raise TypeError(f"{name} must be an array of {known}, got {came}")
+        _dense(found, name, x)
         if library is None:
             library = found
         elif found is not library:
@@ -162,13 +203,26 @@ def _one_library(named: dict[str, Any]) -> Library:
     return library
 
 
+def _dense(library: Library, name: str, x: Array) -> None:
+    kind = library.unsupported(x)
+    if kind is not None:
+        raise TypeError(f"{name} must be a dense array without a mask of its own, got {kind}")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same, as far as anybody knows: Dask has NaN for a size that it has yet to compute."""
+    return shape == expected or (
+        len(shape) == len(expected) and all(a == b or (a != a and b != b) for a, b in zip(shape, expected, strict=True))
+    )
+
+
 def _logits(xp: ModuleType, named: dict[str, Array]) -> Any:
     """The dtype to compute in."""
     widest = "float32"
     for name, x in named.items():
         if computed_in(name, x) == "float64":
             widest = "float64"
-        if x.ndim < 1 or x.shape[-1] < 1:
+        if x.ndim < 1 or not x.shape[-1] >= 1:  # NaN, which a Dask array may have there, is no number of classes
             raise ValueError(f"{name} must have at least 1 class on the last axis, got shape {_shape(x)}")
     return getattr(xp, widest)
 
@@ -177,7 +231,9 @@ def _where(where: Array, shape: tuple[int, ...]) -> None:
     if dtype_name(where.dtype) != "bool":
         raise TypeError(f"where must be boolean, got {dtype_name(where.dtype)}")
     ends = shape[len(shape) - where.ndim :]
-    if where.ndim > len(shape) or any(own not in (1, to) for own, to in zip(where.shape, ends, strict=True)):
+    if where.ndim > len(shape) or not all(
+        own == 1 or _fits((own,), (to,)) for own, to in zip(where.shape, ends, strict=True)
+    ):
         raise ValueError(f"where must broadcast to the logits' shape {_text(shape)}, got {_shape(where)}")
 
 
@@ -186,7 +242,7 @@ def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any,
     kind = dtype_name(v.dtype)
     if kind not in _COMPUTED_IN and not xp.isdtype(v.dtype, ("bool", "integral")):
         raise TypeError(f"sample_weight must be floating, integer or boolean, got {kind}")
-    if tuple(v.shape) != batch:
+    if not _fits(tuple(v.shape), batch):
         raise ValueError(f"sample_weight must have one weight a sample, shape {_text(batch)}, got {_shape(v)}")
     v = xp.astype(v, dtype, copy=False)
     if readable and not _all_weights(xp, v):
@@ -195,20 +251,27 @@ def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any,
     return v
 
 
-def _labels(xp: ModuleType, labels: Array, batch: tuple[int, ...]) -> Array:
-    """The labels, in a dtype that can be compared with any number of classes."""
+def _labels(xp: ModuleType, library: Library, labels: Array, batch: tuple[int, ...]) -> Array:
+    """The labels, in a dtype that can be compared with any number of classes.
+
+    PyTorch neither compares uint32 and uint64 nor takes rows by them. In int64 a label of 2**63 or more is negative,
+    and so names no class, as before.
+    """
     if not xp.isdtype(labels.dtype, "integral"):
         raise TypeError(f"labels must be integers, got {dtype_name(labels.dtype)}")
-    if tuple(labels.shape) != batch:
+    if not _fits(tuple(labels.shape), batch):
         raise ValueError(f"labels must have one label a sample, shape {_text(batch)}, got {_shape(labels)}")
-    return xp.astype(labels, xp.int32) if xp.iinfo(labels.dtype).bits < 32 else labels
+    if xp.iinfo(labels.dtype).bits < 32:
+        return xp.astype(labels, xp.int32)
+    unsigned = library.backend == "torch" and xp.isdtype(labels.dtype, "unsigned integer")
+    return xp.astype(labels, xp.int64) if unsigned else labels
 
 
 def _prior_shape(xp: ModuleType, prior: Array, labels: Array | None, shape: tuple[int, ...]) -> None:
     computed_in("prior", prior)
-    if labels is None and tuple(prior.shape) != shape:
+    if labels is None and not _fits(tuple(prior.shape), shape):
         raise ValueError(f"prior without labels must have the logits' shape {_text(shape)}, got {_shape(prior)}")
-    if labels is not None and tuple(prior.shape) != (shape[-1], shape[-1]):
+    if labels is not None and not _fits(tuple(prior.shape), (shape[-1], shape[-1])):
         raise ValueError(f"prior with labels must have shape {_text((shape[-1], shape[-1]))}, got {_shape(prior)}")
 
 
@@ -219,6 +282,7 @@ def _number(
     xp: ModuleType,
     library: Library,
     dtype: Any,
+    computed: str,
     name: str,
     value: Any,
     *,
@@ -229,26 +293,55 @@ def _number(
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be a number, got an array of {dtype_name(value.dtype)}")
         if library.readable(value):
-            _python_number(name, float(value), above_zero=above_zero, below_zero=below_zero)
+            _python_number(name, float(value), computed, above_zero=above_zero, below_zero=below_zero)
         return xp.astype(value, dtype)
-    return _python_number(name, value, above_zero=above_zero, below_zero=below_zero)
+    return _python_number(name, value, computed, above_zero=above_zero, below_zero=below_zero)
 
 
-def _python_number(name: str, value: Any, *, above_zero: bool = False, below_zero: bool = True) -> float:
-    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, python_numbers.Real)):
-        raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    number = float(value)
+def _python_number(
+    name: str, value: Any, computed: str | None = None, *, above_zero: bool = False, below_zero: bool = True
+) -> float:
+    """A Python float of a number, within the range of the dtype computed in, if its name is given."""
+    number = value if type(value) is float else _as_float(name, value)
     # By comparisons, which a compiler follows for a number that it keeps open.
     if not -math.inf < number < math.inf or (above_zero and number <= 0) or (not below_zero and number < 0):
-        kind = "above 0" if above_zero else "finite" if below_zero else "at least 0"
-        raise ValueError(f"{name} must be {kind}, got {value!r}")
+        kind = (
+            "finite" if number > 0 or not (above_zero or not below_zero) else "above 0" if above_zero else "at least 0"
+        )
+        raise ValueError(f"{name} must be {kind}, got {_shown(value, number)}")
+    if computed is not None:
+        smallest, largest = _RANGES[computed]
+        if above_zero and number < smallest:
+            raise ValueError(
+                f"{name} must be at least {smallest:.3g}, the smallest normal number of {computed}, "
+                f"got {_shown(value, number)}"
+            )
+        if not -largest <= number <= largest:
+            raise ValueError(f"{name} must be finite in {computed}, the dtype computed in, got {_shown(value, number)}")
     return number
+
+
+def _shown(value: Any, number: float) -> str:
+    """A number as it was given, but for one of so many digits that nobody reads them."""
+    return repr(value) if abs(number) < 1e20 else repr(number)
+
+
+def _as_float(name: str, value: Any) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, python_numbers.Real):
+        raise TypeError(f"{name} must be a Python number, got {type_name(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer or a fraction, whose digits may be more than Python prints
+        kind = f"{'a negative' if value < 0 else 'a'} number of type {type_name(value)}"
+        raise ValueError(f"{name} must be finite, got {kind} beyond the largest float") from None
 
 
 # --- values, where reading them is free -------------------------------------------------------------------------------
 
 
-def _values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
+def _values(xp: ModuleType, arrays: Arrays, prior: Array, given_labels: Array | None) -> None:
     """Labels that name a class and priors that are weights, in every sample that counts."""
     logits = (arrays.student, arrays.teacher)
     if not _all_weights(xp, prior):
@@ -258,7 +351,8 @@ def _values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad)}")
     if arrays.labels is not None:
-        _label_values(xp, arrays.labels, arrays.student.shape[-1], logits, arrays.where, arrays.sample_weight)
+        classes = arrays.student.shape[-1]
+        _label_values(xp, arrays.labels, given_labels, classes, logits, arrays.where, arrays.sample_weight)
 
 
 def _all_weights(xp: ModuleType, x: Array) -> bool:
@@ -272,6 +366,7 @@ def _all_weights(xp: ModuleType, x: Array) -> bool:
 def _label_values(
     xp: ModuleType,
     labels: Array,
+    given: Array,
     classes: int,
     logits: tuple[Array, ...],
     where: Array | None,
@@ -281,7 +376,8 @@ def _label_values(
     if bool(xp.any(bad)):
         bad = bad & xp.any(valid_mask(xp, logits, where, sample_weight), axis=-1)
         if bool(xp.any(bad)):
-            raise ValueError(f"labels must lie in [0, {classes}), got {_first(xp, labels, bad)}")
+            # As it was given: a uint64 label may be another number in the dtype that is compared.
+            raise ValueError(f"labels must lie in [0, {classes}), got {_first(xp, given, bad)}")
 
 
 def _first(xp: ModuleType, x: Array, which: Array) -> str:
@@ -294,8 +390,18 @@ def _first(xp: ModuleType, x: Array, which: Array) -> str:
         rest, here = divmod(rest, size)
         index.insert(0, here)
     value = xp.reshape(x, (-1,))[at]
-    number = float(value) if dtype_name(x.dtype) in _COMPUTED_IN else int(value)
+    # By way of NumPy, since PyTorch makes no int of a uint64 beyond int64.
+    number = float(value) if dtype_name(x.dtype) in _COMPUTED_IN else int(to_numpy(value))
     return f"{number} at index {_text(tuple(index))}"
+
+
+def type_name(value: Any) -> str:
+    """The name of a value's type, with its module's where the name alone is a builtin type's: NumPy has a bool, too."""
+    if value is None:
+        return "NoneType"
+    kind = type(value)
+    taken = kind.__module__ != "builtins" and hasattr(builtins, kind.__name__)
+    return f"{kind.__module__}.{kind.__name__}" if taken else kind.__name__
 
 
 def _shape(x: Array) -> str:

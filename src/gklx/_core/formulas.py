@@ -129,7 +129,7 @@ def difference(xp: ModuleType, t: Array, s: Array) -> tuple[Array, Array]:
 
 
 def class_weights(call: Call, rows: Rows) -> ClassWeights:
-    """w = prior^gamma, or softmax(t / weight_temperature)^gamma, held constant; 0^0 = 1."""
+    """W = prior^gamma, or softmax(t / weight_temperature)^gamma, held constant; 0^0 = 1."""
     xp, numbers, valid = call.xp, call.numbers, rows.valid
     if call.arrays.prior is None:
         z = rows.teacher.z / numbers.weight_temperature
@@ -219,7 +219,9 @@ def kullback_leibler(call: Call, rows: Rows) -> Array:
     Every summand is p (L + exp(-L) - 1) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
     """
     xp, p, q = call.xp, rows.teacher.probabilities, rows.student.probabilities
-    ratio = 4.0 * (rows.d / call.numbers.temperature) - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
+    ratio = (
+        4.0 * (rows.d / call.numbers.temperature) - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
+    )
     is_near = abs(ratio) < 1
     near = xp.where(is_near, ratio, 0.0)
     convex = near + xp.expm1(-near)
@@ -230,7 +232,7 @@ def kullback_leibler(call: Call, rows: Rows) -> Array:
 
 
 def probability_gap(call: Call, rows: Rows) -> Array:
-    """q - p, which sums to 0 over the classes, [..., C].
+    """Q - p, which sums to 0 over the classes, [..., C].
 
     The sum of the rounded differences is the error of the two normalisers, spread as p is. Taking it out keeps the
     digits where both rows are confident of one class, or close to each other.
@@ -304,7 +306,7 @@ def teacher_gradient(call: Call, rows: Rows, around: Deviations | None, factors:
 
 
 def scaled(xp: ModuleType, factor: Array, x: Array) -> Array:
-    """factor * x, and 0 where the factor is 0 though x be infinite or NaN."""
+    """Factor * x, and 0 where the factor is 0 though x be infinite or NaN."""
     return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)
 
 

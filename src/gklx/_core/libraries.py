@@ -7,7 +7,6 @@ No library is imported to recognise its arrays.
 import contextlib
 import sys
 from collections.abc import Callable
-from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from .call import Array
 
-_BLOCK_ON_CPU = 2**20  # for each core that works on it: benches/block_size.py
+_BLOCK_ON_CPU = 2**20
 _BLOCK_ON_GPU = 2**28
 
 
@@ -39,18 +38,12 @@ class Library(NamedTuple):
     """The device of an array; None where it has none to tell, as under tracing or over several devices."""
     block: Callable[..., int] = lambda *xs: 0
     """How many bytes of one of these arrays a block of rows may hold; 0 where all rows are to be worked off at once."""
-    needs_threads: bool = False
-    """Whether blocks are best run side by side: the library lets go of the interpreter, and has no threads itself."""
-    silent: bool = False
-    """Whether arithmetic on infinities and NaN never warns: rows may then be looked at when all is computed."""
-    softmax: Callable[[int], Callable[[Array], Array] | None] = lambda classes: None
-    """A fused softmax along the last axis; None if there is none, or of so many classes one that loses digits."""
-    sizes_known: Callable[[], bool] = lambda: True
-    """Whether a choice may be made by the sizes of arrays; a compiler that keeps them open would fix them there."""
     constant: Callable[[Array], Array] = lambda x: x
     """The array cut from any autodiff graph."""
     differentiates: bool = False
     """Whether the library has autodiff; a module under `gklx._autodiff` then registers the analytic gradient."""
+    unsupported: Callable[[Array], str | None] = lambda x: None
+    """What an array of the library is where gklx cannot compute with its kind, in words; None where it can."""
     number: Callable[[Any], bool] = lambda x: False
     """Whether a 0-d array of this library may stand for a hyper-parameter."""
     dtypes: tuple[str, ...] = ("float16", "float32", "float64")
@@ -58,25 +51,22 @@ class Library(NamedTuple):
     jit: str | None = None
     lazy: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its name: what is restored is the one entry of `LIBRARIES` itself."""
+        return _library_named, (self.backend,)
+
+
+def _library_named(backend: str) -> Library:
+    return next(library for library in LIBRARIES if library.backend == backend)
+
 
 # Imports by statement: a compiler that follows these functions takes no other.
 
 
-@cache
 def _import_numpy() -> ModuleType:
-    """Its reductions are the ufuncs' own: what `numpy.sum` does beforehand takes longer than to sum a small batch."""
     import array_api_compat.numpy as xp
 
-    direct = ModuleType(xp.__name__)
-    vars(direct).update(vars(xp), sum=_reducing(np.add), max=_reducing(np.maximum), min=_reducing(np.minimum))
-    return direct
-
-
-def _reducing(ufunc: np.ufunc) -> Callable[..., Array]:
-    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
-        return ufunc.reduce(x, axis=axis, keepdims=keepdims)
-
-    return reduce
+    return xp
 
 
 def _import_torch() -> ModuleType:
@@ -98,9 +88,9 @@ def _import_cupy() -> ModuleType:
 
 
 def _import_dask() -> ModuleType:
-    import array_api_compat.dask.array as xp
+    from . import dask_arrays
 
-    return xp
+    return dask_arrays.namespace()
 
 
 def _import_strict() -> ModuleType:
@@ -135,6 +125,22 @@ def _strict_on_cpu(*xs: Array) -> bool:
     return all(x.device == cpu for x in xs)
 
 
+def _torch_unsupported(x: Array) -> str | None:
+    torch = sys.modules["torch"]
+    if x.is_nested:
+        return "a nested tensor"
+    if x.layout is not torch.strided:
+        return f"a tensor of layout {x.layout}"
+    if type(x) is not torch.Tensor and isinstance(x, torch.masked.MaskedTensor):
+        return "a masked tensor"
+    return None
+
+
+def _dask_unsupported(x: Array) -> str | None:
+    kind = type(x._meta)
+    return None if library_of(x._meta) else f"a Dask array whose chunks are {kind.__module__}.{kind.__qualname__}"
+
+
 def _torch_readable(*xs: Array) -> bool:
     torch = sys.modules["torch"]
     wrapped, plain = torch._C._functorch.is_functorch_wrapped_tensor, (torch.Tensor, torch.nn.Parameter)
@@ -153,11 +159,6 @@ def _torch_block(*xs: Array) -> int:
     ):
         return 0
     return _BLOCK_ON_CPU * torch.get_num_threads() if xs[0].device.type == "cpu" else _BLOCK_ON_GPU
-
-
-def _torch_softmax(classes: int) -> Callable[[Array], Array] | None:
-    # Its sum is a plain one: at 1,000 classes as exact as `sum`, at 32,000 up to 16 units in the last place off.
-    return partial(sys.modules["torch"].softmax, dim=-1) if classes <= 4096 else None
 
 
 def _jax_device(x: Array) -> Any:
@@ -181,8 +182,8 @@ LIBRARIES: tuple[Library, ...] = (
         recognises=_is_plain_numpy,
         readable=lambda *xs: True,
         to_numpy=_numpy,
+        device=lambda x: "cpu",
         block=lambda *xs: _BLOCK_ON_CPU,
-        needs_threads=True,
     ),
     Library(
         name="PyTorch",
@@ -192,10 +193,8 @@ LIBRARIES: tuple[Library, ...] = (
         readable=_torch_readable,
         to_numpy=lambda x: x.detach().cpu().numpy(),
         device=lambda x: x.device,
+        unsupported=_torch_unsupported,
         block=_torch_block,
-        silent=True,
-        softmax=_torch_softmax,
-        sizes_known=lambda: not sys.modules["torch"].compiler.is_compiling(),
         constant=lambda x: x.detach(),
         differentiates=True,
         dtypes=("bfloat16", "float16", "float32", "float64"),
@@ -234,6 +233,7 @@ LIBRARIES: tuple[Library, ...] = (
         recognises=compat.is_dask_array,
         readable=lambda *xs: False,
         to_numpy=lambda x: x.compute(),
+        unsupported=_dask_unsupported,
         lazy=True,
     ),
     Library(
@@ -257,7 +257,7 @@ def library_of(x: Any) -> Library | None:
     return None
 
 
-def beside(library: Library, x: Array) -> Any:
+def device_like(library: Library, x: Array) -> Any:
     """The device to name when an array is made to meet x; None where its library would bind it more than x is bound.
 
     JAX moves arrays that nobody put anywhere to those that somebody did, and compiles anew where that changes.

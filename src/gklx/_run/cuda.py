@@ -20,7 +20,7 @@ from .cuda_launch import THREADS, Device, Options
 
 _TYPES = {"float16": "Half", "bfloat16": "Brain", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-_REALS = {"float": np.float32, "double": np.float64}
+_REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
 _ROW_BYTES = {"float": 56, "double": 112}  # of `RowStatistics` in cuda.cu: thirteen reals and four flags
 
 _Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]

@@ -3,7 +3,6 @@
 PyTorch's arrays take whichever of the two is installed.
 """
 
-import contextlib
 import importlib.util
 import sys
 import warnings
@@ -136,21 +135,22 @@ def _of_cupy(x: Array) -> Device:
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
+def cubin(options: Options, architecture: str) -> Any:
+    """The kernels for an architecture such as "sm_90", by cuda-core; no GPU is needed."""
+    from cuda.core import Program, ProgramOptions
+
+    program_options = ProgramOptions(std=_LANGUAGE, arch=architecture, define_macro=list(options))
+    return Program(source(), "c++", program_options).compile("cubin")
+
+
 @cache
 def _core_kernel(options: Options, name: str, device: int) -> Any:
-    """Compiled for a device by cuda-core; kept as long as the process."""
+    """Compiled for a device; kept as long as the process."""
     from cuda.core import Device as CudaDevice
-    from cuda.core import Program, ProgramOptions
 
     on = CudaDevice(device)
     on.set_current()
-    capability = on.compute_capability
-    program_options = ProgramOptions(
-        std=_LANGUAGE,
-        arch=f"sm_{capability.major}{capability.minor}",
-        define_macro=list(options),
-    )
-    return Program(source(), "c++", program_options).compile("cubin").get_kernel(name)
+    return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}").get_kernel(name)
 
 
 class _Stream(NamedTuple):
@@ -160,6 +160,19 @@ class _Stream(NamedTuple):
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
+
+
+def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
+    import cupy
+
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+        kernel((blocks,), (THREADS,), tuple(given))
+
+
+def _start_by_core(kernel: Any, stream: int, blocks: int, given: list[Any]) -> None:
+    from cuda.core import LaunchConfig, launch
+
+    launch(_Stream(stream), LaunchConfig(grid=blocks, block=THREADS), kernel, *given)
 
 
 def _of_torch(x: Array) -> Device:
@@ -176,21 +189,10 @@ def _of_torch(x: Array) -> Device:
     def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
         stream, given = torch.cuda.current_stream(x.device).cuda_stream, _numbers(address, arguments)
         with torch.cuda.device(x.device):
-            if not by_cupy:
-                from cuda.core import Device as CudaDevice
-                from cuda.core import LaunchConfig, launch
-
-                on = CudaDevice(device)
-                on.set_current()
-                config = LaunchConfig(grid=blocks, block=THREADS)
-                launch(on.create_stream(_Stream(stream)), config, _core_kernel(options, name, device), *given)
-                return
-            import cupy
-
-            with contextlib.ExitStack() as current:
-                current.enter_context(cupy.cuda.Device(device))
-                current.enter_context(cupy.cuda.ExternalStream(stream, device))
-                _cupy_kernel(options, name, device)((blocks,), (THREADS,), tuple(given))
+            if by_cupy:
+                _start_by_cupy(_cupy_kernel(options, name, device), device, stream, blocks, given)
+            else:
+                _start_by_core(_core_kernel(options, name, device), stream, blocks, given)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         return torch.empty(tuple(shape), dtype=dtype, device=x.device)

@@ -55,7 +55,7 @@ def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher:
         given = given._replace(where=jnp.broadcast_to(given.where, given.student.shape))
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
     plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), cpu.threads())
-    found = _rows.bind(
+    found = _rows.bind(  # type: ignore[no-untyped-call]
         given.student.astype(call.dtype),
         given.teacher.astype(call.dtype),
         jnp.stack([jnp.asarray(x, call.dtype) for x in call.numbers]),
@@ -70,7 +70,8 @@ def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Arra
         **dict(zip(plan.present, optional, strict=True))
     )
     call = Call(jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
-    found = blocks.evaluate(call, **{name: name in plan.asked for name in _ASKED})
+    value, to_student, to_teacher = (name in plan.asked for name in _ASKED)
+    found = blocks.evaluate(call, value=value, student=to_student, teacher=to_teacher)
     return [getattr(found, name) for name in plan.asked]
 
 
@@ -107,15 +108,16 @@ def _registered() -> bool:
     library = cpu.library()
     if library is None or not hasattr(library, "gklx_jax_rows"):
         return False
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.gklx_jax_rows), platform="cpu")
+    handler = jax.ffi.pycapsule(library.gklx_jax_rows)  # type: ignore[no-untyped-call]
+    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
     return True
 
 
 _lowered = mlir.lower_fun(_by_formulas, multiple_results=True)
 _rows = Primitive("gklx_rows")
 _rows.multiple_results = True
-_rows.def_impl(_by_formulas)
-_rows.def_abstract_eval(_shapes)
+_rows.def_impl(_by_formulas)  # type: ignore[no-untyped-call]
+_rows.def_abstract_eval(_shapes)  # type: ignore[no-untyped-call]
 mlir.register_lowering(_rows, _lowered)
 mlir.register_lowering(_rows, _lowered_for_cpu, platform="cpu")
 batching.primitive_batchers[_rows] = _batched

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .._core.libraries import LIBRARIES, Library, dtype_name, from_numpy
 from .._core.call import Array
+from .._core.libraries import LIBRARIES, Library, dtype_name, from_numpy
 from .._scoring.backend import backend
 
 

@@ -1,0 +1,51 @@
+"""Dask's array namespace, with what it lacks for arrays that were filtered: chunks without rows, rows not counted."""
+
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from .call import Array
+
+
+@cache
+def namespace() -> ModuleType:
+    """Its namespace, but for three functions that fail on filtered arrays.
+
+    `dask.array` has neither maximum nor reshape where a chunk holds no rows, and no reshape where their number is not
+    known.
+    """
+    import array_api_compat.dask.array as xp
+
+    direct = ModuleType(xp.__name__)
+    extremes = {"max": _extreme_over_chunks("max"), "min": _extreme_over_chunks("min")}
+    vars(direct).update(vars(xp), **extremes, reshape=_reshape_if_needed)
+    return direct
+
+
+def _extreme_over_chunks(name: str) -> Callable[..., Array]:
+    of_chunk = partial(_extreme_of_chunk, name)
+
+    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+        reduction: Any = sys.modules["dask.array"].reduction
+        return reduction(x, of_chunk, of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
+
+    return reduce
+
+
+def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Array:
+    pairs = list(zip(x.shape, shape, strict=False))
+    same = all(own == to or to == -1 or (np.isnan(own) and np.isnan(to)) for own, to in pairs)
+    if x.ndim == len(shape) and same:
+        return x
+    if any(0 in sizes for sizes in x.chunks):
+        x = x.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in x.chunks))
+    xp: Any = sys.modules["array_api_compat.dask.array"]
+    return xp.reshape(x, shape, copy=copy)
+
+
+def _extreme_of_chunk(name: str, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    return getattr(x, name)(axis=axis, keepdims=keepdims)
