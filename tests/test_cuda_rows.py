@@ -52,7 +52,7 @@ def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
             for x in arguments
         ]
         kernels, options = library(options), dict(options)
-        assert kernels.bytes_of_row() == cuda._ROW_BYTES[options["REAL"]]
+        assert kernels.bytes_of_row() == cuda._ROW * {"float": 4, "double": 8}[options["REAL"]]
         getattr(kernels, name)(*given)
         start.plans.append(options)
 
@@ -282,6 +282,33 @@ def test_only_what_is_asked_for_is_made(on_cpu):
     half = own._replace(arrays=own.arrays._replace(student=own.arrays.student[:2], teacher=own.arrays.teacher[:2]))
     part = cuda.evaluate(half, known, device=on_cpu, student=True).student
     assert_near(part, blocks.evaluate(own, student=True).student[:2], "float64", ulps=16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("mask", ["none", "elements", "samples"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.id in ("dkl-T", "ikl-prior", "gkl-tau")], ids=lambda c: c.id
+)
+def test_samples_are_those_of_the_formulas(on_cpu, monkeypatch, case, mask, dtype):
+    s, t, given = on(BY_NAME["numpy"], dtype, *call(case, mask))
+    if mask == "none":
+        s[1], t[2, 3], s[3, 2] = -np.inf, np.nan, -np.inf
+    own = call_of(case, s, t, given)
+    wide = {name: x.astype("float64") if x.dtype.kind == "f" else x for name, x in given.items()}
+    monkeypatch.setattr(dispatch.rows, "serves", lambda call: False)
+    with np.errstate(all="ignore"):
+        exact = dispatch.sample_losses([call_of(case, s.astype("float64"), t.astype("float64"), wide)])
+        monkeypatch.setattr(cuda, "serves", lambda call: True)
+        monkeypatch.setattr(cuda, "samples", partial(cuda.samples, device=on_cpu))
+        found = dispatch.sample_losses([own])
+    assert found.has_valid.tolist() == exact.has_valid.tolist()
+    assert found.undefined.tolist() == exact.undefined.tolist()
+    assert exact.undefined.tolist() == [False, mask == "none", mask == "none", False, False]
+    for name in ("kl", "ce", "mse", "mass", "student_peak", "teacher_peak"):
+        one, other = (x[0] if isinstance(x, tuple) else x for x in (getattr(found, name), getattr(exact, name)))
+        known = found.has_valid & ~found.undefined
+        assert_near(one[known].astype("float64"), other[known], dtype, ulps=32, by="entry")
+    assert np.isnan(found.kl[found.undefined]).all()
 
 
 @pytest.mark.parametrize("case", MANY, ids=lambda case: case.id)

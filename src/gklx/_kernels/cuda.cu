@@ -280,7 +280,7 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// What `gradients` is told of a row.
+// What `gradients` is told of a row: REALs alone, so that it lies in an array of them.
 struct RowStatistics {
   REAL s_top, t_top;
   REAL per_s_total, per_t_total;  // of the sums of exponentials
@@ -290,7 +290,7 @@ struct RowStatistics {
   Difference<REAL> reference;
   REAL mean;                      // of what d is larger than at the reference
   REAL others;                    // d less its mean in the classes where d is finite, of a row where some d is infinite
-  uint8_t has_valid, undefined, unreachable, infinite;  // as in _core/formulas.py
+  REAL has_valid, undefined, unreachable, infinite;  // 0 or 1, as in _core/formulas.py
 };
 
 GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) {
@@ -309,6 +309,7 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) 
   r.gap_of_student = difference / (s_total * t_total);
   r.log_s_total = logarithm(x.s_total.high) + x.s_total.low / x.s_total.high;
   r.log_ratio = logarithm_of_1_plus(difference / s_total);
+  if (r.undefined) r.per_s_total = r.per_t_total = nan_of<REAL>();
   if (WEIGHTS == UNWEIGHTED) return r;
   const bool unknown = WEIGHTS == PRIOR_POWER ? x.prior_nan || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));

@@ -21,7 +21,8 @@ from .cuda_launch import THREADS, Device, Options
 _TYPES = {"float16": "Half", "bfloat16": "Brain", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
-_ROW_BYTES = {"float": 56, "double": 112}  # of `RowStatistics` in cuda.cu: thirteen reals and four flags
+_ROW = 17  # numbers of `RowStatistics` in cuda.cu
+_PER_STUDENT_TOTAL, _PER_TEACHER_TOTAL, _HAS_VALID, _UNDEFINED = 2, 3, 13, 14  # of them
 
 _Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 
@@ -83,6 +84,35 @@ def evaluate(
         of = formulas.Samples(kl, ce, energy)
         loss = formulas.value_of(call, of, batches.factors_of(call, run.v, of_energy, shared))
     return Result(loss, to_student, to_teacher, shared)
+
+
+def samples(call: Call, device: Device | None = None) -> rows.SampleResults:
+    """As `rows.samples`."""
+    xp, temperature = call.xp, call.numbers.temperature
+    device = cuda_launch.device_of(call.arrays.student) if device is None else device
+    batch = call.arrays.student.shape[:-1]
+    run = _statistics(call, device, weighs=True)
+    kl, ce, energy = (device.empty(batch, call.dtype) for _ in range(3))
+    run.gradients(
+        ce_factor=None, energy_factor=None, to_student=None, to_teacher=None, kl=kl, ce=ce, energy=energy, symmetric=0
+    )
+    if call.formula.tempered:
+        energy = energy / temperature / temperature
+    mass = run.weights.total * run.weights.base**call.numbers.gamma
+
+    def column(number: int) -> Array:
+        return xp.reshape(run.found[:, number], batch)
+
+    return rows.SampleResults(
+        kl,
+        ce,
+        mass * mass * energy,
+        mass,
+        column(_PER_STUDENT_TOTAL),  # the largest logit is 0 by now
+        column(_PER_TEACHER_TOTAL),
+        column(_HAS_VALID) != 0,
+        column(_UNDEFINED) != 0,
+    )
 
 
 # --- the plan: no GPU is needed to make it ----------------------------------------------------------------------------
@@ -152,7 +182,7 @@ class _Run(NamedTuple):
     plan: Plan
     given: tuple[Any, ...]
     found: Array
-    """`RowStatistics` of each row."""
+    """[rows, _ROW], `RowStatistics` of each row."""
     v: Array
     """The sample weights, [...]."""
     weights: formulas.ClassWeights
@@ -188,7 +218,7 @@ def _statistics(call: Call, device: Device, weighs: bool) -> _Run:
         _REALS[plan.real](numbers.gamma),
     )
     v, mass, base = (device.empty(shape[:-1], call.dtype) for _ in range(3))
-    found = device.empty((math.prod(shape[:-1]), _ROW_BYTES[plan.real]), xp.uint8)
+    found = device.empty((math.prod(shape[:-1]), _ROW), call.dtype)
     device.start(plan.options, plan.blocks, "statistics", (*given, found, v, mass, base))
     return _Run(device, plan, given, found, v, formulas.ClassWeights(None, mass, base))
 
