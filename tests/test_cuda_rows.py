@@ -483,13 +483,28 @@ def test_arrays_on_the_cpu_are_not_served():
     assert not cuda.serves(call_builder(gklx.kl)(torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
-def test_kernels_that_do_not_compile_are_said_so_once_and_left():
+def test_what_does_not_compile_is_said_so_once_and_left(monkeypatch):
     def fails(*_):
         raise OSError("libnvrtc.so: cannot open shared object file")
 
-    with pytest.warns(RuntimeWarning, match="array operations take their place: libnvrtc"):
-        assert not cuda_launch._available(fails, 0)
-    assert not cuda_launch._available(fails, 0)
+    asked = []
+
+    def works(*given):
+        asked.append(given)
+
+    installed = ("json", "ast", "csv")
+    launchers = tuple(
+        cuda_launch._Launcher(*given, works) for given in zip(installed, (fails, works, works), strict=True)
+    )
+    with pytest.warns(RuntimeWarning, match="do not compile here by json: libnvrtc"):
+        assert cuda_launch._launcher(0, launchers) is launchers[1]
+    assert cuda_launch._launcher(0, launchers) is launchers[1]
+    assert len(asked) == 1
+    with pytest.warns(RuntimeWarning, match="do not compile here by json"):
+        assert cuda_launch._launcher(0, launchers[:1]) is None
+    absent = cuda_launch._Launcher("gklx.no_such_module", works, works)
+    assert cuda_launch._launcher(0, (absent,)) is None
+    assert cuda_launch._launcher(0, (absent._replace(module="no_such_package.core"),)) is None
 
 
 def test_the_source_is_one_text():

@@ -49,28 +49,45 @@ def device_of(x: Array) -> Device:
 
 
 def available(x: Array) -> bool:
-    """Whether the kernels compile for the device of an array; a warning where the compiler is there and fails."""
+    """Whether the kernels compile for the device of an array; a warning where a compiler is there and fails."""
     library = library_of(x)
     assert library is not None
-    with_cupy = importlib.util.find_spec("cupy") is not None
-    if library.backend == "cupy" or with_cupy:
-        return with_cupy and _available(_cupy_kernel, x.device.id if library.backend == "cupy" else x.device.index)
-    return _find("cuda.core") and _available(_core_kernel, x.device.index)
+    if library.backend == "cupy":
+        return _launcher(x.device.id, _LAUNCHERS[:1]) is not None
+    return _launcher(x.device.index, _LAUNCHERS) is not None
+
+
+class _Launcher(NamedTuple):
+    module: str
+    kernel_of: Callable[[Options, str, int], Any]
+    """A kernel, by the options, its name and the device."""
+    start: Callable[[Any, int, int, int, list[Any]], None]
+    """Starts a kernel on a device and a stream of it, on so many blocks, with the arguments."""
 
 
 @cache
-def _available(kernel_of: Callable[[Options, str, int], Any], device: int) -> bool:
-    options = tuple({
-        "REAL": "float", "STUDENT": "float", "TEACHER": "float", "WEIGHTS": "PROBABILITIES", "VECTOR": "4",
-        "GROUP": "256", "BLOCK": str(THREADS),
-    }.items())  # fmt: skip
-    try:
-        kernel_of(options, "statistics", device)
-    except Exception as error:  # a compiler or a driver that is not there comes in many kinds
-        message = f"gklx's kernels do not compile here, array operations take their place: {error}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return False
-    return True
+def _launcher(device: int, candidates: tuple[_Launcher, ...]) -> _Launcher | None:
+    """The first that is installed and compiles for a device."""
+    options = (
+        ("REAL", "float"),
+        ("STUDENT", "float"),
+        ("TEACHER", "float"),
+        ("WEIGHTS", "PROBABILITIES"),
+        ("VECTOR", "4"),
+        ("GROUP", str(THREADS)),
+        ("BLOCK", str(THREADS)),
+    )
+    for candidate in candidates:
+        if not _is_installed(candidate.module):
+            continue
+        try:
+            candidate.kernel_of(options, "statistics", device)
+        except Exception as error:  # a compiler or a driver that is not there comes in many kinds
+            message = f"gklx's kernels do not compile here by {candidate.module}: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        else:
+            return candidate
+    return None
 
 
 @cache
@@ -81,7 +98,7 @@ def source() -> str:
     return text.replace('#include "row.h"', shared.replace("#pragma once", ""))
 
 
-def _find(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:  # of the package around it
@@ -169,15 +186,24 @@ def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: li
         kernel((blocks,), (THREADS,), tuple(given))
 
 
-def _start_by_core(kernel: Any, stream: int, blocks: int, given: list[Any]) -> None:
+def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
     from cuda.core import LaunchConfig, launch
 
-    launch(_Stream(stream), LaunchConfig(grid=blocks, block=THREADS), kernel, *given)
+    with sys.modules["torch"].cuda.device(device):
+        launch(_Stream(stream), LaunchConfig(grid=blocks, block=THREADS), kernel, *given)
+
+
+_LAUNCHERS = (
+    _Launcher("cupy", _cupy_kernel, _start_by_cupy),
+    _Launcher("cuda.core", _core_kernel, _start_by_core),
+)
 
 
 def _of_torch(x: Array) -> Device:
     torch = sys.modules["torch"]
-    device, by_cupy = x.device.index, importlib.util.find_spec("cupy") is not None
+    device = x.device.index
+    launcher = _launcher(device, _LAUNCHERS)
+    assert launcher is not None
 
     def address(y: Array) -> int:
         return int(y.data_ptr())
@@ -187,12 +213,9 @@ def _of_torch(x: Array) -> Device:
         return (y if dtype is None else y.to(dtype)).contiguous().resolve_neg()
 
     def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
-        stream, given = torch.cuda.current_stream(x.device).cuda_stream, _numbers(address, arguments)
-        with torch.cuda.device(x.device):
-            if by_cupy:
-                _start_by_cupy(_cupy_kernel(options, name, device), device, stream, blocks, given)
-            else:
-                _start_by_core(_core_kernel(options, name, device), stream, blocks, given)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        kernel = launcher.kernel_of(options, name, device)
+        launcher.start(kernel, device, stream, blocks, _numbers(address, arguments))
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         return torch.empty(tuple(shape), dtype=dtype, device=x.device)
