@@ -86,8 +86,19 @@ def run(
     """What was asked for, as a dictionary; the arrays are filled with 7 beforehand, so that each entry must be written."""
     rows, classes = s.shape
     real = np.result_type(*(x.dtype if x.dtype.itemsize > 2 else np.float32 for x in (s, t)))
-    shapes = {"value": rows if reduction == "none" else (), "totals_out": 4, "to_student": s.shape, "to_teacher": t.shape}
-    dtypes = {"to_student": s.dtype, "to_teacher": t.dtype, "totals_out": np.float64, "has_valid": bool, "undefined": bool}
+    shapes = {
+        "value": rows if reduction == "none" else (),
+        "totals_out": 4,
+        "to_student": s.shape,
+        "to_teacher": t.shape,
+    }
+    dtypes = {
+        "to_student": s.dtype,
+        "to_teacher": t.dtype,
+        "totals_out": np.float64,
+        "has_valid": bool,
+        "undefined": bool,
+    }
     found = {key: np.full(shapes.get(key, rows), 7, dtypes.get(key, real)) for key in asked}
     given = {"student": s, "teacher": t, "prior": prior}
     given["labels"] = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -611,14 +622,18 @@ def test_a_batch_spread_over_ranks(kernel, loss):
     name, settings = loss_of(loss, 2, 8, 30)
     s, t = logits(1, 8, 30)
     v = np.arange(8) / 4
-    whole = run(kernel, name, s, t, sample_weight=v, asked=("value", "to_student", "to_teacher", "totals_out"), **settings)
+    whole = run(
+        kernel, name, s, t, sample_weight=v, asked=("value", "to_student", "to_teacher", "totals_out"), **settings
+    )
     values = []
     for half in (slice(0, 4), slice(4, 8)):
         given = dict(settings)
         for key in ("labels", *(["prior"] if "labels" not in settings else [])):
             if key in given:
                 given[key] = np.ascontiguousarray(given[key][half])
-        found = run(kernel, name, s[half], t[half], sample_weight=v[half], totals=whole["totals_out"], ranks=2.0, **given)
+        found = run(
+            kernel, name, s[half], t[half], sample_weight=v[half], totals=whole["totals_out"], ranks=2.0, **given
+        )
         values.append(found["value"])
         for key in ("to_student", "to_teacher"):
             assert_near(found[key].astype(float), 2.0 * whole[key][half].astype(float), "float32", ulps=2)

@@ -419,8 +419,6 @@ def test_what_nobody_read_is_nan_and_no_plausible_number(compiled, wrong, care):
 
 
 @supports("compiler")
-
-
 @supports("batch size left open")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_for_any_batch_size(compiled, dynamic):

@@ -12,7 +12,7 @@ import torch
 
 import gklx
 
-from ._arguments import class_count, type_name, whole_number
+from ._core.checks import class_count, type_name, whole_number
 from .losses import call_builder
 from .prior import allow_in_torch_load
 

@@ -178,7 +178,8 @@ template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
       et[j] = of_t;
       a += of_s;
       b += of_t;
-      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * z_s;
+      // By a part of z, so that no sum of finite logits overflows; what it underflows is nothing beside log(s_total).
+      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));
       else c += of_t * z_s;
       if (Own) {
         R at_top = t[j] == t_top ? s[j] : -Real<R>::inf;
@@ -191,7 +192,7 @@ template <class R, bool Careful, bool Own> void exponentials(Line<R> &x) {
   }
   x.s_total = s_total;
   x.t_total = t_total;
-  x.z_student = z_student;
+  x.z_student = Careful ? z_student * 0x1p30 : z_student;
   if (!Own) return;
   x.w_total = t_total;
   x.s_reference = s_reference;
@@ -543,7 +544,7 @@ template <class R> struct Rower {
     if (own && spread) exponentials<R, Careful, true>(x);
     else if (needs_softmax()) exponentials<R, Careful, false>(x);
     if (own) x.w = x.et;
-    else if (spread) find_reference(x, weighing.largest);
+    else if (spread && x.w_total > 0) find_reference(x, weighing.largest);
     if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
       x.s_reference = x.s_top;
       x.t_reference = x.t_top;
@@ -569,8 +570,8 @@ template <class R> struct Rower {
     R gap_sum = R(of_row.gap);
     const bool difference_to_s = pass.to_student && student_has_difference();
     const bool difference_to_t = pass.to_teacher && teacher_has_difference();
-    if (infinite && rates.difference != 0) {
-      unbounded_gradients(x, infinite, rates, gap_sum, difference_to_s, difference_to_t, to_s, to_t);
+    if ((infinite && rates.difference != 0) || is_infinite(rates.difference)) {
+      unbounded_gradients<Careful>(x, infinite, rates, gap_sum, difference_to_s, difference_to_t, to_s, to_t);
     } else if (difference_to_s) {
       if (difference_to_t) gradients<R, Careful, GAP_AND_DIFFERENCE, true>(x, rates, gap_sum, to_s, to_t);
       else gradients<R, Careful, GAP_AND_DIFFERENCE, false>(x, rates, gap_sum, to_s, to_t);
@@ -638,7 +639,7 @@ template <class R> struct Rower {
     const double mean = found.moment / x.w_total, off = found.moment * mean;
     x.mean = R(mean);
     // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
-    if (pass.mse && !(2 * off <= found.squares)) found.squares = sums<R, Careful, true, false, false>(x).squares;
+    if (pass.mse && (!(2 * off <= found.squares) || is_infinite(off))) found.squares = sums<R, Careful, true, false, false>(x).squares;
     else found.squares -= off;
     return found;
   }
@@ -654,14 +655,20 @@ template <class R> struct Rower {
   }
 
   // Of a row in which differences of weight are infinite: their mean is, too, and between opposite ones there is none.
+  // Or of one whose factor is beyond the largest number: what it multiplies may be 0.
+  template <bool Careful>
   void unbounded_gradients(const Line<R> &x, int infinite, Rates<R> rates, R gap_sum, bool difference_to_s,
                            bool difference_to_t, R *to_s, R *to_t) const {
     constexpr R inf = Real<R>::inf;
     const R others = infinite == 1 ? -inf : infinite == 2 ? inf : nan_of<R>();
     const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+    const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
     for (int64_t j = 0; j < x.n; ++j) {
-      const R d = R(0.25) * x.t[j] - R(0.25) * x.s[j];
-      const R of_difference = x.w[j] == 0 ? R(0) : rates.difference * (is_infinite(d) ? d : others);
+      const Difference<R> d = difference_at<R, Careful>(x.t[j], x.s[j]);
+      R c = is_infinite(d.high) ? d.high : others;
+      if (!infinite) c = ((d.high - reference.high) + (d.low - reference.low)) - x.mean;
+      const R weighted = x.w[j] == 0 ? R(0) : infinite ? c : x.w[j] * c;
+      const R of_difference = weighted == 0 ? R(0) : rates.difference * weighted;
       const R p = x.et[j] * of_t, q = x.es[j] * of_s;
       if (pass.to_student) {
         const R of_gap = rates.gap * ((q - p) - p * gap_sum);
