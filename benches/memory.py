@@ -1,4 +1,4 @@
-"""The peak of memory of one call."""
+"""The peak of memory of one call of NumPy or of PyTorch on a CPU."""
 
 import contextlib
 import ctypes
@@ -23,22 +23,21 @@ def in_fresh_process(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak(call: Callable[[], Any], library: str, device: str = "cpu") -> dict[str, int | None]:
+def peak(call: Callable[[], Any], library: str) -> dict[str, int | None]:
     """Measure the resident memory of a first call and the bytes its library counts in a second; call once before.
 
     What was there before, the inputs, is not counted; the results are held, and so are part of both. The count is exact
-    (`tracemalloc` for NumPy, the profiler for PyTorch, the compiler's plan for JAX, on a GPU the allocators' counts);
-    resident memory is what the system sees, pages rounded up, and on small arrays hides in memory that imports have
-    freed. On a GPU it says nothing.
+    (`tracemalloc` for NumPy, the profiler for PyTorch), but knows nothing of what the row kernel asks of the system
+    itself, a few rows a thread. Resident memory is what the system sees, pages rounded up, and on small arrays hides in
+    memory that imports have freed.
     """
     _settle()
     resident = None
-    if device == "cpu" and (before := _reset_resident()) is not None:
+    if (before := _reset_resident()) is not None:
         result = call()
         resident = _status("VmHWM") - before
         del result
-    counted = {"numpy": _numpy, "jax": _jax, "cupy": _cupy, "torch": _torch if device == "cpu" else _torch_cuda}
-    return {"resident": resident, "counted": counted[library](call)}
+    return {"resident": resident, "counted": {"numpy": _numpy, "torch": _torch}[library](call)}
 
 
 def _settle() -> None:
@@ -69,42 +68,6 @@ def _torch(call: Callable[[], Any]) -> int:
         events = json.loads(trace.read_text())["traceEvents"]
     changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
     return int(max(np.cumsum([change for _, _, change in changes])))
-
-
-def _torch_cuda(call: Callable[[], Any]) -> int:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    most = torch.cuda.max_memory_allocated() - before
-    del result
-    return most
-
-
-def _cupy(call: Callable[[], Any]) -> int:
-    import cupy
-
-    class Peak(cupy.cuda.MemoryHook):
-        name = "Peak"
-        now = most = 0
-
-        def malloc_postprocess(self, **about: Any) -> None:
-            self.now += about["mem_size"]
-            self.most = max(self.most, self.now)
-
-        def free_postprocess(self, **about: Any) -> None:
-            self.now -= about["mem_size"]
-
-    with Peak() as hook:
-        result = call()
-    del result
-    return hook.most
-
-
-def _jax(call: Any) -> int | None:
-    plan = call.compiled().memory_analysis()
-    return None if plan is None else plan.temp_size_in_bytes + plan.output_size_in_bytes
 
 
 def _reset_resident() -> int | None:
