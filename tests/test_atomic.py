@@ -125,6 +125,41 @@ def _python(code):
     ).stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+@pytest.mark.parametrize("name", ["x", "[a-z]*.json", "n" * 250])
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, name):
+    path = tmp_path / name
+    code = f"""
+import sys
+from gklx._scoring.atomic import replacing
+with replacing({str(path)!r}) as part:
+    part.write_text("half")
+    print(part, flush=True)
+    sys.stdin.read()
+"""
+    argv = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen(argv, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    parts = [each.stdout.readline().strip() for each in started]
+    started[0].kill()
+    started[0].communicate()
+    other = tmp_path / f".{name[:40]}y.01234567.part"
+    other.write_text("not ours")
+    (tmp_path / f".{name[:40]}.01234567.part").mkdir()
+    assert {os.path.exists(part) for part in parts} == {True}
+    with replacing(path) as part:
+        part.write_text("new")
+    assert [os.path.exists(part) for part in parts] == [False, True]  # the second one is still being written
+    assert path.read_text() == "new"
+    assert other.exists()
+    started[1].communicate()
+    assert path.read_text() == "half"
+    assert sorted(os.listdir(tmp_path)) == sorted([name, other.name, f".{name[:40]}.01234567.part"])
+
+
 def test_what_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match=r"must be a file to write, got a directory$"):
         check_writable(tmp_path)

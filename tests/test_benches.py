@@ -33,6 +33,15 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in found}
 
 
+@pytest.mark.parametrize("seed", [3, 23])
+def test_fuzz_of_files_finds_nothing(seed):
+    pytest.importorskip("zarr")
+    pytest.importorskip("safetensors")
+    command = [sys.executable, str(BENCHES / "fuzz_files.py"), "--seed", str(seed), "--cases", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, f"seed {seed}\n6 cases, 0 findings\n")
+
+
 @pytest.fixture(scope="module")
 def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, set[str]]:
     folder = tmp_path_factory.mktemp("scaling") / "new"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,9 +152,32 @@ def test_json_is_strict_where_numbers_are_not_finite(run, save, on):
     assert None in [each["mean"]["kl"] for each in found["worst_classes"]]
 
 
-def test_losses_keep_their_order_and_come_once(run):
-    _, out, _ = run("score", *FILES, "--format", "json", "--loss", "gkl", "kl", "gkl")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [*FILES, "--loss", "gkl", "kl", "gkl"],
+        [*FILES, "--loss", "gkl,kl,gkl"],
+        [*FILES, "--loss", "gkl", "--loss", "kl"],
+        ["--loss", "gkl", "--loss=kl", *FILES],
+        ["--loss", "gkl,kl", *FILES],
+        ["--loss", "gkl", "kl", *FILES],
+        ["--loss", "gkl", FILES[0], "--loss", "kl", FILES[1]],
+        ["--loss", "gkl,kl", "--", *FILES],
+    ],
+    ids=" ".join,
+)
+def test_losses_by_commas_spaces_and_again_keep_their_order_and_come_once(run, argv):
+    status, out, err = (
+        run("score", *argv, "--format", "json") if "--" not in argv else run("score", "--format", "json", *argv)
+    )
+    assert (status, err) == (0, "")
     assert list(json.loads(out)["losses"]) == ["gkl", "kl"]
+
+
+def test_one_loss_before_the_files(run):
+    status, out, err = run("score", "--format", "json", "--loss", "kl", *FILES)
+    assert (status, err) == (0, "")
+    assert list(json.loads(out)["losses"]) == ["kl"]
 
 
 def test_version_and_help(run):
@@ -276,8 +300,10 @@ def test_bad_labels(fails, save, change, message):
         (["--mse-weight", "inf"], "argument --mse-weight: must be a finite number, got inf"),
         (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
         (["--batch-size", "1.5"], "must be a whole number"),
-        (["--loss", "mse"], "argument --loss: invalid choice: 'mse'"),
-        (["--loss"], "argument --loss: expected at least one argument"),
+        (["--loss", "mse"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'mse'"),
+        (["--loss", "kl,"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'kl,'"),
+        (["--loss", "kl", "mse"], "unrecognized arguments: mse"),
+        (["--loss"], "argument --loss: expected one argument"),
         (["--backend", "tensorflow"], "argument --backend: invalid choice"),
         (["--format", "xml"], "argument --format: invalid choice"),
         (["--device", "nowhere"], "device nowhere: NumPy cannot compute there"),
@@ -287,6 +313,41 @@ def test_bad_labels(fails, save, change, message):
 )
 def test_bad_arguments(fails, argv, message):
     assert message in fails("score", *FILES, *argv)
+
+
+def test_outputs_that_are_inputs_or_each_other(fails, save, tmp_path):
+    s, t, y = save("s", np.load(STUDENT)), save("t", np.load(TEACHER)), save("y", np.load(LABELS))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "link.npy").symlink_to(t)
+    os.link(s, tmp_path / "hard.npy")
+    for path, read in ((s, s), (t, t), (y, y), (tmp_path / "link.npy", t), (tmp_path / "hard.npy", s)):
+        for option in ("output", "per_sample"):
+            line = fails("score", s, t, "--labels", y, f"--{option.replace('_', '-')}", path)
+            assert line == f"{path}: {option} must not be written over an input, got {read}"
+    line = fails("score", tmp_path / "[st].npy", tmp_path / "[ts].npy", "--output", t)
+    assert line == f"{t}: output must not be written over an input, got {t}"
+    (tmp_path / "new").symlink_to(tmp_path / "x.npy")
+    for one, two in (("x.npy", "x.npy"), ("new", "x.npy")):
+        line = fails("score", s, t, "--output", tmp_path / one, "--per-sample", tmp_path / two)
+        assert line == f"{tmp_path / two}: per_sample and output must be two files, got one"
+    with pytest.raises(ValueError, match=r"per_sample must not be written over an input"):
+        gklx.score(s, t, per_sample=t)
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"s.npy", "t.npy", "y.npy", "link.npy", "hard.npy", "new"}
+
+
+def test_outputs_within_an_input(fails, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(tmp_path / "s.zarr", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
+    group = zarr.open_group(tmp_path / "g.zarr", mode="w")
+    group.create_array("a/b", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
+    for store, names in (("s.zarr", ("zarr.json", "c/0/new")), ("g.zarr", ("zarr.json", "new", "a/b/zarr.json"))):
+        before = (tmp_path / store / "zarr.json").read_bytes()
+        for name in names:
+            path = tmp_path / store / name
+            line = fails("score", tmp_path / store, TEACHER, "--output", path)
+            assert line == f"{path}: output must not be written over an input, got {tmp_path / store}"
+        assert (tmp_path / store / "zarr.json").read_bytes() == before
 
 
 def test_too_few_arguments(fails):
@@ -329,14 +390,14 @@ def test_devices_by_name(run, on):
     ],
 )
 def test_trouble_inside(run, monkeypatch, raised, status, line):
-    def trouble(request):
+    def trouble(request, report):
         raise raised
 
     monkeypatch.setattr(gklx._scoring.score, "score", trouble)
     assert run("score", *FILES) == (status, "", line + "\n")
 
 
-def test_broken_pipe_in_process(monkeypatch, capsys):
+def test_broken_pipe_in_process(tmp_path, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text):
             if text:
@@ -344,8 +405,22 @@ def test_broken_pipe_in_process(monkeypatch, capsys):
             return 0
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    assert main(["score", *FILES]) == 141
+    assert main(["score", *FILES, "--work-dir", str(tmp_path)]) == 141
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["\x1b[31mred", "\x9b31m", "\x07\x08", "\u202eback", "\udcff", "\r", "two\u2028lines", "x" * 200_000, "é"],
+    ids=ascii,
+)
+def test_names_do_not_steer_the_terminal(fails, name):
+    line = fails("score", f"{name}.npy", TEACHER)
+    assert "No such file" in line or "File name too long" in line
+    assert line.isprintable()
+    assert len(line) < 2100
+    assert ("é" in line) == (name == "é")
+    assert fails("score", *FILES, "--loss", name).isprintable()
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -396,26 +471,104 @@ def test_score_in_python_without_the_extra(monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
-def test_nobody_reads(argv, statuses):
+def test_nobody_reads(tmp_path, argv, statuses):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "gklx", *argv], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
+            [sys.executable, "-m", "gklx", *argv, *([] if "--help" in argv else ["--work-dir", str(tmp_path)])],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
         )
     assert done.returncode in statuses  # argparse may have swallowed the error of writing its help
     assert done.stderr == b""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-def test_output_that_cannot_be_written():
-    with open("/dev/full", "wb") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "gklx", "score", *FILES], stdout=out, stderr=subprocess.PIPE, check=False, timeout=60
-        )
+@pytest.mark.parametrize("by", ["standard output", "--output"])
+def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
+    argv = [sys.executable, "-m", "gklx", "score", *FILES, "--work-dir", str(tmp_path / "work"), "--format", "json"]
+    if by == "--output":
+        argv += ["--output", "/dev/full"]
+    with open("/dev/full" if by == "standard output" else os.devnull, "wb") as out:
+        done = subprocess.run(argv, stdout=out, stderr=subprocess.PIPE, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith(b"gklx: error: OSError: ")
     assert done.stderr.count(b"\n") == 1
+    again = subprocess.run(argv[: argv.index("--format") + 2], capture_output=True, text=True, check=True, timeout=60)
+    assert again.stderr == "gklx: going on after 899 of 899 samples\n"
+    assert json.loads(again.stdout)["samples"] == 899
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="streams of POSIX")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
+def test_streams_that_are_closed(tmp_path, closed, case):
+    """A report is lost with a status, nothing goes to the other stream, and no file takes a stream's number."""
+    out = tmp_path / "out.json"
+    argv = {
+        "report": ["score", *FILES, "--format", "json"],
+        "file": ["score", *FILES, "--format", "json", "--output", str(out)],
+        "error": ["score", "none.npy", TEACHER],
+        "help": ["score", "--help"],
+        "nothing asked": [],
+    }[case]
+    work = ["--work-dir", str(tmp_path / "work")] if "--format" in argv else []
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "gklx", *argv, *work],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    silent, deaf = ">&-" in closed.replace("2>&-", ""), "2>" in closed
+    lost = "gklx: error: OSError: standard output is closed, and the report was to go there\n" if silent else ""
+    said = {
+        "report": lost,
+        "file": "",
+        "error": "gklx: error: none.npy: No such file or directory\n",
+        "help": lost,
+        "nothing asked": done.stderr,
+    }[case]
+    assert done.stderr == ("" if deaf else said)
+    assert (
+        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "nothing asked": 2}[case]
+    )
+    if case == "report" and not silent:
+        assert json.loads(done.stdout)["samples"] == 899
+    elif case == "help" and not silent:
+        assert done.stdout.startswith("usage: ")
+    else:
+        assert done.stdout == ""
+    if case == "file":
+        assert json.loads(out.read_text())["samples"] == 899
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.score", "rich.progress", "psutil"])
+def test_interrupt_during_imports(tmp_path, module):
+    """At once and without a word: an import that is cut off may say anything."""
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from gklx._cli import main\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.exit(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "score", *FILES, "--work-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -428,7 +581,11 @@ def test_interrupt(tmp_path):
         "sys.exit(cli.main())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "score", *FILES], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, "score", *FILES, "--work-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (
         130,

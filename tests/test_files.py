@@ -1,6 +1,7 @@
 """Logits and labels in files: every format reads what NumPy holds, from anywhere, and a fault is told in a sentence."""
 
 import copy
+import io
 import math
 import os
 import shutil
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
+import zipfile
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 
 import gklx
 from gklx._scoring.file_formats import npz
-from gklx._scoring.file_formats.rows import picked
+from gklx._scoring.file_formats.rows import picked, stamp
 from gklx._scoring.files import check_together, open_labels, open_logits
 
 pytestmark = pytest.mark.library_independent
@@ -238,7 +241,7 @@ def test_shards_of_every_format_in_natural_order(tmp_path, kind):
     whole = np.concatenate([parts[i] for i in (1, 2, 9, 10)])
     assert (rows.name, rows.shape, rows.dtype) == (name.replace("x-9", "x-*"), (8, 3), "float32")
     assert_read(rows.read(1, 7), whole, 1, 7, 1)
-    assert [Path(path).name.partition(".")[0] for path, _, _ in rows.stamps()] == ["x-1", "x-2", "x-9", "x-10"] or (
+    assert [Path(each.path).name.partition(".")[0] for each in rows.stamps] == ["x-1", "x-2", "x-9", "x-10"] or (
         kind.startswith("zarr")
     )
 
@@ -302,7 +305,7 @@ def test_sources_go_to_other_processes_and_threads(tmp_path, monkeypatch, kind):
 
 def test_an_archive_is_unpacked_once_and_leaves_nothing(tmp_path, monkeypatch):
     x = rng.standard_normal((20_000, 10))
-    rows = open_logits(save("packed", tmp_path / "x", x))
+    rows = open_logits(save("packed fortran", tmp_path / "x", x))
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -321,21 +324,98 @@ def test_an_archive_is_unpacked_once_and_leaves_nothing(tmp_path, monkeypatch):
     assert npz._copy.cache_info().misses == 1
     if os.name == "posix":
         assert list(folder.iterdir()) == []
-    save("packed", tmp_path / "x", x + 1)
+    save("packed fortran", tmp_path / "x", x + 1)
     assert_read(rows.read(5, 6), x + 1, 5, 6, 1)
     assert npz._copy.cache_info().misses == 2
+
+
+def test_a_compressed_member_is_a_stream(tmp_path, monkeypatch):
+    """Rows read in order and a little out of order: unpacked once, into no file, and not kept whole."""
+    x = rng.standard_normal((40_000, 100)).astype(np.float32)
+    rows = open_logits(save("packed", tmp_path / "x", x))
+    monkeypatch.setattr(npz, "_PIECE", 2**16)
+    monkeypatch.setattr(npz, "threads", lambda: 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    npz.forget()
+    starts, start = [], npz._Stream._start
+    monkeypatch.setattr(npz._Stream, "_start", lambda self: (starts.append(1), start(self)))
+    windows = list(range(0, 40_000, 500))
+    for i in range(0, len(windows), 4):
+        for at in windows[i : i + 4][::-1]:
+            assert_read(rows.read(at, at + 500), x, at, at + 500, 1)
+            kept = npz._stream(rows.path, rows.member, stamp(rows.path))._kept
+            assert sum(map(len, kept)) <= 7 * 500 * 400 + 2**16
+    assert len(starts) == 1
+    assert_read(rows.read(0, 10), x, 0, 10, 1)
+    assert len(starts) == 2
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("beyond", [-4, 4, 50_000_000])
+def test_a_member_of_another_size_than_its_header_says(tmp_path, order, compression, beyond):
+    """More would be unpacked for nothing, and without a bound."""
+    content = io.BytesIO()
+    np.save(content, np.asarray(rng.standard_normal((50, 4)), order=order))
+    content = content.getvalue()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", compression) as archive:
+        archive.writestr("wanted.npy", content[:beyond] if beyond < 0 else content + bytes(beyond))
+    message = (
+        rf"damaged or cut short: its header promises shape \[50, 4\], 1,728 bytes, and there are {1728 + beyond:,}$"
+    )
+    fails(f"{tmp_path / 'x.npz'}::wanted", message)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_every_compression(tmp_path, compression):
+    x = rng.standard_normal((500, 4))
+    content = io.BytesIO()
+    np.save(content, x)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", compression) as archive:
+        archive.writestr("wanted.npy", content.getvalue())
+    rows = open_logits(tmp_path / "x.npz")
+    assert_read(rows.read(3, 200), x, 3, 200, 1)
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npz: can no longer be read as when it was opened"):
+        rows.read(0, 500)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stamps_tell_a_changed_file(tmp_path, kind):
     x = rng.standard_normal((4, 2))
     rows = open_logits(save(kind, tmp_path / "x", x))
-    before = rows.stamps()
-    assert before == open_logits(rows.name).stamps() == copy.deepcopy(rows).stamps()
-    assert all(os.path.isabs(path) for path, _, _ in before)
+    before = rows.stamps
+    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == now(rows)
+    assert all(os.path.isabs(each.path) for each in before)
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    assert rows.stamps() != before
+    assert rows.stamps == before
+    assert now(rows) != before
+
+
+def now(rows):
+    return tuple(stamp(each.path) for each in rows.stamps)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no time of change here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_stamps_tell_a_file_that_was_changed_and_dated_back(tmp_path, kind):
+    """Of the same size, written in place or put in the place, with the old times."""
+    rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((4, 2))))
+    files = [path for each in rows.stamps for path in [Path(each.path), *Path(each.path).rglob("*")] if path.is_file()]
+    for replaced in (False, True):
+        before = now(rows)
+        time.sleep(0.02)  # the system's clock of changes ticks some hundred times a second
+        dates, content = files[-1].stat(), bytearray(files[-1].read_bytes())
+        content[-1] ^= 1
+        written = files[-1].with_name("new") if replaced else files[-1]
+        written.write_bytes(content)
+        os.utime(written, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+        os.replace(written, files[-1])
+        assert (files[-1].stat().st_size, files[-1].stat().st_mtime_ns) == (dates.st_size, dates.st_mtime_ns)
+        assert now(rows) != before
 
 
 BOUNDED = """
@@ -609,7 +689,90 @@ def test_damage_inside_a_compressed_member(tmp_path):
     path.write_bytes(content)
     rows = open_logits(name)
     with pytest.raises(ValueError, match=r"x\.npz::wanted: can no longer be read as when it was opened"):
-        rows.read(0, 1)
+        rows.read(0, 5000)
+
+
+def test_a_chunk_of_zarr_is_unpacked_once(tmp_path, monkeypatch):
+    """Though it holds many more rows than are read at a time, whatever the axes it spans."""
+    zarr = pytest.importorskip("zarr")
+    from gklx._scoring.file_formats import zarr as format_zarr
+
+    taken, picked = [], format_zarr.picked
+    monkeypatch.setattr(format_zarr, "picked", lambda *args: (taken.append(args[-2:]), picked(*args))[1])
+    for i, (shape, chunks, bands) in enumerate(
+        [
+            ((1000, 6), (1000, 6), [(0, 1000)]),
+            ((1000, 6), (300, 2), [(0, 300), (300, 600), (600, 900), (900, 1000)]),
+            ((1, 1000, 6), (1, 600, 6), [(0, 600), (600, 1000)]),
+            ((3, 100, 6), (1, 64, 6), [(0, 64), (64, 100), (100, 164), (164, 200), (200, 264), (264, 300)]),
+            ((30, 10, 6), (7, 5, 6), [(0, 70), (70, 140), (140, 210), (210, 280), (280, 300)]),
+        ]
+    ):
+        x = rng.standard_normal(shape)
+        zarr.create_array(tmp_path / f"{i}.zarr", shape=shape, dtype=x.dtype, chunks=chunks)[...] = x
+        rows = open_logits(tmp_path / f"{i}.zarr")
+        count = math.prod(shape[:-1])
+        for at in range(0, count, 11):
+            assert_read(rows.read(at, min(at + 11, count)), x, at, min(at + 11, count), 1)
+        assert taken == bands
+        assert rows.held_bytes == 3 * 48 * max(b - a for a, b in bands)
+        taken.clear()
+        format_zarr.forget()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+@pytest.mark.parametrize("where", ["zarr.json", "a/zarr.json", "a/wanted/zarr.json", "a/wanted/c/0/0", "a/new"])
+def test_a_pipe_within_zarr_is_refused(tmp_path, where):
+    """Whoever opens it waits for somebody to write."""
+    name = save("zarr 3", tmp_path / "x", rng.standard_normal((50, 4)))
+    path = tmp_path / "x.zarr" / where
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    program = "import sys; from gklx._scoring.files import open_logits; open_logits(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", program, name], capture_output=True, text=True, timeout=30, check=False
+    )
+    message = f"ValueError: {name}: {path.name} in it is neither a file nor a folder"
+    assert done.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_other_files_in_a_zarr_group_are_passed_over_in_silence(tmp_path, zarr_format):
+    x = rng.standard_normal((50, 4))
+    name = save(f"zarr {zarr_format}", tmp_path / "x", x)
+    (tmp_path / "x.zarr" / "notes.txt").write_text("mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_read(open_logits(name).read(3, 9), x, 3, 9, 1)
+
+
+def test_zarr_in_folders_that_are_links(tmp_path):
+    x = rng.standard_normal((50, 4))
+    save("zarr 3", tmp_path / "x", x)
+    (tmp_path / "x.zarr" / "b").symlink_to(tmp_path / "x.zarr" / "a")
+    for key in ("a/wanted", "b/wanted"):
+        assert_read(open_logits(f"{tmp_path / 'x.zarr'}::{key}").read(3, 9), x, 3, 9, 1)
+    (tmp_path / "x.zarr" / "a" / "above").symlink_to(tmp_path / "x.zarr")
+    fails(
+        f"{tmp_path / 'x.zarr'}::a/wanted", "not a Zarr array or group that can be read .*Too many levels of symbolic"
+    )
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "zarr 2", "zarr 3"])
+def test_what_a_damaged_header_holds_is_not_told_at_length(tmp_path, kind):
+    path = tmp_path / f"x.{kind[:4].strip()}"
+    content = header(descr="x" * 30_000)
+    if kind == "npy":
+        path.write_bytes(content)
+    elif kind == "npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content)
+    else:
+        save_zarr(path, int(kind[-1]), **{"": np.zeros((3, 2))})
+        for each in path.glob("*zarr*"):
+            each.write_text(each.read_text().replace("float64", "x" * 30_000).replace("<f8", "x" * 30_000))
+    line = fails(path, r"damaged or cut short \(.* … |not a Zarr array or group that can be read \(.* … ")
+    assert len(line) < 400 + len(str(path))
 
 
 def test_damage_inside_zarr(tmp_path):
@@ -627,7 +790,11 @@ def test_no_room_to_unpack(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    rows = open_logits(save("packed", tmp_path / "x", rng.standard_normal((50, 4))))
+    rows = open_logits(save("packed fortran", tmp_path / "x", rng.standard_normal((50, 4))))
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 0, 9))
+        with pytest.raises(ValueError, match=r"takes [\d,]+ bytes in .*, where 9 are free"):
+            rows.read(0, 1)
     monkeypatch.setattr(shutil, "copyfileobj", full)
     with pytest.raises(
         ValueError,

@@ -1,7 +1,12 @@
 """The CPU row kernel by itself, called as the package calls it, against the losses' definitions.
 
-`definition` is written in NumPy's widest type, row by row, on the valid classes alone: it shares nothing with the package.
-Every test runs on each instruction set that the library was compiled for and this machine has.
+`definition` is written in NumPy's widest type, row by row, on the valid classes alone; it shares nothing with the
+package. Every test runs on each instruction set that the library was compiled for and this machine has.
+
+Under the sanitizers, with a library built by `cmake -S . -B build/sanitized -DGKLX_SANITIZE=ON`, see CMakeLists.txt:
+
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \\
+        GKLX_KERNEL_LIBRARY=build/sanitized/rows.so python -m pytest tests/test_kernel.py
 """
 
 import ctypes
@@ -85,11 +90,22 @@ def run(
     threads=1,
     asked=("value", "to_student", "to_teacher"),
 ):
-    """What was asked for, as a dictionary; the arrays are filled with 7 beforehand, so that each entry must be written."""
+    """What was asked for, as a dictionary. The arrays hold 7 beforehand, so that each entry must be written."""
     rows, classes = s.shape
     real = np.result_type(*(x.dtype if x.dtype.itemsize > 2 else np.float32 for x in (s, t)))
-    shapes = {"value": rows if reduction == "none" else (), "totals_out": 4, "to_student": s.shape, "to_teacher": t.shape}
-    dtypes = {"to_student": s.dtype, "to_teacher": t.dtype, "totals_out": np.float64, "has_valid": bool, "undefined": bool}
+    shapes = {
+        "value": rows if reduction == "none" else (),
+        "totals_out": 4,
+        "to_student": s.shape,
+        "to_teacher": t.shape,
+    }
+    dtypes = {
+        "to_student": s.dtype,
+        "to_teacher": t.dtype,
+        "totals_out": np.float64,
+        "has_valid": bool,
+        "undefined": bool,
+    }
     found = {key: np.full(shapes.get(key, rows), 7, dtypes.get(key, real)) for key in asked}
     given = {"student": s, "teacher": t, "prior": prior}
     given["labels"] = None if labels is None else np.asarray(labels, dtype=np.int64)
@@ -238,7 +254,8 @@ def definition(
 
 
 EVERYTHING = (
-    "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid", "undefined",
+    "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid",
+    "undefined",
 )  # fmt: skip
 
 
@@ -347,7 +364,7 @@ def test_every_pair_of_types(kernel, loss, student, teacher):
     compare(kernel, name, s, t, **settings)
 
 
-@pytest.mark.parametrize("loss", [loss for loss, (name, _) in LOSSES.items()])
+@ALL
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masks", ["none", "where", "weights", "both"])
 def test_reductions_masks_and_weights(kernel, loss, reduction, masks):
@@ -541,7 +558,7 @@ def test_kl_of_close_rows(kernel, dtype, size):
     t = (3 * rng.standard_normal((50, 1000))).astype(dtype)
     s = (t + size * rng.standard_normal(t.shape)).astype(dtype)
     if size == 0:
-        s = np.nextafter(t, dtype_of(dtype, rng.choice([-INF, INF], t.shape)))
+        s = np.nextafter(t, rng.choice([-INF, INF], t.shape).astype(dtype))
     found = run(kernel, "kl", s, t, reduction="none", asked=("value", "to_student", "to_teacher"))
     assert (found["value"] >= 0).all()
     if size:
@@ -550,10 +567,6 @@ def test_kl_of_close_rows(kernel, dtype, size):
     assert (run(kernel, "kl", t, t, reduction="none")["value"] == 0).all()
     moved = np.float64(1 << 10) + t.astype(np.float16).astype(dtype)
     assert (run(kernel, "kl", moved, moved - 1024, reduction="none")["value"] == 0).all()
-
-
-def dtype_of(dtype, x):
-    return x.astype(dtype)
 
 
 @pytest.mark.parametrize("kind", ["confident", "confident-teacher", "opposed", "wide"])
@@ -613,14 +626,18 @@ def test_a_batch_spread_over_ranks(kernel, loss):
     name, settings = loss_of(loss, 2, 8, 30)
     s, t = logits(1, 8, 30)
     v = np.arange(8) / 4
-    whole = run(kernel, name, s, t, sample_weight=v, asked=("value", "to_student", "to_teacher", "totals_out"), **settings)
+    whole = run(
+        kernel, name, s, t, sample_weight=v, asked=("value", "to_student", "to_teacher", "totals_out"), **settings
+    )
     values = []
     for half in (slice(0, 4), slice(4, 8)):
         given = dict(settings)
         for key in ("labels", *(["prior"] if "labels" not in settings else [])):
             if key in given:
                 given[key] = np.ascontiguousarray(given[key][half])
-        found = run(kernel, name, s[half], t[half], sample_weight=v[half], totals=whole["totals_out"], ranks=2.0, **given)
+        found = run(
+            kernel, name, s[half], t[half], sample_weight=v[half], totals=whole["totals_out"], ranks=2.0, **given
+        )
         values.append(found["value"])
         for key in ("to_student", "to_teacher"):
             assert_near(found[key].astype(float), 2.0 * whole[key][half].astype(float), "float32", ulps=2)
@@ -646,7 +663,7 @@ def test_a_batch_of_no_weight(kernel, loss):
     assert (found["to_teacher"] == 0).all()
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES])
+@ALL
 def test_the_definition_is_the_oracles(loss):
     """What the other tests compare with, itself compared: all pairs of classes, complex steps."""
     name, settings = loss_of(loss, 1, 4, 7, np.float64)

@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from gklx._scoring.memory import parse_size, rows_and_threads
+from gklx._scoring.memory import Needs, parse_size, rows_and_threads
 
 pytestmark = pytest.mark.library_independent
 
@@ -27,16 +27,16 @@ def used():
 
 
 def test_a_block_is_no_larger_than_the_library_wants():
-    assert rows_and_threads(1000, 4, 2**20, 2, None, 0) == (262, 2)
+    assert rows_and_threads(1000, 4, 2**20, 2, None, Needs()) == (262, 2)
 
 
 def test_a_bound_makes_blocks_smaller_then_threads_fewer():
     row = 100_000 * 4
     room = 24 * row
-    assert rows_and_threads(100_000, 4, 2**20, 4, used() + 50 * room, 0) == (2, 4)
-    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(5.5 * room), 0) == (1, 4)
-    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(2.5 * room), 0) == (1, 2)
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + 50 * room, Needs()) == (2, 4)
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(5.5 * room), Needs()) == (1, 4)
+    assert rows_and_threads(100_000, 4, 2**20, 4, used() + int(2.5 * room), Needs()) == (1, 2)
     with pytest.raises(ValueError, match=r"^memory must be at least [\d,]+ MB for 100,000 classes here"):
-        rows_and_threads(100_000, 4, 2**20, 4, used() + room // 2, 0)
-    with pytest.raises(ValueError, match=r"memory must be at least"):
-        rows_and_threads(100_000, 4, 2**20, 4, used() + 2 * room, 2 * room)
+        rows_and_threads(100_000, 4, 2**20, 4, used() + room // 2, Needs())
+    with pytest.raises(ValueError, match=r"^memory must be at least .* MB of it for a prior; got [\d,]+ MB$"):
+        rows_and_threads(100_000, 4, 2**20, 4, used() + 2 * room, Needs(2 * room, 0, "a prior"))

@@ -1,5 +1,6 @@
 """The picture of a score: what is in it, and that each format can be opened."""
 
+import json
 import re
 import struct
 import xml.etree.ElementTree as ET
@@ -170,6 +171,27 @@ def test_formats(tmp_path):
     html = (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "Loss per sample" in html
     assert not re.search(r"<(script|link)[^>]+(src|href)=", html)  # nothing is fetched
+
+
+@pytest.mark.parametrize(
+    "name", ["<!--<script>", "</script><b>", "a&lt;b\"'\\\u2028", "<%", "\udcff\udc80", "e\u0301\n\x1b[31m"]
+)
+def test_any_name_of_a_file_is_a_title(tmp_path, name):
+    paths = [tmp_path / f"{which}{name.replace('/', '')}.npy" for which in "st"]
+    for path, x in zip(paths, logits(30, 4), strict=True):
+        np.save(path, x)
+    for suffix in ("svg", "png", "html"):
+        gklx.score(*paths, plot=tmp_path / f"x.{suffix}")
+    escaped = name.replace("/", "").replace("\n", " ")
+    for bad in ("\x1b", "\udcff", "\udc80", "\u2028"):
+        escaped = escaped.replace(bad, " " if bad == "\u2028" else ascii(bad)[1:-1])
+    said = f"s{escaped}.npy against t{escaped}.npy"
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    script = html.rpartition("<script")[2].rpartition("</script")[0]
+    assert "<" not in script
+    spec, _ = json.JSONDecoder().raw_decode(script.partition("const spec = ")[2])
+    assert spec["title"]["text"] == said
+    assert spec["hconcat"][0]["title"]["text"] == "Loss per sample"
 
 
 @pytest.mark.parametrize(

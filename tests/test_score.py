@@ -298,6 +298,19 @@ def test_a_part_of_weight_zero_is_not_there(save):
     assert computed(*path, names=["dkl"], numbers=both).losses["dkl"].mean == 0
 
 
+@pytest.mark.parametrize("on", ["numpy", "torch", "jax"])
+def test_top_classes_beyond_what_float32_counts(on):
+    """2^24 and 2^24 + 1 are one number in float32."""
+    backends.needs(on)
+    classes = 2**24 + 3
+    s, t = np.zeros((2, 1, classes), np.float32)
+    for x, top in ((s, 2**24), (t, 2**24 + 1)):
+        x[0, top] = 1
+    found = gklx.score(s, t, losses=["kl"], backend=on)
+    assert (found.samples, found.top1_agreement) == (1, 0.0)
+    assert gklx.score(s, s, losses=["kl"], backend=on).top1_agreement == 1.0
+
+
 def test_one_sample_has_no_standard_error(digits, save, capsys):
     student, teacher = (save(name, x[:1]) for name, x in zip("st", digits[:2], strict=True))
     assert main(["score", student, teacher, "--format", "json"]) == 0

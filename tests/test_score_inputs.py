@@ -1,9 +1,15 @@
 """What `gklx.score` takes beside files: arrays of every library, and batches."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+import backends
 import gklx
+from gklx._scoring import pools
 
 CLASSES = 6
 rng = np.random.default_rng(7)
@@ -78,6 +84,53 @@ def test_gradients_are_no_matter():
     torch = pytest.importorskip("torch")
     s = torch.tensor(STUDENT, requires_grad=True)
     assert means(gklx.score(s, torch.tensor(TEACHER), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the cores are counted otherwise here")
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({}, 4),
+        ({"OMP_NUM_THREADS": "1,2"}, 1),
+        ({"OMP_NUM_THREADS": "3", "GKLX_NUM_THREADS": "2"}, 2),
+        ({"GKLX_NUM_THREADS": "3"}, 3),
+        ({"GKLX_NUM_THREADS": "64"}, 4),
+    ],
+)
+@pytest.mark.parametrize("on", ["numpy", "array_api_strict", "dask"])
+def test_threads_are_counted_as_those_of_the_losses(monkeypatch, tmp_path, environment, threads, on):
+    backends.needs(on)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    for name in ("OMP_NUM_THREADS", "GKLX_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    widths, in_order = [], pools.Pool.in_order
+    monkeypatch.setattr(
+        pools.Pool, "in_order", lambda self, *args: (widths.append(self.width), in_order(self, *args))[1]
+    )
+    for name, x in (("s", STUDENT), ("t", TEACHER)):
+        np.save(tmp_path / f"{name}.npy", x)
+    gklx.score(tmp_path / "s.npy", tmp_path / "t.npy", backend=on)
+    assert widths == [min(threads, 2) if on == "array_api_strict" else threads]
+
+
+def test_threadpoolctl_limits_the_threads():
+    pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+    program = """
+import os
+import numpy, threadpoolctl
+os.sched_getaffinity = lambda process: {0, 1, 2, 3}
+import gklx
+from gklx._scoring import pools
+in_order = pools.Pool.in_order
+pools.Pool.in_order = lambda self, *args: (print(self.width), in_order(self, *args))[1]
+with threadpoolctl.threadpool_limits(limits=1):
+    gklx.score(numpy.zeros((2, 2)), numpy.zeros((2, 2)))
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "1\n"
 
 
 @pytest.mark.parametrize(

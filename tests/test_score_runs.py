@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import backends
 import gklx
 from dumps import COMMAND, SAMPLES, command, saved_in
 from gklx._scoring import run as runs
@@ -124,6 +126,130 @@ def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
     assert gklx.score(*files[:2], batch_size=37, work_dir=tmp_path) == whole
 
 
+def test_strict_after_a_run_that_was_not(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    s, t = rng.standard_normal((2, 300, 4))
+    s[70, 1] = np.nan
+    paths = [tmp_path / "s.npy", tmp_path / "t.npy"]
+    for path, x in zip(paths, (s, t), strict=True):
+        np.save(path, x)
+    cut_off(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^strict: sample 70 has a NaN among its logits, or no finite one$"):
+            gklx.score(*paths, strict=True, batch_size=100, work_dir=tmp_path / "work")
+    assert gklx.score(*paths, batch_size=100, work_dir=tmp_path / "work").undefined == 1
+
+
+def cut_off(monkeypatch, at, *args, **kwargs):
+    """A score in blocks of 100 that ends before the block from `at` on, with its progress kept."""
+    original = runs.score_chunk
+
+    def gone(place, job, chunk, prior):
+        if chunk.start == at:
+            raise OSError("gone")
+        return original(place, job, chunk, prior)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "score_chunk", gone)
+        with pytest.raises(OSError, match="gone"):
+            gklx.score(*args, batch_size=100, **kwargs)
+
+
+def flipped(content, at):
+    content[at % len(content)] ^= 16
+
+
+DAMAGES = {
+    "doubled": lambda x: x.extend(x),
+    "zeroed": lambda x: x.__setitem__(slice(None), bytes(len(x))),
+    "zeroed in the middle": lambda x: x.__setitem__(slice(len(x) // 3, len(x) // 2), bytes(len(x) // 2 - len(x) // 3)),
+    "flipped at the start": lambda x: flipped(x, 3),
+    "flipped in the middle": lambda x: flipped(x, len(x) // 2),
+    "flipped at the end": lambda x: flipped(x, -2),
+    "cut": lambda x: x.__delitem__(slice(len(x) * 2 // 3, None)),
+    "a piece twice": lambda x: x.__setitem__(slice(0, 0), x[: len(x) // 2]),
+    "a piece out": lambda x: x.__delitem__(slice(len(x) // 4, len(x) // 2)),
+    "halves swapped": lambda x: x.__setitem__(slice(None), x[len(x) // 2 :] + x[: len(x) // 2]),
+    "empty": lambda x: x.clear(),
+}
+
+
+@pytest.mark.parametrize("name", ["records.bin", "checks.bin", "class_sums.bin", "*"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_damaged_progress_is_not_believed(files, tmp_path, monkeypatch, name, damage):
+    labels = [files[2]] if name == "class_sums.bin" else []
+    whole = gklx.score(*files[:2], *labels, batch_size=100)
+    cut_off(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
+    damaged = list(tmp_path.glob(f"*/{name}"))
+    assert damaged
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        damage(content)
+        path.write_bytes(content)
+    assert gklx.score(*files[:2], *labels, batch_size=100, work_dir=tmp_path) == whole
+
+
+def test_progress_of_another_job_is_not_believed(files, tmp_path, monkeypatch):
+    cut_off(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
+    cut_off(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
+    (other,), (own,) = (list((tmp_path / which).iterdir()) for which in ("other", "own"))
+    for name in ("records.bin", "checks.bin"):
+        (own / name).write_bytes((other / name).read_bytes())
+    assert gklx.score(*files[:2], batch_size=100, work_dir=tmp_path / "own") == gklx.score(*files[:2], batch_size=100)
+
+
+def test_records_that_change_under_the_run_are_noticed(tmp_path):
+    dtype = np.dtype([("x", "<f4")])
+    work = WorkFile(dtype, tmp_path / "kept")
+    work.append(np.arange(1000).astype(dtype))
+    assert sum(len(block) for block in work.blocks()) == 1000
+    path = tmp_path / "kept" / "records.bin"
+    content = path.read_bytes()
+    for bad in (content[:-1], content[:40] + b"?" + content[41:], b""):
+        path.write_bytes(bad)
+        with pytest.raises(OSError, match=r"the records are no longer those that were written.*records\.bin"):
+            list(work.blocks())
+    work.close(done=True)
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "zarr"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
+    """With other numbers, of the same size and dated back: before its rows are read, and afterwards."""
+    rng = np.random.default_rng(1)
+    arrays = [*rng.standard_normal((2, 1000, 4)), rng.integers(0, 4, 1000)]
+    paths = [tmp_path / f"{i}.{kind}" for i in range(3)]
+
+    def save(path, x):
+        if kind == "zarr":
+            pytest.importorskip("zarr").open_array(path, mode="w", shape=x.shape, dtype=x.dtype, chunks=x.shape)[
+                ...
+            ] = x
+        else:
+            (np.save if kind == "npy" else np.savez)(path, x)
+
+    for path, x in zip(paths, arrays, strict=True):
+        save(path, x)
+    for at in (100, 900):
+        original = runs.score_chunk
+
+        def rewriting(place, job, chunk, prior, at=at, original=original):
+            if chunk.start == at:
+                written = [p for p in [paths[which], *paths[which].rglob("*")] if p.is_file()]
+                dates = [path.stat().st_mtime_ns for path in written]
+                save(paths[which], arrays[which][::-1].copy())
+                for path, date in zip(written, dates, strict=True):
+                    os.utime(path, ns=(date, date))
+            return original(place, job, chunk, prior)
+
+        time.sleep(0.02)
+        with monkeypatch.context() as patched:
+            patched.setattr(runs, "score_chunk", rewriting)
+            with pytest.raises(ValueError, match=rf"{which}\.{kind}: was changed during the run; what was computed is"):
+                gklx.score(*paths, batch_size=100, work_dir=tmp_path / "work")
+        assert list((tmp_path / "work").iterdir()) == []
+
+
 def test_another_job_starts_anew(files, tmp_path, monkeypatch):
     """Other inputs or settings are another job; weights of the parts come in later and are the same one."""
     folders = []
@@ -202,16 +328,31 @@ def test_a_full_disk(files, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
-def test_memory_of_the_process_stays_below_the_bound(tmp_path):
+@pytest.mark.parametrize("kind", ["npy", "npz", "zarr", "prior"])
+def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
     """By the operating system's own count, files of 600 MB; the bound is what NumPy and the command need and some."""
+    shape = {"zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
+    paths = []
     for name in ("student", "teacher"):
-        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (5000, 30_000))[::500] = 1
+        x = np.zeros(shape, np.float16)
+        x[::500] = 1
+        paths.append(tmp_path / f"{name}.{'npy' if kind == 'prior' else kind}")
+        if kind == "npz":
+            np.savez_compressed(paths[-1], x)
+        elif kind == "zarr":  # in one chunk of 60 MB
+            zarr = pytest.importorskip("zarr")
+            zarr.create_array(paths[-1], shape=shape, dtype=x.dtype, chunks=shape)[...] = x
+        else:
+            np.save(paths[-1], x)
+    np.save(tmp_path / "labels.npy", np.arange(shape[0]) % shape[1])
+    options = ["--loss", "gkl", "--labels", tmp_path / "labels.npy"] if kind == "prior" else ["--loss", "kl"]
+    bound = {"zarr": 560, "prior": 640}.get(kind, 200)
     code = (  # not ru_maxrss, which begins with that of the parent
         "import re, sys; from gklx._cli import main; status = main();"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr);"
         "sys.exit(status)"
     )
-    argv = ["score", tmp_path / "student.npy", tmp_path / "teacher.npy", "--loss", "kl", "--memory", "200MB"]
+    argv = ["score", *paths, *options, "--memory", f"{bound}MB"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, argv)],
         capture_output=True,
@@ -221,7 +362,32 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "2"},
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stderr) * 1024 < 200e6
+    assert int(done.stderr) * 1024 < bound * 1e6
+    if kind in ("zarr", "prior"):
+        done = command(*argv[1:-1], "300MB")
+        assert (done.returncode, done.stdout) == (2, "")
+        what = {
+            "zarr": rf"the chunks of {paths[0]}, {paths[1]}, which are unpacked whole",
+            "prior": r"the class prior of 3,000 classes \(losses kl and dkl need none\)",
+        }[kind]
+        line = rf"gklx: error: memory must be at least \d+ MB for {shape[1]:,} classes here, \d+ MB of it for {what}; "
+        assert re.fullmatch(line + "got 300 MB\n", done.stderr)
+
+
+@pytest.mark.parametrize("on", ["numpy", "dask"])
+def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on):
+    """Without a bound too: of a million classes it takes 8 TB as it is, and as much for each block under way."""
+    backends.needs(on)
+    for name in ("s", "t"):
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (3, 10**6))
+    np.save(tmp_path / "y.npy", np.arange(3))
+    argv = [*(tmp_path / f"{name}.npy" for name in "st"), "--labels", tmp_path / "y.npy", "--backend", on]
+    done = command(*argv)
+    assert (done.returncode, done.stdout) == (2, "")
+    what = r"32,000 GB of it for the class prior of 1,000,000 classes \(losses kl and dkl need none\)"
+    line = rf"gklx: error: memory must be at least 32,\d\d\d GB for 1,000,000 classes here, {what}; "
+    assert re.fullmatch(line + r"half of the free memory leaves [\d,]+ [MG]B\n", done.stderr)
+    assert command(*argv[:-2], "--loss", "kl").returncode == 0
 
 
 def test_folder_of_progress_that_cannot_be_made(files):

@@ -5,23 +5,21 @@
 """
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from .. import __version__
-from . import score, verify
+from .._scoring.streams import drop, ended_by_interrupts, fill_closed, say
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
 _EXTRA = ("psutil", "rich")
 """What the command needs beyond the losses: the extra `cli`."""
+_CLOSED = "standard output is closed, and the report was to go there"
 
 _EXAMPLE = """\
 example:
-  gklx score student.npy teacher.npy --labels labels.npy --loss kl gkl --gamma 0.5
+  gklx score student.npy teacher.npy --labels labels.npy --loss kl,gkl --gamma 0.5
   gklx verify --format markdown
 """
 
@@ -30,8 +28,13 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(message)
+        say(f"error: {message}")
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is None:  # argparse would take the other stream
+            raise OSError(_CLOSED)
+        super()._print_message(message, file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,52 +46,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         The arguments after the command's name; those of the process by default.
     """
     try:
+        fill_closed()
         status = _run(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        print(f"gklx: {interrupt.args[0] if interrupt.args else 'interrupted'}", file=sys.stderr)
+        say(str(interrupt.args[0]) if interrupt.args else "interrupted")
         return 130
     except BrokenPipeError:
-        _drop_output()
+        drop(sys.stdout)
         return 141
     except MemoryError as error:
-        _complain(f"not enough memory; a smaller --memory may help ({error})")
+        say(f"error: not enough memory; a smaller --memory may help ({error})")
         return 1
     except Exception as error:  # nobody at a prompt is helped by a traceback
         if isinstance(error, OSError):
-            _drop_output()
-        _complain(f"{type(error).__name__}: {error}")
+            drop(sys.stdout)
+        say(f"error: {type(error).__name__}: {error}")
         return 1
     return status
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _parser()
+    with ended_by_interrupts():
+        from . import score
+
+        parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(score.with_losses_joined(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     if arguments.command is None:
-        parser.print_help(sys.stderr)
+        if sys.stderr is not None:
+            parser.print_help(sys.stderr)
         return 2
     try:
-        report, status = arguments.run(arguments)
+        return int(arguments.run(arguments, _print))
     except (ValueError, TypeError) as error:
-        _complain(str(error))
+        say(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
         if error.name not in _EXTRA:
             raise
-        _complain(f"gklx {arguments.command} needs {error.name}, which is not installed (pip install 'gklx[cli]')")
+        say(f"error: gklx {arguments.command} needs {error.name}, which is not installed (pip install 'gklx[cli]')")
         return 2
+
+
+def _print(report: str) -> None:
+    """The report on standard output; OSError where it did not get there."""
+    if sys.stdout is None:
+        raise OSError(_CLOSED)
     # Characters that the output cannot spell are replaced: a table is no reason to fail.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(report.encode(encoding, "replace").decode(encoding), end="")
-    return int(status)
+    print(report.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+    from . import score, verify
+
     style = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="gklx", description=_DESCRIPTION, epilog=_EXAMPLE, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gklx {__version__}")
@@ -96,20 +112,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in (score, verify):
         command.add_to(commands)
     return parser
-
-
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-def _complain(message: str) -> None:
-    """One line on stderr, whatever line breaks a file name or a library's message has."""
-    with contextlib.suppress(OSError):
-        print(f"gklx: error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _drop_output() -> None:
-    """Sends what is still buffered for stdout nowhere; the interpreter would try to write it once more."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -1,11 +1,18 @@
 """`gklx score`: its arguments, and a score as a report."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .._core.libraries import LIBRARIES
 from . import arguments as kinds
+
+if TYPE_CHECKING:
+    from .._scoring.statistics import Score
+
+_LOSSES = ("kl", "dkl", "ikl", "gkl")
 
 _DESCRIPTION = """\
 Compares a student's logits with a teacher's: mean, standard error and quantiles of each loss over the samples, its
@@ -23,8 +30,8 @@ files:
   in both files are skipped. Those with NaN, or with no finite logit, are left out and counted as undefined.
 
 progress:
-  A run keeps its progress in a folder under --work-dir until it is done. One that was killed, interrupted or ran out of
-  disk goes on with the same command, and gives the same numbers.
+  A run keeps its progress in a folder under --work-dir until the report is written. One that was killed, interrupted or
+  ran out of disk goes on with the same command, and gives the same numbers. A file that changes meanwhile is an error.
 
 json:
   samples, skipped, undefined, classes, backend, device, quantiles, parameters, top1_agreement,
@@ -39,7 +46,7 @@ examples:
   gklx score student.npy teacher.npy
   gklx score student.npy teacher.npy --labels labels.npy --gamma 0.5 --mse-weight 4
   gklx score 'student-*.safetensors::logits' 'teacher-*.safetensors::logits' --memory 2GB --plot report.html
-  gklx score student.npy teacher.npy --loss gkl --backend torch --device cuda --format json --output score.json
+  gklx score student.npy teacher.npy --loss kl,gkl --backend torch --device cuda --format json --output score.json
 """
 
 
@@ -57,14 +64,12 @@ def add_to(commands: Any) -> None:
     score.add_argument("student", metavar="STUDENT", help="the student's logits")
     score.add_argument("teacher", metavar="TEACHER", help="the teacher's logits")
     score.add_argument("--labels", metavar="FILE", help="the class of each sample")
-    names = ["kl", "dkl", "ikl", "gkl"]
     score.add_argument(
         "--loss",
-        nargs="+",
-        choices=names,
-        default=names,
-        metavar="NAME",
-        help="kl, dkl, ikl, gkl; the first orders the worst classes (default: all four)",
+        type=_losses,
+        action="extend",
+        metavar="NAME[,NAME]",
+        help="kl, dkl, ikl, gkl; may be given again; the first orders the worst classes (default: all four)",
     )
     score.add_argument("--strict", action="store_true", help="a sample with NaN is an error")
     out = score.add_argument_group("what to write")
@@ -104,50 +109,74 @@ def add_to(commands: Any) -> None:
     _number(numbers, "--ce-weight", kinds.finite, "of the CE part")
 
 
-def _run(arguments: argparse.Namespace) -> tuple[str, int]:
-    from .._scoring.atomic import check_writable, replacing
-    from .._scoring.report import as_json, as_table
-    from .._scoring.work_file import default_parent
-    from ..scoring import score
+def with_losses_joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--loss kl gkl` as `--loss kl,gkl`: what follows and is the name of no loss may be a file."""
+    found: list[str] = []
+    for text in argv:
+        if len(found) > 1 and found[-2] == "--loss" and "--" not in found and set(text.split(",")) <= {*_LOSSES}:
+            found[-1] += f",{text}"
+        else:
+            found.append(text)
+    return found
 
-    if arguments.output is not None:
-        check_writable(arguments.output)
-    found = score(
-        arguments.student,
-        arguments.teacher,
-        arguments.labels,
-        losses=arguments.loss,
+
+def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
+    from .._scoring.streams import ended_by_interrupts, say
+
+    with ended_by_interrupts():
+        from .._scoring.atomic import replacing
+        from .._scoring.report import as_json, as_table
+        from .._scoring.score import Request, score
+        from .._scoring.work_file import default_parent
+
+    def report(found: Score) -> None:
+        text = as_json(found) if arguments.format == "json" else as_table(found)
+        if arguments.output is None:
+            show(text)
+            return
+        with replacing(arguments.output) as path, open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    work_dir = arguments.work_dir or default_parent()
+    if work_dir is None:
+        say("no progress is kept: the user's cache cannot be written (--work-dir names another place)")
+    request = Request(
+        losses=tuple(arguments.loss or _LOSSES),
+        parameters=tuple(getattr(arguments, name) for name in _NUMBERS),
+        work_dir=None if work_dir is None else str(work_dir),
         progress=True,
-        strict=arguments.strict,
-        work_dir=arguments.work_dir or default_parent(),
         **{name: getattr(arguments, name) for name in _PASSED_ON},
     )
-    report = as_json(found) if arguments.format == "json" else as_table(found)
-    if arguments.output is None:
-        return report, 0
-    with replacing(arguments.output) as path, open(path, "w", encoding="utf-8") as file:
-        file.write(report)
-    return "", 0
+    score(request, report)
+    return 0
 
 
+_NUMBERS = ("temperature", "weight_temperature", "gamma", "mse_weight", "ce_weight")
 _PASSED_ON = (
-    "temperature",
-    "weight_temperature",
-    "gamma",
-    "mse_weight",
-    "ce_weight",
+    "student",
+    "teacher",
+    "labels",
     "backend",
     "device",
     "scheduler",
     "memory",
     "batch_size",
+    "strict",
     "per_sample",
     "plot",
+    "output",
 )
 
 
 def _number(group: Any, option: str, kind: Callable[[str], float], text: str) -> None:
     group.add_argument(option, type=kind, default=1.0, metavar="X", help=f"{text} (default: %(default)g)")
+
+
+def _losses(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= {*_LOSSES}:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(_LOSSES)}, with commas between, got {text!r}")
+    return names
 
 
 def _size(text: str) -> int:

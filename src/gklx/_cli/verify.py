@@ -1,6 +1,7 @@
 """`gklx verify`: its arguments, and what was found as a report."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from .._core.libraries import LIBRARIES
@@ -55,11 +56,12 @@ def add_to(commands: Any) -> None:
     verify.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
 
 
-def _run(arguments: argparse.Namespace) -> tuple[str, int]:
+def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
     from .._verify.junit import as_junit
     from .._verify.report import as_json, as_markdown, as_table
     from .._verify.verify import verify
 
     report = verify(arguments.backend)
     writers = {"table": as_table, "json": as_json, "junit": as_junit, "markdown": as_markdown}
-    return writers[arguments.format](report), int(bool(report.broken))
+    show(writers[arguments.format](report))
+    return int(bool(report.broken))

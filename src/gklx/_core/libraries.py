@@ -182,6 +182,7 @@ LIBRARIES: tuple[Library, ...] = (
         recognises=_is_plain_numpy,
         readable=lambda *xs: True,
         to_numpy=_numpy,
+        device=lambda x: "cpu",
         block=lambda *xs: _BLOCK_ON_CPU,
     ),
     Library(

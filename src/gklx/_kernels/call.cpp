@@ -146,8 +146,7 @@ double power_of_two(const gklx_call &c, double x) {
 
 // (base / P)^gamma, to which the row's mass is relative.
 double base_power(const gklx_call &c, double base) {
-  const double gamma = in_double(c) ? c.gamma : double(float(c.gamma));
-  return gamma == 1 ? base : gamma == 0 ? 1 : std::pow(base, gamma);
+  return power_of_base(base, in_double(c) ? c.gamma : double(float(c.gamma)));
 }
 
 Totals totals_of(const gklx_call &c, const std::vector<Row> &rows) {
@@ -295,6 +294,7 @@ void run_call(const gklx_call &c) {
       Pass masses = pass;
       masses.kl = masses.mse = masses.ce = false;
       run_pass(masses);
+      pass.masses_known = true;
     } else {
       presume(pass);
     }

@@ -71,6 +71,7 @@ struct Pass {
   bool to_student, to_teacher;
   const Totals *totals;        // of the batch, for the gradients
   const RaisedPrior *raised;   // or null
+  bool masses_known;           // `rows` holds each W already
   Row *rows;                   // what was found
 };
 

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -85,7 +86,7 @@ GKLX_BOTH double divergence_tail(double x) {
   return low + x4 * (middle + x4 * (high + x4 * highest));
 }
 
-// exp(x) for x <= 0, 0 below the normal numbers.
+// exp(x) for x <= 80, 0 below the normal numbers.
 template <class R> GKLX_BOTH R exponential(R x) {
   using Word = typename Real<R>::Word;
   R n = x * R(1.44269504088896340736) + Real<R>::rounder;
@@ -97,7 +98,22 @@ template <class R> GKLX_BOTH R exponential(R x) {
   return x < Real<R>::exponential_is_0 ? R(0) : y * two_to_n;
 }
 
-// log(x) for finite x > 0: x = 2^n m with m about 1, and log m = 2 artanh(f / (2 + f)), f = m - 1.
+// log(1 + f) for 1 + f from sqrt(1/2) to sqrt(2): the fit of Cephes' logf, and 2 artanh(f / (2 + f)).
+GKLX_BOTH float logarithm_near_1(float f) {
+  float f2 = f * f;
+  float low = quartic(f, f2, 3.3333331174e-1f, -2.4999993993e-1f, 2.0000714765e-1f, -1.6668057665e-1f);
+  float high = quartic(f, f2, 1.4249322787e-1f, -1.2420140846e-1f, 1.1676998740e-1f, -1.1514610310e-1f);
+  float f4 = f2 * f2;
+  return f + (f2 * f * (low + f4 * (high + f4 * 7.0376836292e-2f)) - 0.5f * f2);
+}
+GKLX_BOTH double logarithm_near_1(double f) {
+  double z = f / (2.0 + f), z2 = z * z, z4 = z2 * z2;
+  double low = quartic(z2, z4, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9);
+  double high = quartic(z2, z4, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17);
+  return 2.0 * (z + z * z2 * (low + z4 * z4 * (high + z4 * z4 * (1.0 / 19 + z2 / 21))));
+}
+
+// log(x) for finite x > 0: x = 2^n (1 + f).
 template <class R> GKLX_BOTH R logarithm(R x) {
   using Word = typename Real<R>::Word;
   constexpr Word one = Word(Real<R>::bias) << Real<R>::fraction;
@@ -108,24 +124,11 @@ template <class R> GKLX_BOTH R logarithm(R x) {
   R m = real_of(Word(bits_of(x) - (n_biased << Real<R>::fraction) + one));
   R n = real_of(Word(bits_of(Real<R>::rounder) + n_biased)) - Real<R>::rounder - R(Real<R>::bias);
   n = small ? n - R(Real<R>::fraction) : n;
-  R f = m - R(1), z = f / (R(2) + f), square = z * z;
-  R y = R(1.0 / 11);
-  if constexpr (sizeof(R) == 8) {
-    y = R(1.0 / 21);
-    y = y * square + R(1.0 / 19);
-    y = y * square + R(1.0 / 17);
-    y = y * square + R(1.0 / 15);
-    y = y * square + R(1.0 / 13);
-    y = y * square + R(1.0 / 11);
-  }
-  y = y * square + R(1.0 / 9);
-  y = y * square + R(1.0 / 7);
-  y = y * square + R(1.0 / 5);
-  y = y * square + R(1.0 / 3);
-  return n * Real<R>::ln2_high + (R(2) * (z + z * square * y) + n * Real<R>::ln2_low);
+  R f = m - R(1);
+  return n * Real<R>::ln2_high + (logarithm_near_1(f) + n * Real<R>::ln2_low);
 }
 
-// x^gamma for 0 <= x <= 1 and gamma > 0.
+// x^gamma for 0 <= x < 2 and gamma > 0.
 template <class R> GKLX_BOTH R power(R x, R gamma) { return x > R(0) ? exponential(gamma * logarithm(x)) : x; }
 
 // --- one class -------------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ template <class R> GKLX_BOTH R divergence(R p, R q, R ratio) {
 struct Row {
   double weight;  // of the sample; 0 where no class is valid
   double mass;    // sum of (w_j / base)^gamma; NaN where W is not a number
-  double base;    // the largest weight before the power
+  double base;    // about the largest weight before the power
   double loss_kl, loss_mse, loss_ce;  // the mse is that of W = 1
 };
 
@@ -173,6 +176,11 @@ struct Totals {
   double weight;                        // sum of v/V
   double squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
 };
+
+// base^gamma, where base may itself be relative to that of a batch.
+GKLX_BOTH double power_of_base(double base, double gamma) {
+  return gamma == 1 ? base : gamma == 0 ? 1 : std::pow(base, gamma);
+}
 
 // What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
 GKLX_BOTH double share_of(double weight, bool mean, double ranks, const Totals &totals) {

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._core.libraries import dtype_name, library_of
+from .file_formats.rows import Stamp
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 
@@ -51,9 +52,15 @@ class ArrayRows:
             x = xp.astype(x, xp.float32)
         return x
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
         """No file stands behind it."""
         return ()
+
+    @property
+    def held_bytes(self) -> int:
+        """The array is there already."""
+        return 0
 
 
 def logits_rows(name: str, x: Any) -> ArrayRows:

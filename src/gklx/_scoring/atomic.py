@@ -2,17 +2,29 @@
 
 import contextlib
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows: there two runs of one job are the user's care, and what a killed one left stays
+    fcntl = None
+
+_NAMED = 40
+"""Characters of a target's name in that of its part: a name may be too long for a suffix."""
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end of the block, or is gone after an exception.
 
-    A device or pipe is not replaced: what is written goes straight to it.
+    A device or pipe is not replaced: what is written goes straight to it. A new file gets `mode`, less what the umask
+    takes. What a killed process left of an earlier part is removed.
 
     Raises
     ------
@@ -27,18 +39,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield Path(path)
             return
         target = Path(os.path.realpath(path))
-        part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        try:
-            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask takes from this
+        _remove_left_over(target)
+        with _part(target, mode) as part:
             yield part
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             if target.exists():
                 part.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a write says no name
             error.filename = os.fspath(path)
@@ -60,6 +68,80 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: must be in a folder that may be written to, got {folder}")
 
 
+def check_apart(outputs: Iterable[tuple[str, str]], inputs: Iterable[str]) -> None:
+    """ValueError where an output, (argument, path), is an input or lies in one, or where two outputs are one file."""
+    read, seen = list(inputs), dict[str, str]()
+    for name, path in outputs:
+        if not _replaced(path):
+            continue
+        real = os.path.realpath(path)
+        for other in read:
+            if _same(real, other) or real.startswith(os.path.realpath(other) + os.sep):
+                raise ValueError(f"{path}: {name} must not be written over an input, got {other}")
+        for other, first in seen.items():
+            if _same(real, other):
+                raise ValueError(f"{path}: {name} and {first} must be two files, got one")
+        seen[real] = name
+
+
+def _same(real: str, other: str) -> bool:
+    """Whether two paths, the first without links, are one file: by another case of its letters, or by a hard link."""
+    try:
+        return os.path.samefile(real, other)
+    except OSError:
+        return real == os.path.realpath(other)
+
+
 def _replaced(path: str | os.PathLike[str]) -> bool:
     """Whether a new file takes the path's place: not a device's, nor a pipe's that /dev/stdout leads to."""
     return os.path.isfile(path) or not os.path.exists(path)
+
+
+@contextlib.contextmanager
+def _part(target: Path, mode: int) -> Iterator[Path]:
+    """A file beside the target, locked while its writer lives, and gone after an exception."""
+    for _ in range(3):
+        part = target.with_name(f".{target.name[:_NAMED]}.{secrets.token_hex(4)}.part")
+        descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        if lock(descriptor) and part.exists():
+            break
+        # Another process took it for left over before it was locked; or nothing can be locked in this file system.
+        os.close(descriptor)
+        part.unlink(missing_ok=True)
+    else:
+        descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+    try:
+        yield part
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Removes the parts of processes that were killed: those that nobody holds a lock on."""
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name[:_NAMED])}\.[0-9a-f]{{8}}\.part")
+    for path in target.parent.iterdir():
+        if not pattern.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            try:
+                if lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file for this process; False where another has it, or the file system has no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

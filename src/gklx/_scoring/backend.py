@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 
 from .._core.call import Array
 from .._core.libraries import LIBRARIES, Library, library_of
+from .._run.cpu import threads as threads
 
 _BLOCK_ON_CPU, _BLOCK_OF_COMPILER, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
 
@@ -39,7 +39,9 @@ class Backend:
     @property
     def threads(self) -> int:
         """How many blocks to work on at once: NumPy uses one core each; elsewhere one is read while one is computed."""
-        return _cores() if self.library.backend == "numpy" else 2
+        if self.on_gpu:
+            return 2
+        return threads() if self.library.backend == "numpy" else min(2, threads())
 
     def put(self, x: Any) -> Array:
         """An array on the device: the library's own as it is where no device was asked for, another by the host."""
@@ -140,13 +142,6 @@ def _own(stream: Callable[[], Any]) -> Any:
 def _jitted(f: Callable[..., Array], fixed: tuple[Any, ...]) -> Callable[..., Array]:
     compiled: Callable[..., Array] = sys.modules["jax"].jit(functools.partial(f, *fixed))
     return compiled
-
-
-def _cores() -> int:
-    """The cores this process may use, fewer where OMP_NUM_THREADS says so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 
 from .file_formats.npy import MAGIC, open_npy
 from .file_formats.npz import open_npz
-from .file_formats.rows import Rows, text
+from .file_formats.rows import Rows, Stamp, text
 from .file_formats.safetensors import open_safetensors
 from .file_formats.zarr import open_zarr
 
@@ -49,9 +49,15 @@ class Shards:
         x = found[0] if len(found) == 1 else np.concatenate(found)
         return x.astype(np.float64, copy=False) if self.dtype == "float64" else x
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
         """Of all parts."""
-        return tuple(each for part in self.parts for each in part.stamps())
+        return tuple(each for part in self.parts for each in part.stamps)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the part that needs most: they are read one after another."""
+        return max(part.held_bytes for part in self.parts)
 
 
 def open_logits(what: What) -> Rows:

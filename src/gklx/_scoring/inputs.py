@@ -7,8 +7,11 @@ from typing import Any, NamedTuple, Protocol
 
 from .._core.libraries import library_of
 from .arrays import label_rows, logits_rows
-from .file_formats.rows import Rows
+from .file_formats.rows import Rows, Stamp
 from .files import check_together, open_labels, open_logits
+
+_MOST_CLASSES = 2**31 - 1
+"""A record holds a class in 32 bits."""
 
 
 class Chunk(NamedTuple):
@@ -37,12 +40,16 @@ class Inputs(Protocol):
 
     like: Any
     """An array of those to be scored, None for files."""
+    held_bytes: int
+    """The memory that reading takes beside the chunks."""
+    held_by: str
+    """The names of those that take it."""
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
         """From the sample `start` on, so many rows a chunk."""
 
-    def stamps(self) -> tuple[Any, ...] | None:
-        """The files as they are now; None where other things are scored, which a later run cannot recognise."""
+    def stamps(self) -> tuple[tuple[str, tuple[Stamp, ...]], ...] | None:
+        """The files as they were opened; None where other things are scored, which a later run cannot recognise."""
 
 
 def inputs_of(student: Any, teacher: Any, labels: Any) -> Inputs:
@@ -73,12 +80,17 @@ class Whole:
         check_together(student, teacher, labels)
         if 0 in student.shape:
             raise ValueError(f"{student.name}: there are no logits in it, its shape is {list(student.shape)}")
+        if student.shape[-1] > _MOST_CLASSES:
+            raise ValueError(f"{student.name}: must have at most {_MOST_CLASSES:,} classes, got {student.shape[-1]:,}")
         self._rows = student, teacher, labels
         self.like = getattr(student, "array", None)
         self.classes = student.shape[-1]
         self.samples: int | None = _product(student.shape[:-1])
         self.labelled = labels is not None
         self.computed_in = _computed_in(student, teacher)
+        holding = [x for x in self._rows if x is not None and x.held_bytes]
+        self.held_bytes = sum(x.held_bytes for x in holding)
+        self.held_by = ", ".join(x.name for x in holding)
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
         """Windows of the same sources."""
@@ -86,9 +98,9 @@ class Whole:
         for at in range(start, count, rows):
             yield Chunk(*self._rows, at, min(at + rows, count), at)
 
-    def stamps(self) -> tuple[Any, ...] | None:
+    def stamps(self) -> tuple[tuple[str, tuple[Stamp, ...]], ...] | None:
         """Of all files, each after the name it was asked for by, which may choose an array inside."""
-        found = [(x.name, x.stamps()) for x in self._rows if x is not None]
+        found = [(x.name, x.stamps) for x in self._rows if x is not None]
         return None if not all(stamps for _, stamps in found) else tuple(found)
 
 
@@ -97,6 +109,7 @@ class Batches:
 
     samples: int | None = None
     computed_in = "float64"  # of the records: a later batch may be of another dtype than the first
+    held_bytes, held_by = 0, ""
 
     def __init__(self, batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
         if not (callable(batches) or isinstance(batches, Iterable)):

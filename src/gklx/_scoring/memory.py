@@ -1,6 +1,7 @@
 """How many rows a block may have under a bound on the memory of the process."""
 
 import re
+from typing import NamedTuple
 
 import psutil
 
@@ -17,10 +18,20 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+class Needs(NamedTuple):
+    """What a run keeps in memory whatever the size of its blocks."""
+
+    bytes: int = 0
+    a_thread: int = 0
+    """Bytes for each block under way."""
+    what: str = ""
+    """For the message that there is no room for it."""
+
+
 def rows_and_threads(
-    classes: int, itemsize: int, block_bytes: int, threads: int, bound: int | None, fixed: int
+    classes: int, itemsize: int, block_bytes: int, threads: int, bound: int | None, needs: Needs
 ) -> tuple[int, int]:
-    """Rows that a block may have and how many blocks may be under way; `fixed` bytes are needed whatever that is.
+    """Rows that a block may have and how many blocks may be under way.
 
     The bound is on the whole process, its libraries included; without one half of the free memory may be used. GPUs
     are given blocks of the same size.
@@ -30,14 +41,19 @@ def rows_and_threads(
     ValueError
         The bound leaves no room for a single row.
     """
-    used = psutil.Process().memory_info().rss + fixed
-    limit = bound or used + psutil.virtual_memory().available // 2
-    row = classes * itemsize * _ARRAYS_A_BLOCK
-    threads = max(1, min(threads, (limit - used) // row))
-    rows = min(block_bytes * _ARRAYS_A_BLOCK, (limit - used) // threads) // row
-    if limit - used < row:
-        raise ValueError(
-            f"memory must be at least {(used + row) / 1e6:,.0f} MB for {classes:,} classes here, of which "
-            f"{used / 1e6:,.0f} MB are needed in any case, got {limit / 1e6:,.0f} MB"
-        )
+    here = psutil.Process().memory_info().rss
+    limit = bound or here + psutil.virtual_memory().available // 2
+    row, room = classes * itemsize * _ARRAYS_A_BLOCK, limit - here - needs.bytes
+    smallest = row + needs.a_thread
+    if room < smallest:
+        least = here + needs.bytes + smallest
+        got = f"got {_text(limit)}" if bound else f"half of the free memory leaves {_text(limit)}"
+        of_which = f", {_text(needs.bytes + needs.a_thread)} of it for {needs.what}" if needs.what else ""
+        raise ValueError(f"memory must be at least {_text(least)} for {classes:,} classes here{of_which}; {got}")
+    threads = max(1, min(threads, room // smallest))
+    rows = min(block_bytes * _ARRAYS_A_BLOCK, room // threads - needs.a_thread) // row
     return max(1, rows), threads
+
+
+def _text(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size < 1e11 else f"{size / 1e9:,.0f} GB"

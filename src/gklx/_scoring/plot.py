@@ -3,6 +3,7 @@
 One Vega-Lite specification for SVG, PNG and HTML. It holds counts, never a mark a sample, so it is small at any size.
 """
 
+import json
 import math
 import re
 import textwrap
@@ -28,6 +29,7 @@ _SIDE = 320
 _LINE = 64
 # Of the losses with parts, in the order drawn: their curves may coincide, and then all of them are seen.
 _DASHES = [[1, 0], [10, 6], [6, 6]]
+_STAND_IN, _LESS_THAN = "\ue000", "\\u003c"
 # Vega's expressions for the labels of an axis: of decades, of numbers, of shares.
 _DECIMAL = "datum.value < 0.001 || datum.value >= 10000 ? format(datum.value, '.0e') : format(datum.value, '~g')"
 _NUMBER = "format(datum.value, datum.value && (abs(datum.value) < 0.001 || abs(datum.value) >= 1e6) ? '~e' : ',~r')"
@@ -386,7 +388,10 @@ def _rendered(spec: dict[str, Any], suffix: str) -> bytes:
     if suffix == ".svg":
         # The one gradient is numbered by how many the process has drawn.
         return re.sub(r'((?:id="|url\(#)gradient_)\d+', r"\g<1>0", vl_convert.vegalite_to_svg(spec)).encode()
-    return vl_convert.vegalite_to_html(spec, bundle=True).encode()
+    # Within a script a `<!--<script>` of a file's name would swallow the page: it gets no `<`, but its escape.
+    spared = json.dumps(spec).replace("<", _STAND_IN)
+    library, script, page = vl_convert.vegalite_to_html(spared, bundle=True).rpartition("<script")
+    return f"{library}{script}{page.replace(_STAND_IN, _LESS_THAN)}".encode()
 
 
 def _altair(path: str) -> Any:

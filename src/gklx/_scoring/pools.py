@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .backend import Backend, backend
+from .backend import threads as own_threads
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,19 @@ class Pool:
     name: str
     device: str
 
-    def in_order(self, f: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Generator[Any, None, None]:
-        """The results of calls, in their order; an error comes in its place, and what has not begun is dropped."""
+    def in_order(
+        self, f: Callable[..., Any], calls: Iterable[tuple[Any, ...]], ahead: int | None = None
+    ) -> Generator[Any, None, None]:
+        """The results of calls, in their order; an error comes in its place, and what has not begun is dropped.
+
+        At most `ahead` are under way or wait for those before them; twice the width by default.
+        """
+        ahead = 2 * self.width if ahead is None else ahead
         waiting: collections.deque[Future[Any]] = collections.deque()
         try:
             for call in calls:
                 waiting.append(self.executor.submit(f, self.place, *call))
-                if len(waiting) > 2 * self.width:
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -59,7 +66,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
         raise ValueError("backend dask needs distributed, which is not installed (pip install 'gklx[dask]')") from None
     with contextlib.ExitStack() as stack:
         try:
-            at = scheduler or stack.enter_context(LocalCluster(dashboard_address=":0", processes=False))  # type: ignore[no-untyped-call]
+            at = scheduler or stack.enter_context(_own_cluster(LocalCluster))
             client = stack.enter_context(Client(at, timeout=10, set_as_default=False))  # type: ignore[no-untyped-call]
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
@@ -75,6 +82,18 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
             "dask",
             f"{workers} worker{'s' if workers > 1 else ''}",
         )
+
+
+def _own_cluster(cluster: Callable[..., Any]) -> Any:
+    """Threads of this process, which nobody but this machine can speak to."""
+    here = "127.0.0.1:0"
+    return cluster(
+        n_workers=1,
+        threads_per_worker=own_threads(),
+        processes=False,
+        dashboard_address=here,
+        worker_dashboard_address=here,
+    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """A progress bar on the standard error stream, or nothing."""
 
+import io
 import sys
 from types import TracebackType
 
@@ -8,13 +9,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from .streams import say
+
 
 class Progress:
     """What the run tells about itself, on a terminal."""
 
     def __init__(self, samples: int | None, *, shown: bool) -> None:
         self._samples, self._shown = samples, shown
-        console = Console(file=sys.stderr, highlight=False)
+        # Where the stream is closed there is none, and rich would take standard output for it.
+        console = Console(file=sys.stderr or io.StringIO(), highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -26,6 +30,7 @@ class Progress:
             disable=not (shown and console.is_terminal),
         )
         self._tasks: dict[str, TaskID] = {}
+        self._ended = False
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -34,7 +39,13 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self.end()
+
+    def end(self) -> None:
+        """Takes the bar away, and gives the standard streams back, which go through it as long as it is there."""
+        if not self._ended:
+            self._ended = True
+            self._bar.stop()
 
     def at(self, stage: str, samples: int) -> None:
         """So many samples are through a stage."""
@@ -46,7 +57,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays, in a pipe too."""
         if self._shown:
-            print(f"gklx: {text}", file=sys.stderr)
+            say(text)
 
 
 class _Rate(ProgressColumn):

@@ -21,6 +21,8 @@ LOSSES: dict[str, Callable[..., Array]] = {"kl": kl, "dkl": dkl, "ikl": ikl, "gk
 SKIPPED, SCORED, UNDEFINED = range(3)
 """A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit."""
 
+_DIGIT = 2**16
+
 
 class Parameters(NamedTuple):
     """The hyper-parameters; each loss takes those it has."""
@@ -71,9 +73,15 @@ def scored(
         given += [place.put(prior), place.put(rows.labels)]
     found = place.get(place.compiled(_raw, names, parameters)(*given))
     records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype))
-    fields = [*_reals(names), "student_confidence", "teacher_confidence", "student_class", "teacher_class", "state"]
-    for field, values in zip(fields, found, strict=True):
-        records[field] = values
+    fields = [*_reals(names), "student_confidence", "teacher_confidence", "state"]
+    *values, student_high, student_low, teacher_high, teacher_low = found
+    for field, column in zip(fields, values, strict=True):
+        records[field] = column
+    for field, high, low in (
+        ("student_class", student_high, student_low),
+        ("teacher_class", teacher_high, teacher_low),
+    ):
+        records[field] = high.astype(np.int64) * _DIGIT + low.astype(np.int64)
     records["label"] = -1 if rows.labels is None else rows.labels
     return records
 
@@ -102,7 +110,10 @@ def _reals(names: tuple[str, ...]) -> list[str]:
 def _raw(
     names: tuple[str, ...], parameters: Parameters, s: Array, t: Array, prior: Array = None, labels: Array = None
 ) -> Array:
-    """All numbers of some samples as one array, hence one transfer: float32 holds class numbers to 16 million."""
+    """All numbers of some samples as one array, hence one transfer.
+
+    float32 holds whole numbers to 16 million, and there may be more classes: their numbers are two digits each.
+    """
     weights: dict[str, dict[str, Array]] = {name: {} for name in names}
     if prior is not None:
         # A row a sample: cheaper to check than the whole table.
@@ -120,8 +131,10 @@ def _raw(
     columns += [mse[name] for name in with_parts]
     columns += [mass["gkl"]] if "gkl" in names else []
     columns += [found.student_peak, found.teacher_peak]
-    columns += [xp.astype(xp.argmax(x, axis=-1), first.dtype) for x in (s, t)]
     columns.append(xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype))
+    for x in (s, t):
+        top = xp.argmax(x, axis=-1)
+        columns += [xp.astype(digit, first.dtype) for digit in (top // _DIGIT, top % _DIGIT)]
     return xp.stack(columns)
 
 

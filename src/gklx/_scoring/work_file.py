@@ -1,13 +1,17 @@
 """The records of the samples scored so far, in a file: what memory need not hold, and what a killed run left behind.
 
-A record is written once and never changed, so the length of the file says how far the run came. With a folder the file
-outlives the process; the same job finds it by its key and goes on.
+A record is written once and never changed, and a checksum goes with every few of them: a later run of the same job
+believes what its checksums vouch for, and makes the rest again. With a folder the file outlives the process; the same
+job finds it by its key and goes on.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import shutil
+import stat
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,10 +20,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from .atomic import replacing
+from .atomic import lock, replacing
 
 RECORDS_A_BLOCK = 2**18
+_RECORDS_A_CHECK = 2**8
 _SECONDS_BETWEEN_SUMS = 20.0
+_RECORDS, _CHECKS, _SUMS = "records.bin", "checks.bin", "class_sums.bin"
+_CHECK = struct.Struct("<Q16s")
+"""So many records from the start on have this digest."""
+_HEAD = struct.Struct("<16sQ")
+"""The digest of what follows, and of how many samples the class sums are."""
 
 
 class WorkFile:
@@ -27,82 +37,216 @@ class WorkFile:
 
     def __init__(self, dtype: Any, folder: Path | None) -> None:
         self.dtype, self.folder = np.dtype(dtype), folder
-        kept = None if folder is None else _locked(folder / "records.bin")
-        if kept is None:  # the same job may be under way elsewhere: this one keeps out of its way
-            self.folder = None
-        self._file: IO[bytes] = kept or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115, closed by `close`
-        whole = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
-        self._file.truncate(whole * self.dtype.itemsize)  # a write may have been cut short
-        self.records = whole
-        self.resumed_at = whole
-        self._saved = time.monotonic()
+        self.note: str | None = None
+        """Why no progress is kept although there is a folder."""
+        self.records, self._saved = 0, time.monotonic()
+        # That of another job's file is another one.
+        self._digest = hashlib.blake2b(b"" if folder is None else folder.name.encode(), digest_size=16)
+        self._empty = self._digest.copy()
+        self._file, self._checks = self._opened()
+        if self._checks is not None:
+            try:
+                self._resume()
+            except BaseException:
+                self.close(done=False)
+                raise
+        self.resumed_at = self.records
 
     def append(self, records: Any) -> None:
-        """Adds records; OSError where they cannot be written, and then as many as could be are kept."""
-        rest = memoryview(np.ascontiguousarray(records, dtype=self.dtype).tobytes())
-        self._file.seek(0, os.SEEK_END)
-        while rest:
-            try:
-                rest = rest[self._file.write(rest) :]
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._file.name)) from None
-        self.records += len(records)
+        """Adds records; OSError where they cannot be written, and then most of those that could be are kept."""
+        x = np.ascontiguousarray(records, dtype=self.dtype)
+        for start in range(0, len(x), _RECORDS_A_CHECK):
+            some = x[start : start + _RECORDS_A_CHECK].tobytes()
+            self._write(self._file, self.records * self.dtype.itemsize, some)
+            self._digest.update(some)
+            self.records += len(some) // self.dtype.itemsize
+            if self._checks is not None:
+                self._write(self._checks, None, _CHECK.pack(self.records, self._digest.digest()))
 
     def blocks(self) -> Iterator[Any]:
-        """All records, up to `RECORDS_A_BLOCK` at a time."""
+        """All records, up to `RECORDS_A_BLOCK` at a time; OSError where they are not those that were written."""
+        digest = self._empty.copy()
         for start in range(0, self.records, RECORDS_A_BLOCK):
-            self._file.seek(start * self.dtype.itemsize)
             count = min(RECORDS_A_BLOCK, self.records - start)
-            yield np.frombuffer(self._file.read(count * self.dtype.itemsize), dtype=self.dtype)
+            some = self._read(start, count)
+            digest.update(some)
+            if len(some) == count * self.dtype.itemsize:
+                yield np.frombuffer(some, dtype=self.dtype)
+        if digest.digest() != self._digest.digest():
+            raise OSError(errno.EIO, "the records are no longer those that were written", self._name())
 
-    def class_sums(self) -> tuple[Any, int] | None:
-        """The class sums saved last and how many samples are in them."""
-        if self.folder is None or not (path := self.folder / "class_sums.npz").exists():
+    def class_sums(self, classes: int) -> tuple[Any, int] | None:
+        """The class sums saved last, [classes, classes], and how many samples are in them."""
+        if self.folder is None:
             return None
-        with np.load(path, allow_pickle=False) as found:
-            return found["sums"], int(found["samples"])
+        with contextlib.suppress(OSError), _open_own(self.folder / _SUMS, os.O_RDONLY) as file:
+            if os.fstat(file.fileno()).st_size == _HEAD.size + 8 * classes**2:
+                sums = np.empty((classes, classes))
+                digest, samples = _HEAD.unpack(file.read(_HEAD.size))
+                rest = sums.data.cast("B")
+                while rest and (count := file.readinto(rest)):  # type: ignore[attr-defined]
+                    rest = rest[count:]
+                if not rest and digest == self._digest_of(sums, samples):
+                    return sums, samples
+        return None
 
     def save_class_sums(self, sums: Any, samples: int, *, last: bool) -> None:
         """Keeps class sums for a resumed run, now and then."""
         if self.folder is None or not (last or time.monotonic() - self._saved > _SECONDS_BETWEEN_SUMS):
             return
-        with replacing(self.folder / "class_sums.npz") as path, open(path, "wb") as file:
-            np.savez(file, sums=sums, samples=samples)
+        sums = np.ascontiguousarray(sums, dtype=np.float64)
+        with replacing(self.folder / _SUMS, 0o600) as path, open(path, "wb") as file:
+            file.write(_HEAD.pack(self._digest_of(sums, samples), samples))
+            file.write(sums.data)
         self._saved = time.monotonic()
 
     def close(self, *, done: bool) -> None:
         """Lets go of the file, and of all that was kept where the job is done."""
-        self._file.close()
         if done and self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # Still locked: no other run may take a part of it for its own.
+            for path in [*self.folder.glob(f".{_SUMS}.*.part"), *(self.folder / x for x in (_SUMS, _CHECKS, _RECORDS))]:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+        self._file.close()
+        if self._checks is not None:
+            self._checks.close()
+
+    def _opened(self) -> tuple[IO[bytes], IO[bytes] | None]:
+        """The two files of the folder, locked; or a nameless one without checksums."""
+        if self.folder is not None:
+            with contextlib.ExitStack() as stack:
+                try:
+                    if (file := _locked(self.folder)) is not None:
+                        stack.callback(file.close)
+                        checks = _open_own(self.folder / _CHECKS, os.O_RDWR | os.O_CREAT)
+                        stack.pop_all()
+                        return file, checks
+                    self.note = "no progress is kept: another run of this job is under way"
+                except _NotOwnError as error:
+                    self.note = f"no progress is kept: {error}"
+            self.folder = None
+        return tempfile.TemporaryFile(buffering=0), None
+
+    def _resume(self) -> None:
+        """Keeps the records that their checksums vouch for, and drops what comes after."""
+        assert self._checks is not None
+        there = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
+        self._checks.seek(0)
+        checks = 0
+        while len(check := self._checks.read(_CHECK.size)) == _CHECK.size:
+            records, expected = _CHECK.unpack(check)
+            if not self.records < records <= min(there, self.records + _RECORDS_A_CHECK):
+                break
+            digest = self._digest.copy()
+            digest.update(self._read(self.records, records - self.records))
+            if digest.digest() != expected:
+                break
+            self._digest, self.records, checks = digest, records, checks + 1
+        self._file.truncate(self.records * self.dtype.itemsize)
+        self._checks.truncate(checks * _CHECK.size)
+        self._checks.seek(0, os.SEEK_END)
+
+    def _read(self, start: int, count: int) -> bytes:
+        self._file.seek(start * self.dtype.itemsize)
+        return self._file.read(count * self.dtype.itemsize) or b""
+
+    def _write(self, file: IO[bytes], at: int | None, some: bytes) -> None:
+        """All of it, from `at` on or where the file stands."""
+        rest = memoryview(some)
+        if at is not None:
+            file.seek(at)
+        while rest:
+            try:
+                rest = rest[file.write(rest) :]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._name()) from None
+
+    def _name(self) -> str:
+        return tempfile.gettempdir() if self.folder is None else str(self.folder / _RECORDS)
+
+    def _digest_of(self, sums: Any, samples: int) -> bytes:
+        digest = self._empty.copy()
+        digest.update(samples.to_bytes(8, "little"))
+        digest.update(sums.data)
+        return digest.digest()
 
 
 def job_folder(parent: Path, job: Any) -> Path:
-    """The folder of a job, made where it is not there: the same for the same inputs and settings."""
-    key = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:24]
-    folder = parent / f"score-{key}"
+    """The folder of a job: the same for the same inputs and settings of one user."""
+    of_user = [os.geteuid() if hasattr(os, "geteuid") else None, job]
+    key = hashlib.sha256(json.dumps(of_user, sort_keys=True).encode()).hexdigest()[:24]
+    return parent / f"score-{key}"
+
+
+def default_parent() -> Path | None:
+    """Where progress is kept if nothing else is said: the user's cache; None where that cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{parent}: must be a folder to keep the progress in ({error.strerror})") from None
-    return folder
-
-
-def default_parent() -> Path:
-    """Where progress is kept if nothing else is said: the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gklx"
-
-
-def _locked(path: Path) -> IO[bytes] | None:
-    """The file, opened for this process alone; None where another has it."""
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    try:
-        import fcntl
-    except ImportError:  # Windows has none; there two runs of one job are the user's care
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gklx"
+        parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter where there is no home
         return None
+    return parent if os.access(parent, os.W_OK | os.X_OK) else None
+
+
+class _NotOwnError(OSError):
+    """What stands in the place of the progress is not this user's: it may have been put there to lead astray."""
+
+
+def _locked(folder: Path) -> IO[bytes] | None:
+    """The records' file in the folder, for this process alone; None where another has it."""
+    for _ in range(1000):  # another run of the job, which has come to its end, may remove the folder at any moment
+        with contextlib.suppress(FileNotFoundError):
+            _make_own(folder)
+            path = folder / _RECORDS
+            file = _open_own(path, os.O_RDWR | os.O_CREAT)
+            if not lock(file.fileno()):
+                file.close()
+                return None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                    return file
+            file.close()
+    return None
+
+
+def _make_own(folder: Path) -> None:
+    """Makes the folder for this user alone."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        if os.name != "posix":
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and os.path.lexists(folder):
+            raise _NotOwnError(f"{folder} is not a folder of this user") from None
+        raise ValueError(f"{folder.parent}: must be a folder to keep the progress in ({error.strerror})") from None
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise _NotOwnError(f"{folder} is not a folder of this user alone")
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+
+
+def _open_own(path: Path, flags: int) -> IO[bytes]:
+    """A regular file of this user, reached by no link."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise _NotOwnError(f"{path} is not a regular file") from None
+        raise
+    file = os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        file.close()
+        raise _NotOwnError(f"{path} is not a regular file of its own")
     return file

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .rows import dtype_of, reading, stamp, text, widened
+from .rows import Stamp, dtype_of, reading, reason, stamp, text, widened
 
 MAGIC = b"\x93NUMPY"
 _COLUMNS_AT_ONCE = 1024
@@ -28,6 +28,8 @@ class NpyRows:
     fortran: bool
     axes: int
     """How many of the last axes make a row."""
+    stamps: tuple[Stamp, ...]
+    held_bytes: int = 0
 
     @property
     def dtype(self) -> str:
@@ -62,18 +64,15 @@ class NpyRows:
                 into[...] = np.memmap(file, self.stored, "r", offset, (*leading, into.shape[1]), "F")[index]
             return widened(x.reshape(-1, *row), self.axes)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """The file as it is now."""
-        return (stamp(self.path),)
-
 
 def open_npy(name: str, path: str, axes: int) -> NpyRows:
     """The array in an `.npy` file."""
+    stamps = (stamp(path),)
     with Path(path).open("rb") as file:
         shape, fortran, stored = header(name, file)
         offset = file.tell()
         size = os.fstat(file.fileno()).st_size
-    found = NpyRows(name, path, offset, shape, stored, fortran, axes)
+    found = NpyRows(name, path, offset, shape, stored, fortran, axes, stamps)
     needed = offset + stored.itemsize * math.prod(shape)
     if size < needed:
         raise ValueError(
@@ -97,7 +96,7 @@ def header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
             if min(shape, default=0) < 0:
                 raise ValueError(f"shape {text(shape)}")
     except Exception as error:  # tokenizer, parser and dtype errors alike
-        raise ValueError(f"{name}: the .npy file is damaged or cut short ({error})") from None
+        raise ValueError(f"{name}: the .npy file is damaged or cut short ({reason(error)})") from None
     if dtype.hasobject:
         raise ValueError(f"{name}: holds pickled Python objects, which are never loaded")
     return shape, fortran, dtype

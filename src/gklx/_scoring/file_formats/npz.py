@@ -1,29 +1,35 @@
-"""NumPy's `.npz`: a stored member is read where it lies in the archive, a compressed one is unpacked once."""
+"""NumPy's `.npz`: a member is read as a stream, compressed or not, so that its checksum is compared."""
 
+import collections
 import functools
+import lzma
 import math
 import shutil
 import tempfile
 import threading
 import weakref
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..backend import threads
 from .npy import NpyRows, header
-from .rows import chosen, reading, stamp
+from .rows import Stamp, chosen, reading, reason, stamp, text, widened
 
-_LOCAL_HEADER = 30
-"""Bytes of a member's header in the archive, before its name and extra field."""
-
+_PIECE = 2**20
 _one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """A compressed member: the first read in a process unpacks it into TMPDIR, which takes the array's size there."""
+class ArchivedRows:
+    """A member, of which no more is unpacked than the rows read about now.
+
+    In Fortran order each row is all over the member: the first read in a process unpacks it into TMPDIR, which takes
+    the array's size there.
+    """
 
     path: str
     member: str
@@ -44,19 +50,35 @@ class PackedRows:
         """By name."""
         return self.unpacked.dtype
 
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """The archive's."""
+        return self.unpacked.stamps
+
+    @property
+    def held_bytes(self) -> int:
+        """What is unpacked is in a file."""
+        return 0
+
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
-        with reading(self.name), _one_at_a_time:
-            copy = _copy(self.path, self.member, stamp(self.path))
-        return self.unpacked.read_mapped(copy.file, start, stop)
+        whole = self.unpacked
+        if whole.fortran:
+            with reading(self.name), _one_at_a_time:
+                copy = _copy(self.path, self.member, stamp(self.path))
+            return whole.read_mapped(copy.file, start, stop)
+        shape = (stop - start, *self.shape[len(self.shape) - whole.axes :])
+        row = math.prod(shape[1:]) * whole.stored.itemsize
+        with reading(self.name):
+            with _one_at_a_time:
+                stream = _stream(self.path, self.member, stamp(self.path))
+            x = np.frombuffer(stream.read(whole.offset + start * row, (stop - start) * row), whole.stored)
+        return widened(x.reshape(shape), whole.axes)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """The archive as it is now."""
-        return (stamp(self.path),)
 
-
-def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | PackedRows:
+def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:
     """An array in an archive; ValueError where there is none of that key, or it is damaged."""
+    stamps = (stamp(path),)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {x.filename.removesuffix(".npy"): x for x in archive.infolist() if x.filename.endswith(".npy")}
@@ -64,17 +86,15 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> NpyRows | Pack
             with archive.open(info) as file:
                 shape, fortran, stored = header(name, file)
                 start = file.tell()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{name}: the .npz archive is damaged or cut short ({error})") from None
-    if info.file_size < start + stored.itemsize * math.prod(shape):
-        raise ValueError(f"{name}: the array in the archive is damaged or cut short")
-    if info.compress_type != zipfile.ZIP_STORED:
-        return PackedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes))
-    with open(path, "rb") as raw:  # the archive's directory does not say how long a member's own header is
-        raw.seek(info.header_offset + _LOCAL_HEADER - 4)
-        of_name, of_extra = np.frombuffer(raw.read(4), dtype="<u2").tolist()
-    offset = info.header_offset + _LOCAL_HEADER + of_name + of_extra + start
-    return NpyRows(name, path, offset, shape, stored, fortran, axes)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name}: the .npz archive is damaged or cut short ({reason(error)})") from None
+    needed = start + stored.itemsize * math.prod(shape)
+    if info.file_size != needed:
+        raise ValueError(
+            f"{name}: the array in the archive is damaged or cut short: its header promises shape {text(shape)}, "
+            f"{needed:,} bytes, and there are {info.file_size:,}"
+        )
+    return ArchivedRows(path, info.filename, NpyRows(name, path, start, shape, stored, fortran, axes, stamps))
 
 
 class _Copy:
@@ -84,6 +104,9 @@ class _Copy:
         self.file = tempfile.TemporaryFile(prefix="gklx-")  # noqa: SIM115
         weakref.finalize(self, self.file.close)
         with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
+            size, free = archive.getinfo(member).file_size, shutil.disk_usage(tempfile.gettempdir()).free
+            if size > free:
+                raise OSError(f"unpacking takes {size:,} bytes in {tempfile.gettempdir()}, where {free:,} are free")
             try:
                 shutil.copyfileobj(packed, self.file, 2**20)
                 self.file.flush()
@@ -91,8 +114,62 @@ class _Copy:
                 raise OSError(f"unpacking into {tempfile.gettempdir()}: {error}") from None
 
 
+class _Stream:
+    """A member that is unpacked from its start to its end, and of which the last pieces are kept.
+
+    Threads that take rows in order come a little out of order: by twice as many reads as there are threads at most. Who
+    goes back further makes it start anew.
+    """
+
+    def __init__(self, path: str, member: str) -> None:
+        self._archive, self._member = zipfile.ZipFile(path), member
+        weakref.finalize(self, self._archive.close)
+        self._lock = threading.Lock()
+        self._kept: collections.deque[bytes] = collections.deque()
+        self._start()
+
+    def _start(self) -> None:
+        self._packed = self._archive.open(self._member)
+        self._kept.clear()
+        self._first = self._end = 0  # the kept pieces are these bytes of the member
+
+    def read(self, offset: int, size: int) -> bytearray:
+        """Bytes of the member; zipfile compares its checksum when they end with it."""
+        with self._lock:
+            if offset < self._first:
+                self._packed.close()
+                self._start()
+            most = (2 * threads() + 2) * max(size, _PIECE)
+            while self._end < offset + size:
+                piece = self._packed.read(_PIECE)
+                if not piece:
+                    raise EOFError("it has become shorter")
+                self._kept.append(piece)
+                self._end += len(piece)
+                while self._end - self._first - len(self._kept[0]) >= most:
+                    self._first += len(self._kept.popleft())
+            found, at = [], self._first
+            for piece in self._kept:
+                found.append(piece[max(0, offset - at) : max(0, offset + size - at)])
+                at += len(piece)
+            return bytearray().join(found)
+
+
+def forget() -> None:
+    """Lets go of what is kept of archives."""
+    with _one_at_a_time:
+        _stream.cache_clear()
+        _copy.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)
+def _stream(path: str, member: str, _: Stamp) -> _Stream:
+    """The member of an archive as stamped: the student's, the teacher's and the labels'."""
+    return _Stream(path, member)
+
+
 # The few that student, teacher and labels are read from at once: shard after shard would fill the disk.
 @functools.lru_cache(maxsize=8)
-def _copy(path: str, member: str, _: tuple[str, int, int]) -> _Copy:
+def _copy(path: str, member: str, _: Stamp) -> _Copy:
     """The copy of an archive as stamped."""
     return _Copy(path, member)

@@ -1,12 +1,22 @@
 """What the formats have in common: rows in the dtype computed in, dtypes by name, and errors in the same words."""
 
 import contextlib
+import hashlib
 import math
 import os
+import stat
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+
+class Stamp(NamedTuple):
+    """A file, or all files of a folder, as they were at one time."""
+
+    path: str
+    state: str
+    """Another one where the content was changed, or another file has taken the place, whatever its dates say."""
 
 
 class Rows(Protocol):
@@ -24,11 +34,16 @@ class Rows(Protocol):
     def dtype(self) -> str:
         """By name."""
 
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """Of each file behind it, taken before it was opened; none where there is no file."""
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that reading takes beside the rows it returns."""
+
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes, at least one: halves as float32, labels as int64, in C order."""
-
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """Path, size and time of change of each file behind it; none where there is no file."""
 
 
 def dtype_of(dtype: Any) -> str:
@@ -60,8 +75,7 @@ def reading(name: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        why = " ".join(str(error).split())
-        raise ValueError(f"{name}: can no longer be read as when it was opened ({why})") from None
+        raise ValueError(f"{name}: can no longer be read as when it was opened ({reason(error)})") from None
 
 
 def picked(x: Any, shape: tuple[int, ...], axes: int, start: int, stop: int) -> Any:
@@ -89,15 +103,55 @@ def _pieces(leading: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[i
             start = i * inner + end
 
 
-def stamp(path: str) -> tuple[str, int, int]:
-    """A file as it is now."""
+def stamp(path: str) -> Stamp:
+    """A file or folder as it is now."""
     found = os.stat(path)
-    return os.path.abspath(path), found.st_size, found.st_mtime_ns
+    if not stat.S_ISDIR(found.st_mode):
+        return Stamp(os.path.abspath(path), _state(found))
+    every = 0
+    for each in files_below(path):  # in whatever order
+        line = f"{each!r} {_state(os.stat(each))}"
+        every ^= int.from_bytes(hashlib.blake2b(line.encode(), digest_size=16).digest())
+    return Stamp(os.path.abspath(path), f"{every:x}")
+
+
+def _state(found: os.stat_result) -> str:
+    # The time of change is set by the system alone, unlike that of modification, which `cp -p` sets back.
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+
+def files_below(folder: str) -> Iterator[str]:
+    """The regular files of a folder and its subfolders; OSError for a pipe or device, which would block its reader."""
+    waiting, seen = [folder], set()
+    while waiting:
+        at = waiting.pop()
+        found = os.stat(at)
+        if (found.st_dev, found.st_ino) in seen:  # a link to a folder above
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        with os.scandir(at) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                elif entry.is_file():
+                    yield entry.path
+                else:
+                    raise OSError(f"{entry.name} in it is neither a file nor a folder")
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line of bounded length: a damaged header may be quoted in full."""
+    return shortened(" ".join(str(error).split()), 200)
+
+
+def shortened(said: str, length: int) -> str:
+    """A text with its middle left out where it is longer."""
+    return said if len(said) <= length else f"{said[: length // 2]} … {said[len(said) - length // 2 :]}"
 
 
 def text(shape: tuple[int | str, ...]) -> str:
     """A shape as people write it."""
-    return "[" + ", ".join(str(size) for size in shape) + "]"
+    return shortened("[" + ", ".join(str(size) for size in shape) + "]", 200)
 
 
 def chosen(name: str, key: str | None, keys: list[str]) -> str:
@@ -105,7 +159,8 @@ def chosen(name: str, key: str | None, keys: list[str]) -> str:
     if key is None and len(keys) == 1:
         return keys[0]
     if key is None or key not in keys:
-        held = ", ".join(sorted(keys)[:10]) + (", …" if len(keys) > 10 else "") if keys else "none"
-        wanted = "no array was named (FILE::key)" if key is None else f"there is no array {key!r}"
+        first = [shortened(each, 60) for each in sorted(keys)[:10]]
+        held = ", ".join(first) + (", …" if len(keys) > 10 else "") if keys else "none"
+        wanted = "no array was named (FILE::key)" if key is None else f"there is no array {shortened(repr(key), 200)}"
         raise ValueError(f"{name}: {wanted}; it holds {held}")
     return key

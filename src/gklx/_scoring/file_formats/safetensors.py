@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import chosen, picked, reading, stamp, widened
+from .rows import Stamp, chosen, picked, reading, reason, stamp, widened
 
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool"}
 _NAMES |= {f"{sign}{bits}": f"{word}{bits}" for sign, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
@@ -19,6 +19,8 @@ class SafetensorsRows:
     shape: tuple[int, ...]
     dtype: str
     axes: int
+    stamps: tuple[Stamp, ...]
+    held_bytes: int = 0
 
     def read(self, start: int, stop: int) -> Any:
         """Rows of the flattened leading axes."""
@@ -27,23 +29,20 @@ class SafetensorsRows:
             x = picked(file.get_slice(self.key), self.shape, self.axes, start, stop)
         return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """The file as it is now."""
-        return (stamp(self.path),)
-
 
 def open_safetensors(name: str, path: str, key: str | None, axes: int) -> SafetensorsRows:
     """A tensor of a file; ValueError where there is none of that key, or the file is damaged."""
     safe_open = _safe_open(name)
     from safetensors import SafetensorError
 
+    stamps = (stamp(path),)
     try:
         with safe_open(path, framework="numpy") as file:
             key = chosen(name, key, list(file.keys()))
             found = file.get_slice(key)
             shape, dtype = tuple(found.get_shape()), found.get_dtype()
     except SafetensorError as error:
-        raise ValueError(f"{name}: the .safetensors file is damaged or cut short ({error})") from None
+        raise ValueError(f"{name}: the .safetensors file is damaged or cut short ({reason(error)})") from None
     if dtype == "BF16":
         try:
             import ml_dtypes  # noqa: F401, by which safetensors reads it
@@ -51,7 +50,7 @@ def open_safetensors(name: str, path: str, key: str | None, axes: int) -> Safete
             raise ValueError(
                 f"{name}: bfloat16 in .safetensors needs ml_dtypes, which is not installed (pip install 'gklx[score]')"
             ) from None
-    return SafetensorsRows(name, path, key, shape, _NAMES.get(dtype, dtype), axes)
+    return SafetensorsRows(name, path, key, shape, _NAMES.get(dtype, dtype), axes, stamps)
 
 
 def _safe_open(name: str) -> Any:

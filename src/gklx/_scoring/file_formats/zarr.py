@@ -1,11 +1,19 @@
-"""Zarr arrays, formats 2 and 3."""
+"""Zarr arrays, formats 2 and 3: a chunk is unpacked once where it holds more rows than are read at a time."""
 
+import functools
+import math
 import os
+import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import chosen, dtype_of, picked, reading, widened
+import numpy as np
+
+from .rows import Stamp, chosen, dtype_of, files_below, picked, reading, reason, stamp, widened
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -18,35 +26,106 @@ class ZarrRows:
     shape: tuple[int, ...]
     dtype: str
     axes: int
+    stamps: tuple[Stamp, ...]
+    band: "Band"
+
+    @property
+    def held_bytes(self) -> int:
+        """A band, as it is kept, as Zarr unpacks it, and as it is stored."""
+        return 3 * self.band.size
 
     def read(self, start: int, stop: int) -> Any:
-        """Rows of the flattened leading axes; whole chunks are decompressed for them."""
+        """Rows of the flattened leading axes."""
         zarr = _library(self.name)
         with reading(self.name):
-            x = picked(zarr.open_array(self.path, mode="r", path=self.key), self.shape, self.axes, start, stop)
+            if self.band.rows <= stop - start:
+                array = zarr.open_array(self.path, mode="r", path=self.key)
+                x = picked(array, self.shape, self.axes, start, stop)
+            else:
+                x = np.concatenate([self._of_band(*each) for each in self.band.parts(start, stop)])
         return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
 
-    def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """The array's folder: the number of its files, and the newest."""
-        root = Path(self.path) / (self.key or "")
-        files = [x.stat() for x in root.rglob("*") if x.is_file()]
-        return ((os.path.abspath(root), sum(x.st_size for x in files), max(x.st_mtime_ns for x in files)),)
+    def _of_band(self, first: int, last: int, start: int, stop: int) -> Any:
+        with _one_at_a_time:
+            return _band(self, first, last)[start - first : stop - first]
+
+
+@dataclass(frozen=True)
+class Band:
+    """The fewest consecutive rows that are whole chunks."""
+
+    rows: int
+    size: int
+    """Bytes."""
+    period: int
+    """Bands start anew after so many rows: the last one of each may be shorter."""
+
+    def parts(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        """The bands in which these rows lie, each from row to row, and which of its rows are meant."""
+        found = []
+        while start < stop:
+            origin = start - start % self.period
+            first = start - (start - origin) % self.rows
+            last = min(first + self.rows, origin + self.period)
+            found.append((first, last, start, min(stop, last)))
+            start = last
+        return found
 
 
 def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
     """An array in a folder; ValueError where there is none of that key."""
     zarr = _library(name)
+    for _ in files_below(path):  # each can be read without waiting for somebody who writes
+        pass
     try:
-        found = zarr.open(path, mode="r")
-        held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are none of Zarr's
+            found = zarr.open(path, mode="r")
+            held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
+            if held is not None:
+                key = chosen(name, key, [each for each, x in held.items() if hasattr(x, "shape")])
+            elif key is not None:
+                raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
+            stamps = (stamp(os.path.join(path, key or "")),)
+            found = zarr.open_array(path, mode="r", path=key)
     except Exception as error:  # whatever its stores and codecs raise
-        raise ValueError(f"{name}: not a Zarr array or group that can be read ({error})") from None
-    if held is not None:
-        key = chosen(name, key, [each for each, x in held.items() if hasattr(x, "shape")])
-        found = held[key]
-    elif key is not None:
-        raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
-    return ZarrRows(name, path, key, tuple(found.shape), dtype_of(found.dtype), axes)
+        if str(error).startswith(f"{name}: "):
+            raise
+        raise ValueError(f"{name}: not a Zarr array or group that can be read ({reason(error)})") from None
+    shape = tuple(found.shape)
+    band = _band_of(shape, tuple(found.chunks), axes, found.dtype.itemsize)
+    return ZarrRows(name, path, key, shape, dtype_of(found.dtype), axes, stamps, band)
+
+
+def _band_of(shape: tuple[int, ...], chunks: tuple[int, ...], axes: int, itemsize: int) -> Band:
+    leading = len(shape) - axes
+    if leading < 1 or 0 in shape:  # refused later, or nothing to read
+        return Band(1, 0, 1)
+    at = next((i for i in range(leading) if chunks[i] > 1), leading - 1)
+    inner, period = math.prod(shape[at + 1 : leading]), math.prod(shape[at:leading])
+    rows = min(chunks[at], shape[at]) * inner
+    return Band(rows, rows * math.prod(shape[leading:]) * itemsize, period)
+
+
+def store_of(path: str) -> str:
+    """The outermost Zarr folder that an array's folder lies in; another path as it is."""
+    if not os.path.isdir(path):
+        return path
+    above = [path, *map(str, Path(path).parents)]
+    return [each for each in above if each.endswith(".zarr")][-1]
+
+
+def forget() -> None:
+    """Lets go of the bands that are kept."""
+    with _one_at_a_time:
+        _band.cache_clear()
+
+
+# The last one of the student's, the teacher's and the labels'.
+@functools.lru_cache(maxsize=3)
+def _band(of: ZarrRows, first: int, last: int) -> Any:
+    array = _library(of.name).open_array(of.path, mode="r", path=of.key)
+    return picked(array, of.shape, of.axes, first, last)
 
 
 def _library(name: str) -> Any:

@@ -1,0 +1,291 @@
+// The loops over the classes of a row. Included once for each instruction set, hence the anonymous namespace.
+//
+// A row stays in the processor's cache, so that it is cheap to go over it several times in short loops that vectorise:
+// inspect it; exponentials and their sums; sums of the deviations of d from its mean; gradients. Sums run in REAL over
+// CHUNK classes, in double over the chunks.
+
+#pragma once
+
+#include <cmath>
+
+#include "cpu.h"
+#include "row.h"
+
+#if defined(_MSC_VER)
+#define SIMD(...) __pragma(omp simd __VA_ARGS__)
+#define APART __declspec(noinline)
+#else
+#define PRAGMA(x) _Pragma(#x)
+#define SIMD(...) PRAGMA(omp simd __VA_ARGS__)
+#define APART __attribute__((noinline))  // a loop of its own keeps its numbers in registers
+#endif
+
+namespace {
+
+// In vectors a chunk's sum is several short ones. A compiler that makes no vectors is told of shorter chunks.
+#ifndef GKLX_CHUNK
+#define GKLX_CHUNK 512
+#endif
+constexpr int64_t CHUNK = GKLX_CHUNK;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A row of valid classes. `w` are the class weights but for a factor.
+//
+// Differences d are taken from that of a reference, the class that weighs most: where it has nearly all weight, what d is
+// rounded by is as large as the differences that matter.
+template <class R> struct Line {
+  int64_t n;
+  const R *s, *t, *w;
+  R *es, *et;  // exp((x - top) / T)
+  R s_top, t_top, s_reference, t_reference, per_temperature;
+  double s_total, t_total, w_total;  // the sums of es, et, w
+  double z_student;                  // the sum of et (s - s_top)
+  R mean;                            // of what d is larger than at the reference
+};
+
+template <class R> struct Inspected {
+  R s_top, t_top;
+  bool moderate;  // all logits are finite, and so are sums of their differences
+};
+
+template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n) {
+  using Word = typename Real<R>::Word;
+  constexpr R limit = Real<R>::largest / R(1ull << 50);
+  R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
+  Word beyond = 0;
+  SIMD(reduction(max : s_top, t_top) reduction(| : beyond))
+  for (int64_t j = 0; j < n; ++j) {
+    s_top = s[j] > s_top ? s[j] : s_top;
+    t_top = t[j] > t_top ? t[j] : t_top;
+    beyond |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
+  }
+  return {s_top, t_top, beyond == 0};
+}
+
+// Fills es, et and their sums, and finds the part of CE. With `Own`, where the teacher's own softmax weighs the classes,
+// also the reference: the largest of several does, as any number between their differences would.
+template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
+  const R *s = x.s, *t = x.t;
+  R *es = x.es, *et = x.et;
+  const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
+  double s_total = 0, t_total = 0, z_student = 0;
+  R s_reference = -Real<R>::inf;
+  for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
+    const int64_t end = smaller(begin + CHUNK, x.n);
+    R a = 0, b = 0, c = 0;
+    SIMD(reduction(+ : a, b, c) reduction(max : s_reference))
+    for (int64_t j = begin; j < end; ++j) {
+      R z_s = s[j] - s_top;
+      R of_s = exponential(z_s * per_temperature), of_t = exponential((t[j] - t_top) * per_temperature);
+      es[j] = of_s;
+      et[j] = of_t;
+      a += of_s;
+      b += of_t;
+      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * z_s;
+      else c += of_t * z_s;
+      if (Own) {
+        R at_top = t[j] == t_top ? s[j] : -Real<R>::inf;
+        s_reference = at_top > s_reference ? at_top : s_reference;
+      }
+    }
+    s_total += double(a);
+    t_total += double(b);
+    z_student += double(c);
+  }
+  x.s_total = s_total;
+  x.t_total = t_total;
+  x.z_student = z_student;
+  if (!Own) return;
+  x.w_total = t_total;
+  x.s_reference = s_reference;
+}
+
+// The reference where a prior or a power of the teacher's softmax weighs the classes.
+template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
+  const R *s = x.s, *t = x.t, *w = x.w;
+  R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
+  SIMD(reduction(max : s_reference, t_reference))
+  for (int64_t j = 0; j < x.n; ++j) {
+    R s_here = s[j], t_here = t[j];
+    bool weighs_most = w[j] == largest_weight;
+    s_here = weighs_most ? s_here : -Real<R>::inf;
+    t_here = weighs_most ? t_here : -Real<R>::inf;
+    s_reference = s_here > s_reference ? s_here : s_reference;
+    t_reference = t_here > t_reference ? t_here : t_reference;
+  }
+  x.s_reference = s_reference;
+  x.t_reference = t_reference;
+}
+
+struct Sums {
+  double moment, squares;  // of w and the deviations of d from its mean
+  double gap;              // of q - p
+  double kl;
+};
+
+template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums(const Line<R> &x) {
+  const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
+  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
+  const R scale = R(difference_scale<Careful>) * x.per_temperature;
+  const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
+  const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
+  Sums found = {0, 0, 0, 0};
+  for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
+    const int64_t end = smaller(begin + CHUNK, x.n);
+    R a = 0, b = 0, g = 0, k = 0;
+    SIMD(reduction(+ : a, b, g, k))
+    for (int64_t j = begin; j < end; ++j) {
+      const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+      const bool infinite = Careful && is_infinite(d.high);
+      if (Spread) {
+        R deviation = ((d.high - reference.high) + (d.low - reference.low)) - mean;
+        if (Careful) deviation = infinite ? R(0) : deviation;
+        R weighted = w[j] * deviation;
+        a += weighted;
+        b += weighted * deviation;
+      }
+      if (Gap || Kl) {
+        R p = et[j] * of_t, q = es[j] * of_s;
+        if (Gap) g += q - p;
+        if (Kl) {
+          R part = divergence(p, q, ((d.high - top.high) + (d.low - top.low)) * scale - normalizers);
+          if (Careful) part = infinite || p == R(0) ? q : part;
+          k += part;
+        }
+      }
+    }
+    found.moment += double(a);
+    found.squares += double(b);
+    found.gap += double(g);
+    found.kl += double(k);
+  }
+  return found;
+}
+
+// What the gradients of one row are multiplied by.
+template <class R> struct Rates {
+  R difference;  // of w (d - its mean)
+  R gap;         // of q - p
+};
+
+enum Student { NOT, GAP, GAP_AND_DIFFERENCE };
+
+template <class R, bool Careful, Student To, bool Teacher>
+APART void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
+  const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
+  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
+  SIMD()
+  for (int64_t j = 0; j < x.n; ++j) {
+    R of_difference = 0, of_gap = 0;
+    if (To == GAP_AND_DIFFERENCE || Teacher) {
+      Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+      R c = ((d.high - reference.high) + (d.low - reference.low)) - mean;
+      if (Careful) c = is_infinite(d.high) ? R(0) : c;
+      of_difference = rates.difference * (w[j] * c);
+    }
+    if (To != NOT) {
+      R p = et[j] * of_t, q = es[j] * of_s;
+      of_gap = rates.gap * ((q - p) - p * gap_sum);
+    }
+    if (To == GAP) to_s[j] = of_gap;
+    if (To == GAP_AND_DIFFERENCE) to_s[j] = of_gap - of_difference;
+    if (Teacher) to_t[j] = of_difference;
+  }
+}
+
+// --- class weights ---------------------------------------------------------------------------------------------------
+
+template <class R> struct Weighing {
+  const R *w;
+  double total;       // the sum of w
+  double mass, base;  // as in Row
+  R largest;          // w
+};
+
+// exp(gamma z / tau), 1 where gamma is 0 though the logit be -inf. W's base is left out unless `Normalizer`.
+template <class R, bool Normalizer>
+APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
+  constexpr R lowest = -Real<R>::largest / 2;
+  double mass = 0, normalizer = 0;
+  for (int64_t begin = 0; begin < n; begin += CHUNK) {
+    const int64_t end = smaller(begin + CHUNK, n);
+    R a = 0, b = 0;
+    SIMD(reduction(+ : a, b))
+    for (int64_t j = begin; j < end; ++j) {
+      R z = (t[j] - t_top) * per_tau;
+      z = z < lowest ? lowest : z;
+      if (Normalizer) b += exponential(z);
+      w[j] = exponential(gamma * z);
+      a += w[j];
+    }
+    mass += double(a);
+    normalizer += double(b);
+  }
+  return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
+}
+
+// Whether sums of numbers up to this neither overflow nor lose digits.
+bool is_ordinary(double base) { return base > 1e-18 && base < 1e18; }
+
+template <class R> struct PriorSeen {
+  R largest;
+  bool wrong;  // an entry is negative or NaN
+};
+
+template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
+  using Word = typename Real<R>::Word;
+  R largest = 0;
+  Word wrong = 0;
+  SIMD(reduction(max : largest) reduction(| : wrong))
+  for (int64_t j = 0; j < n; ++j) {
+    R here = x[j];
+    largest = here > largest ? here : largest;
+    wrong |= here >= R(0) ? Word(0) : Word(1);
+  }
+  return {largest, wrong != 0};
+}
+
+// The largest power of two that is not above x and whose inverse is finite.
+template <class R> R power_of_two_below(R x) {
+  using Word = typename Real<R>::Word;
+  x = x < Real<R>::smallest_normal ? Real<R>::smallest_normal : x;
+  return real_of(Word(bits_of(x) >> Real<R>::fraction << Real<R>::fraction));
+}
+
+// (x / base)^gamma, base about the largest x: x itself, where gamma is 1 and no scale is in the way.
+template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
+  const PriorSeen<R> seen = inspect_prior(x, n);
+  const bool as_they_are = gamma == R(1) && is_ordinary(double(seen.largest));
+  const R base = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_base = R(1) / base;
+  double total = 0;
+  R largest = as_they_are ? base : R(0);
+  for (int64_t begin = 0; begin < n; begin += CHUNK) {
+    const int64_t end = smaller(begin + CHUNK, n);
+    R a = 0;
+    if (as_they_are) {
+      SIMD(reduction(+ : a))
+      for (int64_t j = begin; j < end; ++j) a += x[j];
+    } else if (gamma == R(0)) {
+      for (int64_t j = begin; j < end; ++j) w[j] = R(1);
+      a = R(end - begin);
+      largest = R(1);
+    } else {
+      SIMD(reduction(+ : a) reduction(max : largest))
+      for (int64_t j = begin; j < end; ++j) {
+        R here = x[j] * per_base;
+        here = gamma == R(1) ? here : power(here, gamma);
+        w[j] = here;
+        a += here;
+        largest = here > largest ? here : largest;
+      }
+    }
+    total += double(a);
+  }
+  double mass = seen.wrong ? double(nan_of<R>()) : as_they_are ? total / double(base) : total;
+  return {as_they_are ? x : w, total, mass, double(base), largest};
+}
+
+}  // namespace
