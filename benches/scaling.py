@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ import gklx
 NUMBERS = definitions.Numbers(gamma=0.5, mse_weight=4.0)
 GOAL = 1.05
 _TOLERANCE = 1e-5  # float32, of the row's largest entry
-COLUMNS = ("batch", "classes", "form", "milliseconds", "low", "high", "pairs over gklx", "peak bytes", "resident bytes")
+COLUMNS = ("batch", "classes", "form", "milliseconds", "low", "high", "pairs over gklx", "peak bytes")
 
 
 class Plan(NamedTuple):
@@ -65,7 +66,7 @@ FULL = Plan(
     pair_fit_from=100,
     held_logits=16_000_000,
     held_classes=(1_000, 10_000, 100_000, 250_000),
-    memory_classes=(10, 100, 1_000, 10_000, 100_000, 250_000),
+    memory_classes=(1_000, 10_000, 100_000, 250_000),
     turns=9,
     seconds=0.2,
 )
@@ -90,7 +91,8 @@ class Row(NamedTuple):
     time: Spread
     over_gklx: Spread | None
     """The time of pairs over that of gklx."""
-    peak: dict[str, int | None] | None
+    peak: int | None
+    """Bytes beyond the inputs."""
 
 
 class Fit(NamedTuple):
@@ -153,8 +155,8 @@ def fitted(rows: Sequence[Row], form: str, held: str, start: int) -> Fit:
     return Fit(form, held, classes, float(slope), float(np.sqrt(covariance[0, 0])))
 
 
-def run(plan: Plan) -> tuple[list[Row], list[Fit]]:
-    """Measure everything; the rows of the control come last."""
+def run(plan: Plan) -> tuple[list[Row], list[Row], list[Fit]]:
+    """Measure everything; the second rows are those of the control."""
     forms = [form for form in FORMS if importlib.util.find_spec(form.library)]
     alone = [form for form in forms if not form.pairs]
     rows = [row for classes in plan.pair_classes for row in race(forms, plan.batch, classes, plan)]
@@ -162,41 +164,38 @@ def run(plan: Plan) -> tuple[list[Row], list[Fit]]:
     for i, row in enumerate(rows):
         if row.classes in plan.memory_classes:
             size = json.dumps([row.form, row.batch, row.classes])
-            rows[i] = row._replace(peak=memory.in_fresh_process(__file__, "--worker", size))
+            done = subprocess.run([sys.executable, __file__, "--worker", size], capture_output=True, check=True)
+            rows[i] = row._replace(peak=json.loads(done.stdout))
     # With B * C constant every array has the same bytes at every C, and so do caches and page faults.
     held = [row for c in plan.held_classes for row in race(alone, plan.held_logits // c, c, plan)]
     fits = [fitted(rows, f.name, f"B = {plan.batch}", plan.pair_fit_from if f.pairs else plan.fit_from) for f in forms]
     fits += [fitted(held, form.name, f"B · C = {plan.held_logits:,}", 0) for form in alone]
-    return rows + held, fits
+    return rows, held, fits
 
 
-def worker(name: str, batch: int, classes: int) -> dict[str, int | None]:
+def worker(name: str, batch: int, classes: int) -> int | None:
     """Take the peak of one call beyond its inputs; for a process of its own."""
     (form,) = (form for form in FORMS if form.name == name)
     built(form, 2, 3)()  # lazy imports
-    return memory.peak(built(form, batch, classes), form.library)
+    return memory.peak(built(form, batch, classes))
 
 
 def page(rows: Sequence[Row], fits: Sequence[Fit], plan: Plan, heading: Sequence[str], picture: bool) -> str:
     """Render a run as Markdown."""
     settings = ", ".join(f"{name}={x:g}" for name, x in NUMBERS._asdict().items())
-    lines = [
-        *heading,
-        f"`gkl({settings})` with the teacher's own weights, on one thread. *gklx* is `value_and_grad(gkl, argnums=(0, "
-        "1))`. *pairs* builds the definition's [B, C, C] tensors: on NumPy with the gradients written out, on PyTorch as "
-        "the authors do, by autograd. Before timing, all were held against the definition in float64, to "
-        f"{_TOLERANCE:g} of the row's largest entry.",
-        "",
-        f"Time: median of {plan.turns} turns and the middle half of them. Peak memory: bytes that the library allocated "
-        "beyond its inputs, gradients included, in a fresh process; resident: as the system sees it, where above 16 MB.",
-        "",
-        *(["![Time against the number of classes](scaling.svg)", ""] if picture else []),
-        "The exponent k of time ~ C^k, by least squares on logarithms of the medians; ± is the standard error from the "
-        f"residuals. For gklx the fit starts at C = {plan.fit_from:,}, below which the fixed cost of a call is a large "
-        "part. With B · C constant every array has the same bytes at every C, so that caches and page faults are the "
-        f"same (time is per sample there). The goal is at most {GOAL:g}.",
-        "",
-    ]
+    said = f"""\
+`gkl({settings})`
+with the teacher's own weights, on one thread. *gklx* is `value_and_grad(gkl, argnums=(0, 1))`. *pairs* builds the
+definition's [B, C, C] tensors: on NumPy with the gradients written out, on PyTorch as the authors do, by autograd. Before
+timing, all were held against the definition in float64, to {_TOLERANCE:g} of the row's largest entry.
+
+Time is the median of {plan.turns} turns, with the middle half of them. The peak of resident memory is that of a first
+call in a fresh process, beyond its inputs and with its results, also in arrays of the logits' size.
+
+The exponent k of time ~ C^k is fitted by least squares on logarithms of the medians; ± is the standard error from the
+residuals. For gklx the fit starts at C = {plan.fit_from:,}, below which the fixed cost of a call is a large part. With
+B · C constant every array has the same bytes at every C, so that caches and page faults are the same (time is per
+sample there). The goal is at most {GOAL:g}."""
     cells = [
         [
             fit.form,
@@ -207,14 +206,14 @@ def page(rows: Sequence[Row], fits: Sequence[Fit], plan: Plan, heading: Sequence
         ]
         for fit in fits
     ]
+    lines = [*heading, said, "", *(["![Time against the number of classes](scaling.svg)", ""] if picture else [])]
     lines += markdown(["form", "held", "C", "k", "goal"], cells, right=(3,))
-    headings = ["B", "C", "form", "time (middle half)", "ns a logit", "pairs / gklx", "peak", "in arrays", "resident"]
-    return "\n".join(lines + markdown(headings, map(_cells, rows), right=(0, 1, 4, 5, 6, 7, 8)))
+    headings = ["B", "C", "form", "time (middle half)", "ns a logit", "pairs / gklx", "peak", "in arrays"]
+    return "\n".join(lines + markdown(headings, map(_cells, rows), right=(0, 1, 4, 5, 6, 7)))
 
 
 def _cells(row: Row) -> list[str]:
-    logits, peak = row.batch * row.classes, row.peak or {}
-    counted, resident = peak.get("counted") or 0, peak.get("resident") or 0
+    logits = row.batch * row.classes
     return [
         f"{row.batch:,}",
         f"{row.classes:,}",
@@ -222,18 +221,14 @@ def _cells(row: Row) -> list[str]:
         f"{seconds(row.time.median)} ({seconds(row.time.low)} – {seconds(row.time.high)})",
         figures(row.time.median / logits * 1e9),
         "" if row.over_gklx is None else figures(row.over_gklx.median),
-        amount(counted) if counted else "",
-        f"{counted / (4 * logits):,.1f}" if counted else "",
-        # Below some megabytes it is the allocator's leftovers that are measured.
-        amount(resident) if counted > 2**24 else "",
+        "" if row.peak is None else amount(row.peak),
+        "" if row.peak is None else f"{row.peak / (4 * logits):,.1f}",
     ]
 
 
 def _values(row: Row) -> list[Any]:
-    times = [x * 1e3 for x in row.time]
-    peak = row.peak or {"counted": "", "resident": ""}
     over = "" if row.over_gklx is None else row.over_gklx.median
-    return [row.batch, row.classes, row.form, *times, over, peak["counted"], peak["resident"]]
+    return [row.batch, row.classes, row.form, *(x * 1e3 for x in row.time), over, "" if row.peak is None else row.peak]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -249,8 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(worker(*json.loads(options.worker))))
         return
     plan, loads = QUICK if options.quick else FULL, [pages.load()]
-    rows, fits = run(plan)
-    picture = plots.drawn(plots.growth, [row for row in rows if row.batch == plan.batch])
+    rows, held, fits = run(plan)
+    picture = plots.drawn(plots.growth, rows)
+    rows += held
     title = f"Growth in the number of classes: gkl's value and both gradients, B = {plan.batch}, float32"
     command = "python benches/scaling.py" + (" --quick" if options.quick else "")
     packages = ("numpy", "torch", "array-api-compat")
