@@ -186,8 +186,8 @@ def page(rows: Sequence[Row], fits: Sequence[Fit], plan: Plan, heading: Sequence
     said = f"""\
 `gkl({settings})`
 with the teacher's own weights, on one thread. *gklx* is `value_and_grad(gkl, argnums=(0, 1))`. *pairs* builds the
-definition's [B, C, C] tensors: on NumPy with the gradients written out, on PyTorch as the authors do, by autograd. Before
-timing, all were held against the definition in float64, to {_TOLERANCE:g} of the row's largest entry.
+definition's [B, C, C] tensors: on NumPy with the gradients written out, on PyTorch as the authors do, by autograd.
+Before timing, all were held against the definition in float64, to {_TOLERANCE:g} of the row's largest entry.
 
 Time is the median of {plan.turns} turns, with the middle half of them. The peak of resident memory is that of a first
 call in a fresh process, beyond its inputs and with its results, also in arrays of the logits' size.
