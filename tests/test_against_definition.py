@@ -83,7 +83,8 @@ def test_argnums_follow_jax(backend):
     s, t = backend.array(s), backend.array(t)
     both = gklx.grad(gklx.ikl, argnums=(1, 0))(s, t)
     assert isinstance(both, tuple)
-    assert_close(gklx.grad(gklx.ikl)(s, t), backend.numpy(both[1]), backend, "float64", ulps=0)
-    assert_close(gklx.grad(gklx.ikl, argnums=1)(s, t), backend.numpy(both[0]), backend, "float64", ulps=0)
+    # The kernel's loop for one gradient may fuse another product with a sum than its loop for two.
+    assert_close(gklx.grad(gklx.ikl)(s, t), backend.numpy(both[1]), backend, "float64", ulps=2)
+    assert_close(gklx.grad(gklx.ikl, argnums=1)(s, t), backend.numpy(both[0]), backend, "float64", ulps=2)
     (alone,) = gklx.grad(gklx.ikl, argnums=[1])(s, t)
-    assert_close(alone, backend.numpy(both[0]), backend, "float64", ulps=0)
+    assert_close(alone, backend.numpy(both[0]), backend, "float64", ulps=2)
