@@ -173,7 +173,8 @@ def measured(run: Run, suite: Suite, task: Task, at: int) -> list[Row]:
     """Check and time a suite at the plan's size number `at`."""
     recipe = GKL_RECIPE in suite.asked
     label = f"{suite.library}{' recipe' if recipe else ''} {task.size}"
-    if task.device not in suite.device or not run.only.search(label) or not run.has(suite.library, suite.module):
+    can = task.device in suite.device and (suite.module, task.dtype) != ("cupy", "bfloat16")
+    if not (can and run.only.search(label) and run.has(suite.library, suite.module)):
         return []
     if recipe and 4 * task.classes**2 > _TABLE_BYTES:
         run.left_out[label] = "the prior's table is too large"
@@ -189,7 +190,8 @@ def measured(run: Run, suite: Suite, task: Task, at: int) -> list[Row]:
             call = suite.build(loss, task, suite.peer_asked.both)
             calls[name] = _checked(call, suite.peer_asked, task, f"{label}, {name}")
             theirs.append(name)
-    copies = peers.copies(suite.copies, task, suite.asked[0].both) if suite.copies else {}
+    module = "torch" if suite.copies == "numpy" and task.device == "cuda" else suite.copies
+    copies = peers.copies(module, task, suite.asked[0].both) if module else {}
     say(f"{label}: timing")
     taken = take_turns({**calls, **copies}, run.plan.turns, run.plan.seconds)
     times = {name: taken[name] for name in [*own, *theirs]}
@@ -350,6 +352,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    elif reason := peers.missing("torch", "cuda"):  # the definition is computed there
+        parser.error(reason)
     plan = QUICK if options.quick else FULL if options.device == "cpu" else GPU
     run, loads = Run(plan, options.device, re.compile(options.only or ""), {}), [pages.load()]
     rows = losses(run)

@@ -56,24 +56,8 @@ def _log_softmax(xp: Any, x: Any) -> Any:
 # --- pairs: GKL as the papers write it, with the teacher's own weights ------------------------------------------------
 
 
-def numpy_pairs(student: np.ndarray, teacher: np.ndarray, numbers: Numbers) -> Result:
-    """Compute the definition, with the gradients written out from the pairs."""
-    batch = student.shape[0]
-    log_p, log_q = _log_softmax(np, teacher), _log_softmax(np, student)
-    p, q = np.exp(log_p), np.exp(log_q)
-    w = p**numbers.gamma
-    ww = w[:, :, None] * w[:, None, :]
-    difference = teacher[:, :, None] - teacher[:, None, :] - (student[:, :, None] - student[:, None, :])
-    normalizer = np.sum(ww)
-    mse = 0.25 * np.sum(ww * difference**2) / normalizer
-    ce = -np.sum(p * log_q) / batch
-    to_teacher = numbers.mse_weight * np.sum(ww * difference, axis=-1) / normalizer
-    to_student = numbers.ce_weight * (q - p) / batch - to_teacher
-    return numbers.mse_weight * mse + numbers.ce_weight * ce, to_student, to_teacher
-
-
 def torch_pairs(student: Any, teacher: Any, numbers: Numbers) -> Result:
-    """Go the authors' way: pair tensors, and autograd back through them."""
+    """Go the authors' way in PyTorch: pair tensors, and autograd back through them."""
     import torch
 
     student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()

@@ -1,9 +1,9 @@
 """Time and peak memory of GKL's value and both gradients as the number of classes C grows.
 
 `gklx` works in O(C) a sample; the papers write the weighted mean-square error over all pairs of classes, and the
-authors' code builds those pairs as [B, C, C] tensors. This script measures both on NumPy and on eager PyTorch, on one
-thread: in turns where the pairs fit into memory, `gklx` alone beyond, and fits the exponent of the growth in C. Before
-anything is timed the forms are held against the definition; memory is taken in a fresh process a form and size.
+authors' code builds those pairs as [B, C, C] tensors in PyTorch. This script measures both on one thread, in turns
+where the pairs fit into memory and `gklx` alone beyond, and fits the exponent of the growth in C. Before anything is
+timed the forms are held against the definition; memory is taken in a fresh process a form and size.
 
     python benches/scaling.py                       # the full set, into benches/results/; some minutes
     python benches/scaling.py --quick               # a smoke test of a few seconds, writes only to `--output`
@@ -113,7 +113,6 @@ def _gklx(student: Any, teacher: Any) -> definitions.Result:
 
 FORMS = (
     Form("gklx, NumPy", "numpy", _gklx, pairs=False),
-    Form("pairs, NumPy", "numpy", functools.partial(definitions.numpy_pairs, numbers=NUMBERS), pairs=True),
     Form("gklx, PyTorch", "torch", _gklx, pairs=False),
     Form("pairs, PyTorch", "torch", functools.partial(definitions.torch_pairs, numbers=NUMBERS), pairs=True),
 )
@@ -186,8 +185,8 @@ def page(rows: Sequence[Row], fits: Sequence[Fit], plan: Plan, heading: Sequence
     said = f"""\
 `gkl({settings})`
 with the teacher's own weights, on one thread. *gklx* is `value_and_grad(gkl, argnums=(0, 1))`. *pairs* builds the
-definition's [B, C, C] tensors: on NumPy with the gradients written out, on PyTorch as the authors do, by autograd.
-Before timing, all were held against the definition in float64, to {_TOLERANCE:g} of the row's largest entry.
+definition's [B, C, C] tensors as the authors do, with autograd. Before timing, all were held against the definition in
+float64, to {_TOLERANCE:g} of the row's largest entry.
 
 Time is the median of {plan.turns} turns, with the middle half of them. The peak of resident memory is that of a first
 call in a fresh process, beyond its inputs and with its results, also in arrays of the logits' size.
