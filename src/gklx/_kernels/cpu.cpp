@@ -302,8 +302,9 @@ template <class R> struct Rower {
     // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
     if (pass.mse && (!(4 * off <= 3 * found.squares) || is_infinite(off))) {
       found.squares = sums<R, Careful, true, false, false>(x).squares;
+    } else {
+      found.squares -= off;
     }
-    else found.squares -= off;
     return found;
   }
 
