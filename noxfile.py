@@ -123,7 +123,9 @@ def oldest(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def kernels(session: nox.Session) -> None:
     """The CUDA kernels without a GPU: run on the CPU, thread by thread, and compiled for GPUs."""
-    _install(session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.6")
+    _install(
+        session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.8", "cuda-core>=1", "cuda-bindings==12.*"
+    )
     _pytest(session, "cuda_kernels", "numpy")
 
 

@@ -170,6 +170,7 @@ _SELECTED = {
 _TESTS = (
     "test_against_definition.py::test_value_and_gradients",
     "test_extremes.py",
+    "test_right_numbers.py",
     "test_blocks.py::test_blocks_are_the_whole",
 )
 MUTANTS = {"formulas": of_formulas, "kernel": of_kernel}
