@@ -108,7 +108,7 @@ class _Evaluation:
         row.ce = log_s - sum(p[j] * z_s[j] for j in both)
         row.ce_off = unit * (1 + log_s) + sum((p[j] * (p_off[j] + unit) + tiny) * -z_s[j] for j in both)
         row.kl = sum(p[j] * (log_p[j] - log_q[j]) for j in both) if self.kl else ZERO
-        row.kl_off = OWN * sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both)
+        row.kl_off = OWN * (1 + sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both))
         for j in n if self.kl else ():
             ratio = log_p[j] - log_q[j] if j in both else ZERO
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]
