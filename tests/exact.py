@@ -24,8 +24,8 @@ def evaluate(name, s, t, *, prior=None, labels=None, mse_weight=1.0, ce_weight=1
     """Value, gradient to the student, gradient to the teacher, and the three bounds of their errors in `dtype`.
 
     Arrays are NumPy's float64, of values that the dtype holds. An infinite bound: a factor or a summand is beyond the
-    dtype, so that the entry may be anything but NaN. NaN as a bound: it may be NaN as well, since it depends on underflow
-    whether an infinite difference counts.
+    dtype, so that the entry may be anything but NaN. NaN as a bound: it may be NaN as well, since it depends on
+    underflow whether an infinite difference counts.
     """
     with decimal.localcontext(CONTEXT):
         kind = np.dtype(dtype).type

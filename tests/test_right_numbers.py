@@ -391,8 +391,9 @@ def test_programs_of_many_rows_with_x64(jax, dtype, name):
         loss = LOSSES[name] if gamma is None else partial(gklx.gkl, gamma=gamma)
         for arrays in ({}, {"prior": prior.astype(dtype)}) if name in ("ikl", "gkl") else ({},):
             value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(s.astype(dtype), t.astype(dtype), **arrays)
-            exactly, of_both = gklx.value_and_grad(loss, (0, 1))(s.astype(dtype).astype("float64"),
-                t.astype(dtype).astype("float64"), **{key: x.astype("float64") for key, x in arrays.items()})  # fmt: skip
+            wide = [x.astype(dtype).astype("float64") for x in (s, t)]
+            wide_arrays = {key: x.astype("float64") for key, x in arrays.items()}
+            exactly, of_both = gklx.value_and_grad(loss, (0, 1))(*wide, **wide_arrays)
             np.testing.assert_allclose(value, exactly, rtol=1e-5 if dtype == "float32" else 1e-13)
             for x, y in zip(gradients, of_both, strict=True):
                 assert x.dtype == dtype
@@ -419,8 +420,14 @@ def close(torch, found, expected, dtype):
 
 @pytest.mark.parametrize(
     ("how", "dtype"),
-    [("backward", "float32"), ("backward", "float64"), ("backward", "bfloat16"), ("value_and_grad", "float32"), ("func", "float32")],
-)  # fmt: skip
+    [
+        ("backward", "float32"),
+        ("backward", "float64"),
+        ("backward", "bfloat16"),
+        ("value_and_grad", "float32"),
+        ("func", "float32"),
+    ],
+)
 def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
     """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
     if how == "func" and execution == "kernel":
