@@ -150,8 +150,28 @@ def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
     prior = {"where": where, "prior": np.full_like(s, 0.25)}
     problems = [(name, settings, s, t, {"where": where}) for name, settings in PLAIN]
     check(backend, dtype, *problems, ("ikl", {}, s, t, prior), ("gkl", {"gamma": 2.0}, s, t, prior))
-    value = gklx.kl(backend.array([[-1e18, 0.0]]), backend.array([[0.0, 0.0]]), where=backend.array([True, False]))
-    assert_close(value, 0.0, backend, "float64", ulps=0)
+    # Or the other way round: what is left is far from what is taken out.
+    far = [x for x in (1e4, -1e9, -1e18, 1e30) if abs(x) <= exact.LARGEST[dtype]]
+    s, t = (x[: len(far)] for x in masked_out(dtype)[:2])
+    for i, x in enumerate(far):
+        s[i, :, :3], t[i, :2, :3] = x * (1 + 0.1 * np.arange(3)), 0.5 * x
+    s[:, :, 3:] = t[:, :, 3:] = 0.0
+    for kept in ([True, False, False, False, False, False], [True, True, True, False, False, False]):
+        where = np.broadcast_to(np.asarray(kept), s.shape)
+        check(backend, dtype, *((name, settings, s, t, {"where": where}) for name, settings in PLAIN))
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e18, -3e38])
+def test_one_class_is_left_far_from_the_one_taken_out(backend, low):
+    s, t, where = np.asarray([[low, 0.0]]), np.zeros((1, 2)), np.asarray([True, False])
+    for logits in ((s, t), (t, s), (s[0], t[0])):
+        given = (backend.array(x, "float32") for x in logits)
+        for loss in LOSSES.values():
+            value, gradients = gklx.value_and_grad(loss, (0, 1))(*given, where=backend.array(where))
+            assert_close(value, 0.0, backend, "float32", ulps=0)
+            for x in gradients:
+                assert (backend.numpy(x) == 0).all()
+            given = (backend.array(x, "float32") for x in logits)
 
 
 def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
