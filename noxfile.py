@@ -46,6 +46,7 @@ nox.options.sessions = [
     "kernels",
     "sanitize",
     "evidence",
+    "fuzz",
     "cupy",
     "docs",
     "package",
@@ -167,6 +168,17 @@ def evidence(session: nox.Session) -> None:
     """The identities of the theory page, and each experiment for two steps."""
     _install(session, ["torch", "jax", "experiments"], *TOOLS, "optax>=0.2.5", "sympy>=1.13")
     _pytest(session, "evidence", "numpy,torch,jax")
+
+
+@nox.session(python=PYTHONS[0])
+def fuzz(session: nox.Session) -> None:
+    """Random problems against an oracle: a minute here, as long as one likes by `nox -s fuzz -- --seconds 3600`."""
+    _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS)
+    options = session.posargs or ["--seconds", "10"]
+    for backend in ("numpy", "torch", "jax", "strict"):
+        session.run("python", "benches/fuzz_losses.py", "--backend", backend, *options)
+    if pathlib.Path("benches", "fuzz_files.py").exists():
+        session.run("python", "benches/fuzz_files.py", *(session.posargs or ["--seconds", "20"]))
 
 
 @nox.session(python=PYTHONS[0])

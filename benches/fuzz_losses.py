@@ -136,7 +136,8 @@ def laid_out(backend: Backend, x: Any, layout: int) -> Any:
     if backend.library.backend not in ("numpy", "torch") or x.ndim < 2 or layout == 0:
         return x
     if layout == 1:
-        return backend.xp.permute_dims(backend.xp.permute_dims(x, tuple(reversed(range(x.ndim)))) + 0, tuple(reversed(range(x.ndim))))  # fmt: skip
+        axes = tuple(reversed(range(x.ndim)))
+        return backend.xp.permute_dims(laid_out(backend, backend.xp.permute_dims(x, axes), 2), axes)
     return backend.xp.stack([x, x], axis=-1)[..., 0]
 
 
@@ -174,6 +175,7 @@ def differentiated(backend: Backend, loss: Any, s: Any, t: Any, arrays: dict[str
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))

@@ -24,8 +24,8 @@ def evaluate(name, s, t, *, prior=None, labels=None, mse_weight=1.0, ce_weight=1
     """Value, gradient to the student, gradient to the teacher, and the three bounds of their errors in `dtype`.
 
     Arrays are NumPy's float64, of values that the dtype holds. An infinite bound: a factor or a summand is beyond the
-    dtype, so that the entry may be anything but NaN. NaN as a bound: it may be NaN as well, since it depends on underflow
-    whether an infinite difference counts.
+    dtype, so that the entry may be anything but NaN. NaN as a bound: it may be NaN as well, since it depends on
+    underflow whether an infinite difference counts.
     """
     with decimal.localcontext(CONTEXT):
         kind = np.dtype(dtype).type
@@ -108,7 +108,7 @@ class _Evaluation:
         row.ce = log_s - sum(p[j] * z_s[j] for j in both)
         row.ce_off = unit * (1 + log_s) + sum((p[j] * (p_off[j] + unit) + tiny) * -z_s[j] for j in both)
         row.kl = sum(p[j] * (log_p[j] - log_q[j]) for j in both) if self.kl else ZERO
-        row.kl_off = OWN * sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both)
+        row.kl_off = OWN * (1 + sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both))
         for j in n if self.kl else ():
             ratio = log_p[j] - log_q[j] if j in both else ZERO
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]

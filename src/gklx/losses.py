@@ -55,7 +55,8 @@ def kl(
     where : boolean array, broadcast against the logits, optional
         False takes a class out of the softmax, with gradient exactly 0.
     reduction : {"mean", "sum", "none"}
-        "mean" is Σ v·loss / Σ v over all samples (not over elements), "sum" is Σ v·loss, "none" the losses [...].
+        "mean" is Σ v·loss / Σ v over all samples (not over elements), "sum" is Σ v·loss, "none" each v·loss, [...]:
+        the entries add up to the "sum".
 
     Returns
     -------
@@ -289,7 +290,8 @@ def gkl(
     normalize : {"batch", "samples"}
         "batch" divides the wMSE by Σ v W² over the batch, "samples" by Σ v.
     sample_weight, where, reduction
-        As in `kl`; under "none" each wMSE is divided by Σ v W² / Σ v, so that the entries' mean is the "mean".
+        As in `kl`; under "none" each wMSE is divided by Σ v W² / Σ v, so that the entries add up to
+        Σ v times the "mean".
 
     Returns
     -------

@@ -79,13 +79,16 @@ def _loss(
     reduction: str,
     asked: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Value and gradients, empty where not asked for; the numbers are those of `opened` where it is given."""
+    """Value and gradients, empty where not asked for; the numbers are those of `opened` where it is given.
+
+    Contiguous, as the compiler was told by `_shapes`: the formulas' results have the strides of the logits.
+    """
     arrays = Arrays(student, teacher, prior, labels, sample_weight, where)
     found_numbers = Numbers(*(numbers if opened is None else opened.tolist()))
     call = Call(xp, _dtype(student, teacher), Formula(*formula), reduction, found_numbers, arrays, None)  # type: ignore[arg-type]
     found = evaluate(call, value=asked[0], student=asked[1], teacher=asked[2], upstream=upstream)
     return tuple(
-        like.new_empty(0) if x is None else x
+        like.new_empty(0) if x is None else x.contiguous()
         for x, like in zip((found.value, found.student, found.teacher), (student, student, teacher), strict=True)
     )  # type: ignore[return-value]
 

@@ -344,15 +344,19 @@ def _as_float(name: str, value: Any) -> float:
 def _values(xp: ModuleType, arrays: Arrays, prior: Array, given_labels: Array | None) -> None:
     """Labels that name a class and priors that are weights, in every sample that counts."""
     logits = (arrays.student, arrays.teacher)
-    if not _all_weights(xp, prior):
-        bad = ~((prior >= 0) & (prior < xp.inf))
-        if arrays.labels is None:
+    classes, labels = arrays.student.shape[-1], arrays.labels
+    read = prior
+    if labels is not None:
+        _label_values(xp, labels, given_labels, classes, logits, arrays.where, arrays.sample_weight)
+        if math.prod(labels.shape) < classes:  # of a table with more rows than samples those that are used
+            used = xp.astype(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), xp.int64)
+            read = xp.take(prior, xp.reshape(used, (-1,)), axis=0)
+    if not _all_weights(xp, read):
+        bad = ~((read >= 0) & (read < xp.inf))
+        if labels is None:
             bad = bad & valid_mask(xp, logits, arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
-            raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad)}")
-    if arrays.labels is not None:
-        classes = arrays.student.shape[-1]
-        _label_values(xp, arrays.labels, given_labels, classes, logits, arrays.where, arrays.sample_weight)
+            raise ValueError(f"prior must be finite and not negative, got {_first(xp, read, bad)}")
 
 
 def _all_weights(xp: ModuleType, x: Array) -> bool:

@@ -194,8 +194,8 @@ def energy(call: Call, rows: Rows, weights: ClassWeights, around: Deviations) ->
     """E = 1/2 sum_j u_j (d_j - mu)^2, [...]; wMSE = W^2 E."""
     found = 8.0 * call.xp.sum((around.weights * around.centred) * around.centred, axis=-1)  # 16 quarters of quarters
     # Opposite infinities: mu is undefined, the sum of squares is not.
-    known = ~rows.undefined & ~call.xp.isnan(weights.total)
-    return call.xp.where(around.infinite & known, call.xp.inf, found)
+    found = call.xp.where(around.infinite & ~call.xp.isnan(weights.total), call.xp.inf, found)
+    return call.xp.where(rows.undefined, call.xp.nan, found)
 
 
 def energy_gradient(around: Deviations) -> Array:
