@@ -117,7 +117,9 @@ def test_float64_is_near_rounding_of_extended_precision():
             expected, exact_s, exact_t = oracle.evaluate(case.loss, s, t, **case.settings)
             assert_near(value, expected, "float64", ulps=32, scale=1.0)
             assert_near(to_s, exact_s, "float64", ulps=32, scale=scale_of(s, t))
-            assert_near(to_t, exact_t, "float64", ulps=32, scale=scale_of(s, t))
+            # Logits some 25 below their maximum: the difference is rounded by up to 8 units of what its exponential is
+            # known to, and a gradient takes several of those.
+            assert_near(to_t, exact_t, "float64", ulps=40, scale=scale_of(s, t))
 
 
 def test_gamma_reaches_below_underflow():

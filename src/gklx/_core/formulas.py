@@ -96,7 +96,7 @@ def rows_of(call: Call) -> Rows:
     unreachable = xp.any(valid & (s == -xp.inf) & (t > -xp.inf), axis=-1)
     rounded, error = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))
     top, top_error = difference(xp, teacher.top, student.top)
-    d = (rounded - top) + (error - top_error)
+    d = xp.where(undefined[..., None], xp.nan, (rounded - top) + (error - top_error))
     return Rows(valid, has_valid, student, teacher, d, undefined, unreachable & ~undefined)
 
 
@@ -143,6 +143,7 @@ def class_weights(call: Call, rows: Rows) -> ClassWeights:
         prior = xp.where(valid, xp.where(prior >= 0, prior, xp.nan), 0.0)
         base = xp.max(prior, axis=-1)
         relative = (prior / xp.where(base == 0, 1.0, base)[..., None]) ** numbers.gamma
+        relative = xp.where(xp.isnan(prior), xp.nan, relative)  # NaN^0 would be 1
     relative = xp.where(valid, relative, 0.0)
     total = xp.sum(relative, axis=-1)
     return ClassWeights(relative, xp.where(known | ~rows.has_valid, total, xp.nan), base)
@@ -306,7 +307,8 @@ def teacher_gradient(call: Call, rows: Rows, around: Deviations | None, factors:
 
 
 def scaled(xp: ModuleType, factor: Array, x: Array) -> Array:
-    """Factor * x, and 0 where the factor is 0 though x be infinite or NaN."""
+    """Factor * x, and 0 where the factor is 0 though x be infinite or NaN, or x is 0 though the factor overflowed."""
+    factor = xp.where(xp.isinf(factor) & (x == 0), 0.0, factor)
     return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)
 
 
