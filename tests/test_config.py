@@ -11,7 +11,7 @@ import pytest
 
 import backends
 import gklx
-from gklx._run import cpu
+from gklx._run import cpu, cuda_launch
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"numpy", "torch", "torch.compile", *(["jax.jit"] if hasattr(cpu.library(), "gklx_jax_rows") else [])}
@@ -95,6 +95,16 @@ def test_a_distribution_of_another_name(monkeypatch, tmp_path):
     (tmp_path / "cupy_cuda99x-13.5.dist-info" / "top_level.txt").write_text("cupy\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert gklx.show_config("dicts")["libraries"]["cupy"]["version"] == "13.5"
+
+
+@pytest.mark.parametrize(("kernel", "says"), [("0", "formulas"), ("1", "kernels (cuda)")])
+def test_a_launcher_of_the_cuda_kernels(monkeypatch, kernel, says):
+    backends.needs("torch")
+    monkeypatch.setenv("GKLX_KERNEL", kernel)
+    monkeypatch.setattr(cuda_launch, "_is_installed", lambda module: module == "cuda.core")
+    found = gklx.show_config("dicts")["libraries"]
+    assert found["torch"]["gpu"] == says
+    assert "cupy" not in found or found["cupy"]["gpu"] == "formulas"
 
 
 @pytest.mark.parametrize("kernel", ["0", "1"])

@@ -315,7 +315,8 @@ def test_a_library_that_raises_is_a_broken_case_and_not_the_end(other, few, monk
 
     monkeypatch.setattr(backends.BY_BACKEND[other].namespace(), "sum", broken)
     found = verify(["numpy", other])
-    assert blamed(found) == {f"{other} (formulas)"}
+    # The kernel needs no sum; the derivative of a program of JAX may.
+    assert {f"{other} (formulas)"} <= blamed(found) <= set(names_of(other))
     assert {check.told for check in found.broken} == {"raised RuntimeError: no \x1b[31msums"}
     assert any(check.places == ("numpy (formulas)",) for check in found.checks)
     failures = ET.fromstring(as_junit(found).encode()).iter("failure")

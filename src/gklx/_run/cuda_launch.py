@@ -57,6 +57,11 @@ def available(x: Array) -> bool:
     return _launcher(x.device.index, _LAUNCHERS) is not None
 
 
+def installed(backend: str) -> bool:
+    """Whether a launcher is there for the arrays of CuPy or PyTorch; if it works is known with the first of them."""
+    return any(_is_installed(each.module) for each in (_LAUNCHERS[:1] if backend == "cupy" else _LAUNCHERS))
+
+
 class _Launcher(NamedTuple):
     module: str
     kernel_of: Callable[[Options, str, int], Any]

@@ -10,8 +10,10 @@ from . import blocks, cpu, cuda, rows
 
 
 def kernel_of(call: Call) -> str | None:
-    """The instruction set of the kernel that runs a call; None where the formulas do."""
-    return cpu.instruction_set() if rows.serves(call) else None
+    """The instruction set of the kernel that runs a call, "cuda" on a GPU; None where the formulas do."""
+    if rows.serves(call):
+        return cpu.instruction_set()
+    return "cuda" if cuda.serves(call) else None
 
 
 def evaluate(
