@@ -19,7 +19,7 @@ def main(kind: str) -> None:
     sources = Path(__file__).resolve().parents[1] / "src"
     assert sources not in package.parents, f"{package} is the source tree, not an installation"
     assert gklx.__version__ == version("gklx")
-    for name in ("py.typed", "_kernels/row.h", "_kernels/cpu.cpp", "_kernels/jax_ffi.cpp", "_cuda/rows.cu"):
+    for name in ("py.typed", "_kernels/row.h", "_kernels/cpu.cpp", "_kernels/jax_ffi.cpp", "_kernels/cuda.cu"):
         assert (package / name).is_file(), f"{name} is missing"
     assert (cpu.instruction_set() is None) == (kind == "pure"), f"{kind}, instruction set {cpu.instruction_set()}"
     student, teacher = np.zeros((1, 2)), np.log([[0.25, 0.75]])

@@ -17,37 +17,6 @@ int64_t bytes_of(int32_t type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
 
 template <class R> constexpr int32_t type_of = sizeof(R) == 8 ? F64 : F32;
 
-float float_of_half(uint16_t half) {
-  uint32_t sign = uint32_t(half & 0x8000u) << 16, size = half & 0x7fffu;
-  float normal = real_of(uint32_t((size << 13) + (112u << 23)));
-  float subnormal = float(size) * real_of(uint32_t(103u << 23));  // 2^-24
-  float unbounded = real_of(uint32_t((size << 13) | 0x7f800000u));
-  float x = size >= 0x7c00u ? unbounded : size < 0x400u ? subnormal : normal;
-  return real_of(bits_of(x) | sign);
-}
-
-uint16_t half_of_float(float x) {
-  uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
-  uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
-  uint32_t subnormal = bits_of(real_of(size) + 0.5f) - 0x3f000000u;  // the sum rounds to a multiple of 2^-24
-  uint32_t half = size > 0x7f800000u ? 0x7e00u : size >= 0x477ff000u ? 0x7c00u : size < 0x38800000u ? subnormal : normal;
-  return uint16_t(half | sign);
-}
-
-uint16_t brain_of_float(float x) {
-  uint32_t bits = bits_of(x);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-// A float such that rounding it again to fewer digits gives what rounding `x` itself gives: odd where inexact.
-float rounded_to_odd(double x) {
-  float nearest = float(x);
-  uint32_t bits = bits_of(nearest);
-  if (double(nearest) == x || (bits & 1u)) return nearest;
-  return real_of(size_of(double(nearest)) > size_of(x) ? bits - 1u : bits + 1u);
-}
-
 void widen_halves(const uint16_t *from, float *to, int64_t n) {
   int64_t j = 0;
 #if defined(__F16C__)

@@ -6,16 +6,25 @@
 
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // NVIDIA's compiler at run time, which has no standard headers
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+namespace std { using ::memcpy; using ::pow; }
+#define GKLX_BOTH __device__ __forceinline__
+#define GKLX_INFINITY __builtin_bit_cast(double, 0x7ff0000000000000ull)
+#else
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-
-#if defined(__CUDACC__)
-#define GKLX_BOTH __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
+#define GKLX_INFINITY __builtin_huge_val()
+#if defined(_MSC_VER)
 #define GKLX_BOTH static __forceinline
 #else
 #define GKLX_BOTH static inline __attribute__((always_inline))
+#endif
 #endif
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
@@ -24,7 +33,7 @@ template <class R> struct Real;
 
 template <> struct Real<float> {
   using Word = uint32_t;
-  static constexpr float inf = __builtin_huge_valf(), largest = 3.402823466e38f;
+  static constexpr float inf = float(GKLX_INFINITY), largest = 3.402823466e38f;
   static constexpr float smallest_normal = 1.17549435e-38f, two_to_fraction = 8388608.0f;
   static constexpr int fraction = 23, bias = 127;
   // Adding it rounds to an integer, which then stands in the low bits.
@@ -35,7 +44,7 @@ template <> struct Real<float> {
 
 template <> struct Real<double> {
   using Word = uint64_t;
-  static constexpr double inf = __builtin_huge_val(), largest = 1.7976931348623157e308;
+  static constexpr double inf = GKLX_INFINITY, largest = 1.7976931348623157e308;
   static constexpr double smallest_normal = 2.2250738585072014e-308, two_to_fraction = 4503599627370496.0;
   static constexpr int fraction = 52, bias = 1023;
   static constexpr double rounder = 6755399441055744.0;
@@ -53,6 +62,42 @@ GKLX_BOTH double size_of(double x) { return real_of(uint64_t(bits_of(x) & 0x7fff
 template <class R> GKLX_BOTH bool is_nan(R x) { return x != x; }
 template <class R> GKLX_BOTH bool is_infinite(R x) { return size_of(x) == Real<R>::inf; }
 template <class R> GKLX_BOTH R nan_of() { return Real<R>::inf - Real<R>::inf; }
+
+// --- half precisions -------------------------------------------------------------------------------------------------
+
+// Bits of float16 and bfloat16 to a float and back, rounded to even.
+GKLX_BOTH float float_of_half(uint16_t half) {
+  uint32_t sign = uint32_t(half & 0x8000u) << 16, size = half & 0x7fffu;
+  float normal = real_of(uint32_t((size << 13) + (112u << 23)));
+  float subnormal = float(size) * real_of(uint32_t(103u << 23));  // 2^-24
+  float unbounded = real_of(uint32_t((size << 13) | 0x7f800000u));
+  float x = size >= 0x7c00u ? unbounded : size < 0x400u ? subnormal : normal;
+  return real_of(bits_of(x) | sign);
+}
+
+GKLX_BOTH uint16_t half_of_float(float x) {
+  uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  uint32_t normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  uint32_t subnormal = bits_of(real_of(size) + 0.5f) - 0x3f000000u;  // the sum rounds to a multiple of 2^-24
+  uint32_t half = size > 0x7f800000u ? 0x7e00u : size >= 0x477ff000u ? 0x7c00u : size < 0x38800000u ? subnormal : normal;
+  return uint16_t(half | sign);
+}
+
+GKLX_BOTH uint16_t brain_of_float(float x) {
+  uint32_t bits = bits_of(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// A float such that rounding it again to fewer digits gives what rounding `x` itself gives: odd where inexact.
+GKLX_BOTH float rounded_to_odd(double x) {
+  float nearest = float(x);
+  uint32_t bits = bits_of(nearest);
+  if (double(nearest) == x || (bits & 1u)) return nearest;
+  return real_of(size_of(double(nearest)) > size_of(x) ? bits - 1u : bits + 1u);
+}
+
+// --- exponential and logarithm ----------------------------------------------------------------------------------------
 
 // Polynomials by Estrin's scheme: a processor waits less for it than for Horner's.
 template <class R> GKLX_BOTH R quartic(R x, R x2, R a0, R a1, R a2, R a3) { return (a0 + a1 * x) + (a2 + a3 * x) * x2; }
@@ -86,6 +131,12 @@ GKLX_BOTH double divergence_tail(double x) {
   return low + x4 * (middle + x4 * (high + x4 * highest));
 }
 
+#if defined(__CUDACC_RTC__)  // a GPU has an instruction for the most of each
+GKLX_BOTH float exponential(float x) { return expf(x); }
+GKLX_BOTH double exponential(double x) { return exp(x); }
+GKLX_BOTH float logarithm(float x) { return logf(x); }
+GKLX_BOTH double logarithm(double x) { return log(x); }
+#else
 // exp(x) for x <= 80, 0 below the normal numbers.
 template <class R> GKLX_BOTH R exponential(R x) {
   using Word = typename Real<R>::Word;
@@ -127,6 +178,7 @@ template <class R> GKLX_BOTH R logarithm(R x) {
   R f = m - R(1);
   return n * Real<R>::ln2_high + (logarithm_near_1(f) + n * Real<R>::ln2_low);
 }
+#endif
 
 // x^gamma for 0 <= x < 2 and gamma > 0.
 template <class R> GKLX_BOTH R power(R x, R gamma) { return x > R(0) ? exponential(gamma * logarithm(x)) : x; }

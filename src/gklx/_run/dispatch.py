@@ -1,12 +1,17 @@
-"""Runs a call: on the row kernel where it serves the arrays, else by the formulas."""
+"""Runs a call: on the row kernel of the CPU or of a GPU where it serves the arrays, else by the formulas."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result
-from . import blocks, rows
+from . import blocks, cpu, cuda, rows
+
+
+def kernel_of(call: Call) -> str | None:
+    """The instruction set of the kernel that runs a call; None where the formulas do."""
+    return cpu.instruction_set() if rows.serves(call) else None
 
 
 def evaluate(
@@ -23,7 +28,7 @@ def evaluate(
     `shared` is what the samples of the batch share, where an earlier evaluation found it. The gradients are those of
     each sample's own entry under the reduction "none", times `upstream`, of the value's shape, where it is given.
     """
-    run = rows.evaluate if rows.serves(call) else blocks.evaluate
+    run = rows.evaluate if rows.serves(call) else cuda.evaluate if cuda.serves(call) else blocks.evaluate
     return run(call, shared, value=value, student=student, teacher=teacher, upstream=upstream)
 
 
@@ -50,8 +55,9 @@ def sample_losses(calls: Sequence[Call]) -> SampleLosses:
 
     Of calls that differ in formula, gamma, weight temperature or prior alone.
     """
-    if all(rows.serves(each) for each in calls):
-        return _sample_losses_by_kernel(calls)
+    for kernel in (rows, cuda):
+        if all(kernel.serves(each) for each in calls):
+            return _sample_losses_by_kernel(calls, kernel.samples)
     call, (mse, mass) = calls[0], ([], [])
     of_rows = formulas.rows_of(call)
     for each in calls:
@@ -74,7 +80,7 @@ def sample_losses(calls: Sequence[Call]) -> SampleLosses:
     )
 
 
-def _sample_losses_by_kernel(calls: Sequence[Call]) -> SampleLosses:
+def _sample_losses_by_kernel(calls: Sequence[Call], samples: Callable[[Call], rows.SampleResults]) -> SampleLosses:
     """One pass for all calls that weigh the classes alike."""
     found: dict[object, rows.SampleResults] = {}
     of_calls = []
@@ -83,7 +89,7 @@ def _sample_losses_by_kernel(calls: Sequence[Call]) -> SampleLosses:
         tempered = call.formula.tempered and n.temperature != 1.0
         key = (n.gamma, n.weight_temperature, id(call.arrays.prior), tempered)
         if key not in found:
-            found[key] = rows.samples(call)
+            found[key] = samples(call)
         of_calls.append(found[key])
     first = of_calls[0]
     mse, mass = tuple(x.mse for x in of_calls), tuple(x.mass for x in of_calls)

@@ -38,7 +38,7 @@ def serves(call: Call) -> bool:
         return False
     if not all(isinstance(x, float) for x in call.numbers):
         return False
-    return library.backend == "numpy" or _plain_torch(call)
+    return library.backend == "numpy" or are_plain_tensors(call, "cpu")
 
 
 def evaluate(
@@ -127,7 +127,7 @@ def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
         kept.append(contiguous(arrays.sample_weight, dtype))
         sample_weight = address(kept[-1])
     if arrays.where is not None:
-        mask, where_row, where_class = _mask(call)
+        mask, where_row, where_class = mask_layout(call)
         kept.append(contiguous(mask, None))
         where = address(kept[-1])
     request = cpu.RowCall(
@@ -163,7 +163,7 @@ def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
     return request, host, kept
 
 
-def _mask(call: Call) -> tuple[Array, int, int]:
+def mask_layout(call: Call) -> tuple[Array, int, int]:
     """`where`, and how far apart it has the next row and the next class: a mask of all rows alike is not repeated."""
     where, shape = call.arrays.where, call.arrays.student.shape
     assert where is not None
@@ -194,8 +194,8 @@ def _torch_contiguous(x: Any, dtype: Any) -> Any:
     return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
 
 
-def _plain_torch(call: Call) -> bool:
-    """Whether the tensors have memory of their own and nobody records, transforms or compiles what is done to them."""
+def are_plain_tensors(call: Call, device: str) -> bool:
+    """Whether the tensors lie there in memory of their own, and nobody records, transforms or compiles what is done."""
     torch = sys.modules["torch"]
     if (
         torch.compiler.is_compiling()
@@ -210,7 +210,7 @@ def _plain_torch(call: Call) -> bool:
         x is None
         or (
             type(x) in (torch.Tensor, torch.nn.Parameter)
-            and x.device.type == "cpu"
+            and x.device.type == device
             and x.layout == torch.strided
             and not (recording and x.requires_grad)
         )

@@ -1,0 +1,223 @@
+"""Compiles and starts the CUDA kernels on the stream and the device of the arrays: by CuPy, or by NVIDIA's cuda-core.
+
+PyTorch's arrays take whichever of the two is installed.
+"""
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._core.call import Array
+from .._core.libraries import library_of
+
+# From every GPU that NVRTC 13 compiles for (sm_75) on, blocks of this size find the shared memory they need.
+THREADS = 256
+"""Of a block."""
+
+Options = tuple[tuple[str, str], ...]
+"""The definitions that cuda.cu asks for, by name."""
+
+_LANGUAGE = "c++17"
+
+
+class Device(NamedTuple):
+    """What is done with the arrays of one library on one device."""
+
+    contiguous: Callable[[Array, Any], Array]
+    """The array with its rows one after the other, and in a dtype where one is given."""
+    address: Callable[[Array], int]
+    empty: Callable[[tuple[int, ...], Any], Array]
+    """Of a shape and a dtype."""
+    start: Callable[[Options, int, str, tuple[Any, ...]], None]
+    """Runs a kernel, compiled with some options, on so many blocks.
+
+    Its arguments are arrays, None for a null pointer, integers, and floats of the type that it computes in.
+    """
+
+
+def device_of(x: Array) -> Device:
+    """The device of an array on a GPU, CuPy's or PyTorch's."""
+    library = library_of(x)
+    assert library is not None
+    return _of_cupy(x) if library.backend == "cupy" else _of_torch(x)
+
+
+def available(x: Array) -> bool:
+    """Whether the kernels compile for the device of an array; a warning where a compiler is there and fails."""
+    library = library_of(x)
+    assert library is not None
+    if library.backend == "cupy":
+        return _launcher(x.device.id, _LAUNCHERS[:1]) is not None
+    return _launcher(x.device.index, _LAUNCHERS) is not None
+
+
+class _Launcher(NamedTuple):
+    module: str
+    kernel_of: Callable[[Options, str, int], Any]
+    """A kernel, by the options, its name and the device."""
+    start: Callable[[Any, int, int, int, list[Any]], None]
+    """Starts a kernel on a device and a stream of it, on so many blocks, with the arguments."""
+
+
+@cache
+def _launcher(device: int, candidates: tuple[_Launcher, ...]) -> _Launcher | None:
+    """The first that is installed and compiles for a device."""
+    options = (
+        ("REAL", "float"),
+        ("STUDENT", "float"),
+        ("TEACHER", "float"),
+        ("WEIGHTS", "PROBABILITIES"),
+        ("VECTOR", "4"),
+        ("GROUP", str(THREADS)),
+        ("BLOCK", str(THREADS)),
+    )
+    for candidate in candidates:
+        if not _is_installed(candidate.module):
+            continue
+        try:
+            candidate.kernel_of(options, "statistics", device)
+        except Exception as error:  # a compiler or a driver that is not there comes in many kinds
+            message = f"gklx's kernels do not compile here by {candidate.module}: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        else:
+            return candidate
+    return None
+
+
+@cache
+def source() -> str:
+    """The text of cuda.cu with row.h in its place: CuPy's cache on disk knows a kernel by its text."""
+    folder = resources.files("gklx") / "_kernels"
+    text, shared = ((folder / name).read_text(encoding="utf-8") for name in ("cuda.cu", "row.h"))
+    return text.replace('#include "row.h"', shared.replace("#pragma once", ""))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
+
+
+def _numbers(address: Callable[[Array], int], arguments: tuple[Any, ...]) -> list[Any]:
+    def number(x: Any) -> Any:
+        if isinstance(x, np.floating):
+            return x
+        return np.int64(x) if isinstance(x, int) else np.uint64(0 if x is None else address(x))
+
+    return [number(x) for x in arguments]
+
+
+# --- CuPy -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _cupy_kernel(options: Options, name: str, device: int) -> Any:
+    """Compiled for a device; CuPy keeps the result on disk as well."""
+    import cupy
+
+    definitions = (f"-D{key}={value}" for key, value in options)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=source(), options=(f"--std={_LANGUAGE}", *definitions))
+        return module.get_function(name)
+
+
+def _of_cupy(x: Array) -> Device:
+    import cupy
+
+    def address(y: Array) -> int:
+        return int(y.data.ptr)
+
+    def contiguous(y: Array, dtype: Any) -> Array:
+        with x.device:
+            return cupy.ascontiguousarray(y, dtype)
+
+    def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
+        with x.device:
+            _cupy_kernel(options, name, x.device.id)((blocks,), (THREADS,), tuple(_numbers(address, arguments)))
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        with x.device:
+            return cupy.empty(shape, dtype=dtype)
+
+    return Device(contiguous, address, empty, start)
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+def cubin(options: Options, architecture: str) -> Any:
+    """The kernels for an architecture such as "sm_90", by cuda-core; no GPU is needed."""
+    from cuda.core import Program, ProgramOptions
+
+    program_options = ProgramOptions(std=_LANGUAGE, arch=architecture, define_macro=list(options))
+    return Program(source(), "c++", program_options).compile("cubin")
+
+
+@cache
+def _core_kernel(options: Options, name: str, device: int) -> Any:
+    """Compiled for a device; kept as long as the process."""
+    from cuda.core import Device as CudaDevice
+
+    on = CudaDevice(device)
+    on.set_current()
+    return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}").get_kernel(name)
+
+
+class _Stream(NamedTuple):
+    """PyTorch's current stream, as cuda-core asks for one."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
+    import cupy
+
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+        kernel((blocks,), (THREADS,), tuple(given))
+
+
+def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
+    from cuda.core import LaunchConfig, launch
+
+    with sys.modules["torch"].cuda.device(device):
+        launch(_Stream(stream), LaunchConfig(grid=blocks, block=THREADS), kernel, *given)
+
+
+_LAUNCHERS = (
+    _Launcher("cupy", _cupy_kernel, _start_by_cupy),
+    _Launcher("cuda.core", _core_kernel, _start_by_core),
+)
+
+
+def _of_torch(x: Array) -> Device:
+    torch = sys.modules["torch"]
+    device = x.device.index
+    launcher = _launcher(device, _LAUNCHERS)
+    assert launcher is not None
+
+    def address(y: Array) -> int:
+        return int(y.data_ptr())
+
+    def contiguous(y: Array, dtype: Any) -> Array:
+        y = y.detach()
+        return (y if dtype is None else y.to(dtype)).contiguous().resolve_neg()
+
+    def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        kernel = launcher.kernel_of(options, name, device)
+        launcher.start(kernel, device, stream, blocks, _numbers(address, arguments))
+
+    def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+        return torch.empty(tuple(shape), dtype=dtype, device=x.device)
+
+    return Device(contiguous, address, empty, start)
