@@ -60,6 +60,7 @@ def dumps(folder: Path, gigabytes: float, classes: int) -> list[Path]:
             np.lib.format.write_array_header_1_0(file, shape)
             for start in range(0, samples, len(rows)):
                 file.write(rows[: samples - start].data)
+            file.flush()
             os.fsync(file.fileno())  # so that nothing is written while somebody reads
     return paths
 
