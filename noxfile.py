@@ -44,6 +44,7 @@ nox.options.sessions = [
     "together",
     "oldest",
     "kernels",
+    "sanitize",
     "evidence",
     "cupy",
     "docs",
@@ -82,7 +83,9 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
 
 
 def _pytest(session: nox.Session, marked: str, backends: str) -> None:
-    session.run("pytest", "-n", "2", "-m", marked, *session.posargs, env={"GKLX_BACKENDS": backends})
+    # The wheel has the row kernel: a test that needs it fails without it.
+    environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
+    session.run("pytest", "-n", "2", "-m", marked, *session.posargs, env=environment)
 
 
 @nox.session(python=PYTHONS)
@@ -124,6 +127,39 @@ def kernels(session: nox.Session) -> None:
         session, [], *TOOLS, "ml-dtypes>=0.5", "nvidia-cuda-nvrtc-cu12>=12.8", "cuda-core>=1", "cuda-bindings==12.*"
     )
     _pytest(session, "cuda_kernels", "numpy")
+
+
+@nox.session(python=PYTHONS[0])
+def sanitize(session: nox.Session) -> None:
+    """The row kernel under AddressSanitizer and UndefinedBehaviorSanitizer: its own tests, and all losses in NumPy."""
+    compiler = os.environ.get("CXX", "g++")
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    sanitizer = pathlib.Path(found.stdout.strip())
+    if not sanitizer.is_absolute():
+        session.skip(f"{compiler} has no libasan.so")
+    _install(session, [], *TOOLS, "cmake>=3.20", "ninja", "ml-dtypes>=0.5")
+    build = session.cache_dir.resolve() / "sanitize"
+    session.run("cmake", "-S", ".", "-B", str(build), "-G", "Ninja", "-DGKLX_SANITIZE=ON", silent=True)
+    session.run("cmake", "--build", str(build), silent=True)
+    environment = {
+        "GKLX_BACKENDS": "numpy",
+        "GKLX_KERNEL_REQUIRED": "1",
+        "GKLX_KERNEL_LIBRARY": str(build / "rows.so"),
+        "LD_PRELOAD": str(sanitizer),
+        # Python frees at its end what it does not need to.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    }
+    tests = ("tests/test_kernel.py", "tests/test_against_definition.py", "tests/test_extremes.py")
+    session.run("pytest", "-n", "2", "-k", "not formulas", *tests, *session.posargs, env=environment)
+
+
+@nox.session(python=PYTHONS[0])
+@nox.parametrize("execution", [nox.param(name, id=name) for name in ("formulas", "kernel")])
+def mutations(session: nox.Session, execution: str) -> None:
+    """Every mutant of the formulas and of the kernel, which take minutes; the matrix tries a sample."""
+    _install(session, [], *TOOLS)
+    session.run("python", "tests/mutants.py", execution, *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])

@@ -1,10 +1,12 @@
 """The logits that are measured on, the same numbers in every library."""
 
+import functools
 from typing import Any
 
 import numpy as np
 
 
+@functools.lru_cache(maxsize=1)
 def logits(batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw a student's and a teacher's."""
     rng = np.random.default_rng(20261122)
@@ -31,13 +33,3 @@ def into(library: str, x: np.ndarray, dtype: str = "float32", device: str = "cpu
     import cupy
 
     return cupy.asarray(x).astype(dtype, copy=False)
-
-
-def to_numpy(x: Any, every: int = 1) -> np.ndarray:
-    """Copy every so many rows of any library's array to the host, as float64."""
-    x = x[::every] if x.ndim else x
-    if hasattr(x, "detach"):  # PyTorch
-        x = x.detach().double().cpu().numpy()
-    elif hasattr(x, "get"):  # CuPy
-        x = x.get()
-    return np.asarray(x).astype(np.float64)

@@ -1,48 +1,46 @@
-"""gklx beside what one would use in its place: time, bandwidth, memory, small inputs; one process, taking turns.
+"""gklx beside what one would use in its place, and beside a copy of its inputs to its outputs; with the goals.
 
-Peers: `F.kl_div` eager and compiled, optax, SciPy, plain operations on whole arrays, the authors' pairs of classes, and
-on a GPU CuPy and Liger-Kernel. Value and both gradients, and value and the student's gradient alone. Before a peer is
-timed its results are held against gklx in float64. A peer whose library is missing is left out, and the reason given.
+What users do: value and both gradients of `kl` and `gkl` in eager and compiled PyTorch, jitted JAX and NumPy; a
+published recipe, the student's gradient alone; small calls; and `gklx score` on files. Ours, the peer and the copy take
+turns in one process. Before anything is timed, every result is held against the definition in float64.
 
-    python benches/compare.py                   # all, into benches/results/; about ten minutes on an idle machine
-    python benches/compare.py --device cuda     # on a GPU
-    python benches/compare.py --quick           # a smoke test, writes nothing
-    python benches/compare.py --only JAX        # what matches, writes nothing; `--output DIR` makes either write
-    python benches/compare.py --render FILE     # page and pictures anew from a result
+    python benches/compare.py                          # into benches/results/; about five minutes on an idle machine
+    python benches/compare.py --score --score-before PYTHON
+                                                       # and `gklx score`, beside the gklx of another interpreter
+    python benches/compare.py --device cuda            # on a GPU; without goals
+    python benches/compare.py --quick                  # a smoke test, writes only to `--output`
+    python benches/compare.py --only 'JAX.*4,096'      # what matches, writes only to `--output`
 """
 
 import argparse
-import datetime
 import functools
-import json
+import gc
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import agreement
-import bandwidth
-import dispatch
-import memory
+import arrays
+import definitions
+import pages
 import peers
 import plots
-import report
-from files import write
-from machine import load, machine, slug
-from peers import PEERS, Call, Peer, Task
-from rich.console import Console
-from rich.table import Table
-from timing import ratio, take_turns
+import scoring
+from pages import figures, markdown, seconds
+from peers import GKL, GKL_RECIPE, KL, KL_STUDENT, Asked, Call, Task
+from timing import Spread, ratio, spread, take_turns
 
-import gklx
-
-PACKAGES = ("numpy", "array-api-compat", "scipy", "torch", "jax", "jaxlib", "optax", "cupy-cuda12x", "liger-kernel")
+PACKAGES = ("numpy", "array-api-compat", "torch", "jax", "optax")
+COLUMNS = ("size", "library", "what", "peer", "milliseconds", "peer milliseconds", "ratio", "low", "high", "goal")
+COPY, MICROSECOND = "a copy", "a microsecond"
 # Of the value, and of the row's largest entry of a gradient. Half precisions: what a library that computes in them
-# loses, with room; the differences found are in the result.
+# loses, with room.
 _TOLERANCES = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.5}
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TABLE_BYTES = 8e9  # a larger prior's table is not made
 
 
 class Plan(NamedTuple):
@@ -50,335 +48,293 @@ class Plan(NamedTuple):
 
     sizes: tuple[tuple[int, int], ...]
     """Batch and classes."""
-    dtypes: tuple[str, ...]
-    batch: int
-    """At which the number of classes grows."""
-    classes: tuple[int, ...]
-    pair_classes: int
-    """The most at which the pairs run."""
-    small: tuple[tuple[int, int], ...]
-    memory: tuple[int, int]
-    copied: int
-    """Bytes."""
-    turns: int
-    seconds: float
-    """The least time of one turn of one peer."""
+    dtypes: tuple[str, ...] = ("float32",)
+    turns: int = 11
+    seconds: float = 0.1
+    """The least time of one turn of one call."""
     compiler: str = "inductor"
-    memory_of: str = ""
-    """A regular expression: whose memory is taken."""
+    gigabytes: float = 2.0
+    """Of the files that are scored, both together."""
+    score_classes: int = 32_000
+    score_turns: int = 3
 
 
-FULL = Plan(
-    sizes=((512, 1_000), (4_096, 1_000), (256, 32_000)),
-    dtypes=("float32",),
-    batch=64,
-    classes=(10, 30, 100, 300, 1_000, 3_000, 10_000, 32_000, 100_000),
-    pair_classes=1_000,
-    small=((1, 10), (8, 10), (64, 10), (128, 10)),
-    memory=(256, 32_000),
-    copied=2**29,
-    turns=9,
-    seconds=0.05,
-)
+FULL = Plan(sizes=((512, 1_000), (4_096, 1_000), (256, 32_000)))
 GPU = FULL._replace(
-    sizes=((8_192, 1_000), (4_096, 32_000), (1_024, 128_256)),
-    dtypes=("float32", "float16", "bfloat16"),
-    memory=(4_096, 32_000),
-    copied=2**30,
+    sizes=((8_192, 1_000), (4_096, 32_000), (1_024, 128_256)), dtypes=("float32", "float16", "bfloat16")
 )
-QUICK = Plan(
-    sizes=((8, 50),),
-    dtypes=("float32",),
-    batch=4,
-    classes=(10, 30),
-    pair_classes=10,
-    small=((1, 10), (8, 10)),
-    memory=(8, 50),
-    copied=2**20,
-    turns=3,
-    seconds=0.0005,
-    compiler="eager",  # no C++ is compiled, the graph runs as it is captured
-    memory_of="gklx gkl · (NumPy|PyTorch compiled|JAX)",
+# No C++ is compiled: PyTorch runs the graph as it is captured.
+QUICK = Plan(((8, 50),), turns=3, seconds=5e-4, compiler="eager", gigabytes=2e-4, score_classes=100)
+
+
+class Suite(NamedTuple):
+    """A library, how it is asked, and what stands beside it."""
+
+    library: str
+    """As tables say it."""
+    module: str
+    build: Callable[[peers.Loss, Task, bool], Call]
+    asked: tuple[Asked, ...]
+    theirs: tuple[tuple[str, peers.Loss, str], ...] = ()
+    """Peers: name, loss, and the module it needs."""
+    peer_asked: Asked = KL
+    copies: str = ""
+    """The module that copies; none for small calls."""
+    device: str = "cpu cuda"
+    goals: Mapping[str, tuple[float, ...]] = MappingProxyType({})
+    """By the peer, for each size of the plan: at least so many times as fast, or at most so many times its time."""
+
+
+_NUMPY, _TORCH, _CUPY = (functools.partial(peers.by_value_and_grad, library) for library in ("numpy", "torch", "cupy"))
+_F_KL_DIV = ("F.kl_div", peers.f_kl_div, "torch")
+_LIGER = ("Liger-Kernel", peers.liger, "liger_kernel.transformers")
+_OPTAX = ("optax", peers.optax_kl, "optax")
+_EAGER = Suite("PyTorch", "torch", peers.by_backward, (KL, GKL), (_F_KL_DIV,), copies="torch")
+SUITES = (
+    _EAGER._replace(goals={"F.kl_div": (2.5, 4, 4)}),
+    _EAGER._replace(
+        asked=(GKL_RECIPE,), theirs=(_F_KL_DIV, _LIGER), peer_asked=KL_STUDENT, goals={"F.kl_div": (1.5, 3, 3)}
+    ),
+    _EAGER._replace(library="PyTorch compiled", build=peers.by_compiled_backward, goals={"F.kl_div": (2, 2, 2)}),
+    Suite("JAX", "jax", peers.by_jit, (KL, GKL), (_OPTAX,), copies="numpy", goals={"optax": (3, 3, 3)}),
+    Suite("NumPy", "numpy", _NUMPY, (KL, GKL), copies="numpy", device="cpu", goals={COPY: (4, 2.5, 2.5)}),
+    Suite("CuPy", "cupy", _CUPY, (KL, GKL), copies="cupy", device="cuda"),
+)
+SMALL = (
+    ((1, 10), Suite("NumPy", "numpy", _NUMPY, (KL, GKL), goals={MICROSECOND: (30,)})),
+    ((1, 10), Suite("PyTorch value_and_grad", "torch", _TORCH, (KL, GKL), goals={MICROSECOND: (50,)})),
+    ((128, 10), _EAGER._replace(library="PyTorch backward", copies="", goals={"F.kl_div": (1,)})),
 )
 
 
-class Bench:
-    """One run: who takes part, what was found, what was left out and why."""
+class Row(NamedTuple):
+    """One call beside one other."""
 
-    def __init__(self, plan: Plan, device: str, only: str | None, say: Callable[[str], None]) -> None:
-        self.plan, self.device, self.say = plan, device, say
-        self.only = re.compile(only or "", re.IGNORECASE)
-        self.left_out: dict[str, str] = {}
-        self.here = []
-        for peer in PEERS:
-            reason = peers.missing(peer, device, plan.compiler)
-            if reason is None:
-                self.here.append(peer)
-            else:
-                self.left_out[peer.name] = reason
+    size: str
+    library: str
+    what: str
+    peer: str
+    seconds: float | None
+    peer_seconds: float | None
+    found: Spread
+    """The peer's time over ours where it is another loss; else ours over the peer's."""
+    goal: float | None
+    at_least: bool
 
-    def task(self, batch: int, classes: int, gradient: str = "both", dtype: str = "float32") -> Task:
-        """Name a task on this run's device."""
-        return Task(batch, classes, gradient, dtype, self.device, self.plan.compiler)
+    @property
+    def asked_for(self) -> str:
+        """The goal as text."""
+        return "" if self.goal is None else f"{'≥' if self.at_least else '≤'} {self.goal:g}"
 
-    def chosen(self, task: Task, among: Sequence[Peer]) -> list[Peer]:
-        """Find who takes a task, by `--only` too."""
-        label = f"{task.batch}x{task.classes} {task.gradient} {task.dtype}"
-        return [peer for peer in among if peer.takes(task) and self.only.search(f"{label} {peer.name}")]
+    @property
+    def met(self) -> bool:
+        """Whether the median meets the goal."""
+        assert self.goal is not None
+        return self.found.median >= self.goal if self.at_least else self.found.median <= self.goal
 
-    def race(self, suite: str, task: Task, among: Sequence[Peer], seconds: float | None = None) -> list[dict[str, Any]]:
-        """Check and time peers on one task; one row a peer."""
-        chosen = self.chosen(task, among)
-        if not chosen:
-            return []
-        self.say(f"{suite}: {task.batch:,} × {task.classes:,}, {task.dtype}, {task.gradient}: building and checking")
-        with peers.cleared(self.device):
-            built = {peer.name: self.built(peer, task) for peer in chosen}
-            calls = {name: of[0] for name, of in built.items() if of is not None}
-            apart = {name: of[1] for name, of in built.items() if of is not None}
-            del built
-            self.say(f"{suite}: {task.batch:,} × {task.classes:,}, {task.dtype}, {task.gradient}: timing")
-            taken = take_turns(calls, self.plan.turns, self.plan.seconds if seconds is None else seconds)
-            del calls  # and with them the arrays
-        least = bandwidth.least_bytes(task.batch, task.classes, task.gradient, _BYTES[task.dtype])
-        rows = []
-        for peer in chosen:
-            if peer.name in taken:
-                of = taken[peer.name].as_row()
-                rows.append(
-                    {
-                        "suite": suite,
-                        "peer": peer.name,
-                        "what": peer.what,
-                        "backend": peer.backend,
-                        "loss": peer.loss,
-                        "own": peer.own,
-                        **{key: getattr(task, key) for key in ("batch", "classes", "gradient", "dtype")},
-                        **of,
-                        "ns_per_logit": of["seconds"] / (task.batch * task.classes) * 1e9,
-                        "least_bytes_per_second": least / of["seconds"],
-                        "difference": apart[peer.name],
-                    }
-                )
-        return rows
+    @property
+    def text(self) -> str:
+        """The ratio and its spread."""
+        return f"{figures(self.found.median)} ({figures(self.found.low)} – {figures(self.found.high)})"
 
-    def built(self, peer: Peer, task: Task) -> tuple[Call, float] | None:
-        """Build a peer, run it once and hold it against gklx in float64; None where somebody else's cannot run."""
-        try:
-            call = peer.build(task)
-            found = agreement.kept(call())
-        except Exception as error:
-            if peer.own:
-                raise
-            self.left_out[f"{peer.name} at {task.batch} × {task.classes}, {task.gradient}, {task.dtype}"] = repr(error)
-            return None
-        apart = agreement.difference(self.reference(task, peer.loss), found)
-        if not apart <= _TOLERANCES[task.dtype]:
-            raise AssertionError(f"{peer.name} is {apart:.1e} from gklx in float64: {task}")
-        return call, apart
-
-    def reference(self, task: Task, loss: str) -> list[Any]:
-        """Value and gradients by gklx in float64, from the very logits of the task."""
-        return _reference(task, loss, "numpy" if self.device == "cpu" else self.on_gpu())
-
-    def on_gpu(self) -> str:
-        """Name a library whose float64 needs no copy to the host."""
-        return "torch" if any(peer.library == "torch" for peer in self.here) else "cupy"
+    def cells(self) -> tuple[Any, ...]:
+        """As a line of the CSV file."""
+        times = ("" if x is None else x * 1e3 for x in (self.seconds, self.peer_seconds))
+        return (self.size, self.library, self.what, self.peer, *times, *self.found, self.asked_for)
 
 
-@functools.lru_cache(maxsize=len(peers.LOSSES))
-def _reference(task: Task, loss: str, library: str) -> list[Any]:
-    function = gklx.value_and_grad(peers.LOSSES[loss], argnums=(0, 1) if task.both else (0,))
-    value, gradients = function(*task.inputs(library, "float64"))
-    return agreement.kept((value, *gradients))
+class Run(NamedTuple):
+    """What is asked of a run, and what it leaves out."""
+
+    plan: Plan
+    device: str
+    only: re.Pattern[str]
+    left_out: dict[str, str]
+
+    def has(self, name: str, module: str) -> bool:
+        """Whether a module is there; else the reason is noted."""
+        reason = peers.missing(module, self.device)
+        if reason is None and name == "PyTorch compiled":
+            reason = peers.cannot_compile(self.device, self.plan.compiler)
+        if reason is not None:
+            self.left_out[name] = reason
+        return reason is None
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+def say(what: str) -> None:
+    """Tell whoever waits."""
+    print(what, file=sys.stderr, flush=True)
 
 
-def sizes(bench: Bench) -> list[dict[str, Any]]:
-    """All but the pairs at the sizes of training, both gradients and the student's."""
-    among = [peer for peer in bench.here if not peer.pairs]
-    return [
-        row
-        for batch, classes in bench.plan.sizes
-        for dtype in bench.plan.dtypes
-        for gradient in ("both", "student")
-        for row in bench.race("sizes", bench.task(batch, classes, gradient, dtype), among)
-    ]
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def growth(bench: Bench) -> list[dict[str, Any]]:
-    """All as the number of classes grows, the pairs as far as they go."""
-    rows = []
-    for classes in bench.plan.classes:
-        among = [
-            peer
-            for peer in bench.here
-            if peer.loss in ("kl", "gkl") and not (peer.pairs and classes > bench.plan.pair_classes)
-        ]
-        gradients = ("both", "student") if any(peer.gradients == ("student",) for peer in among) else ("both",)
-        for gradient in gradients:
-            few = among if gradient == "both" else [peer for peer in among if "both" not in peer.gradients]
-            rows += bench.race("growth", bench.task(bench.plan.batch, classes, gradient), few)
-    return rows
-
-
-def small(bench: Bench) -> list[dict[str, Any]]:
-    """Eager libraries where a call's fixed cost is all there is."""
-    among = [peer for peer in bench.here if peer.backend in ("NumPy", "PyTorch", "CuPy") and peer.loss in ("kl", "gkl")]
-    rows = []
-    for batch, classes in bench.plan.small:
-        task = bench.task(batch, classes)
-        of = bench.race("small", task, among, seconds=bench.plan.seconds / 2)
-        for row in of:
-            (peer,) = (peer for peer in among if peer.name == row["peer"])
-            row["operations"] = peers.operations(peer.build(task)) if peer.library == "torch" else None
-        rows += of
-    return rows
-
-
-def overhead(bench: Bench) -> list[dict[str, Any]]:
-    """Take what gklx adds to its array operations at the smallest input; on a GPU kernels take their place."""
-    task = bench.task(*bench.plan.small[0])
-    own = [peer for peer in bench.here if peer.own and peer.loss == "gkl" and peer.backend in ("NumPy", "PyTorch")]
-    if bench.device != "cpu":
+def measured(run: Run, suite: Suite, task: Task, at: int) -> list[Row]:
+    """Check and time a suite at the plan's size number `at`."""
+    recipe = GKL_RECIPE in suite.asked
+    label = f"{suite.library}{' recipe' if recipe else ''} {task.size}"
+    can = task.device in suite.device and (suite.module, task.dtype) != ("cupy", "bfloat16")
+    if not (can and run.only.search(label) and run.has(suite.library, suite.module)):
         return []
-    bench.say("operations alone")
-    return [
-        dispatch.measure(peer.library, peer.backend, *bench.plan.small[0], bench.plan.turns, bench.plan.seconds)
-        for peer in bench.chosen(task, own)
-    ]
+    if recipe and 4 * task.classes**2 > _TABLE_BYTES:
+        run.left_out[label] = "the prior's table is too large"
+        return []
+    say(f"{label}: building and checking")
+    calls: dict[str, Callable[[], Any]] = {}
+    own = [asked.what for asked in suite.asked]
+    for asked in suite.asked:
+        calls[asked.what] = _checked(suite.build(asked.loss(task), task, asked.both), asked, task, label)
+    theirs = []
+    for name, loss, module in suite.theirs:
+        if (name != "Liger-Kernel" or task.device == "cuda") and run.has(name, module):
+            call = suite.build(loss, task, suite.peer_asked.both)
+            calls[name] = _checked(call, suite.peer_asked, task, f"{label}, {name}")
+            theirs.append(name)
+    module = "torch" if suite.copies == "numpy" and task.device == "cuda" else suite.copies
+    copies = peers.copies(module, task, suite.asked[0].both) if module else {}
+    say(f"{label}: timing")
+    taken = take_turns({**calls, **copies}, run.plan.turns, run.plan.seconds)
+    times = {name: taken[name] for name in [*own, *theirs]}
+    if copies:
+        times[COPY] = min((taken[name] for name in copies), key=lambda turns: spread(turns).median)
+    elif not theirs:
+        times[MICROSECOND] = [1e-6] * run.plan.turns
+    return [_row(suite, task, at, what, peer, times) for what in own for peer in times if peer not in own]
 
 
-def one_or_two(bench: Bench) -> list[dict[str, Any]]:
-    """Divide the time of both gradients by that of the student's alone, of gkl with gamma 1, turn by turn."""
+def _checked(call: Call, asked: Asked, task: Task, label: str) -> Call:
+    """The call, once its results are those of the definition."""
+    apart = definitions.difference(peers.reference(asked, task), definitions.kept(call()))
+    if not apart <= _TOLERANCES[task.dtype]:
+        raise AssertionError(f"{label}, {asked.what}: {apart:.1e} from the definition in float64")
+    return call
+
+
+def _row(suite: Suite, task: Task, at: int, what: str, peer: str, times: dict[str, list[float]]) -> Row:
+    at_least = peer not in (COPY, MICROSECOND)
+    goals = suite.goals.get(peer, ()) if task.device == "cpu" else ()
+    return Row(
+        task.size,
+        suite.library,
+        what,
+        peer,
+        spread(times[what]).median,
+        spread(times[peer]).median,
+        ratio(times[peer], times[what]) if at_least else ratio(times[what], times[peer]),
+        goals[at] if goals else None,
+        at_least,
+    )
+
+
+def losses(run: Run) -> list[Row]:
+    """All suites, size by size, and the small calls on a CPU."""
     rows = []
-    for batch, classes in bench.plan.sizes:
-        both, student = (bench.task(batch, classes, gradient) for gradient in ("both", "student"))
-        own = [peer for peer in bench.here if peer.own and peer.loss == "gkl γ=1"]
-        for peer in bench.chosen(student, own):
-            bench.say(f"one gradient or two: {batch:,} × {classes:,}, {peer.backend}")
-            with peers.cleared(bench.device):
-                calls = {"both": peer.build(both), "student": peer.build(student)}
-                taken = take_turns(calls, bench.plan.turns, bench.plan.seconds)
-                del calls
-            found = ratio(taken["both"].turns, taken["student"].turns)
-            rows.append({"backend": peer.backend, "batch": batch, "classes": classes, **found})
+    for at, (batch, classes) in enumerate(run.plan.sizes):
+        for dtype in run.plan.dtypes:
+            task = Task(batch, classes, dtype, run.device, run.plan.compiler)
+            for suite in SUITES:
+                rows += measured(run, suite, task, at)
+                _cleared(run.device)
+    for size, suite in SMALL if run.device == "cpu" else ():
+        rows += measured(run, suite, Task(*size), 0)
     return rows
 
 
-def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Divide every peer by every loss of gklx on the same backend, turn by turn; above 1 gklx is the faster."""
-    keys = ("suite", "backend", "batch", "classes", "gradient", "dtype")
-    return [
-        {**{key: own[key] for key in keys}, "gklx": own["loss"], "peer": peer["what"]}
-        | ratio(peer["turns"], own["turns"])
-        for peer in rows
-        if not peer["own"]
-        for own in rows
-        if own["own"] and _place(own) == _place(peer) and (peer["loss"] == "kl" or own["loss"] == peer["loss"])
-    ]
-
-
-def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("suite", "backend", "batch", "classes", "gradient", "dtype"))
-
-
-def taken_memory(bench: Bench, script: str) -> list[dict[str, Any]]:
-    """Take the peak of every peer, each in a process of its own."""
-    rows = []
-    batch, classes = bench.plan.memory
-    for peer in bench.here:
-        task = bench.task(batch, classes, peer.gradients[0])
-        if peer.pairs or peer.loss not in ("kl", "gkl") or not bench.chosen(task, [peer]):
-            continue
-        if not re.search(bench.plan.memory_of, peer.name):
-            continue
-        bench.say(f"memory of {peer.name}")
-        found = memory.in_fresh_process(script, "--worker", json.dumps([peer.name, task]))
-        array = batch * classes * _BYTES[task.dtype]
-        rows.append({"peer": peer.name, "batch": batch, "classes": classes, "gradient": task.gradient, **found})
-        rows[-1]["arrays"] = None if found["counted"] is None else found["counted"] / array
-    return rows
-
-
-def worker(name: str, task: Task) -> dict[str, int | None]:
-    """Measure, in that process; the first call compiles."""
-    (peer,) = (peer for peer in PEERS if peer.name == name)
-    call = peer.build(task)
-    call()
-    return memory.peak(call, peer.library, task.device)
-
-
-def threads(libraries: set[str]) -> dict[str, Any]:
-    """Say how many threads there are to each library, as far as it is known."""
-    found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None}
-    found |= {name: os.environ[name] for name in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ}
-    if "torch" in libraries:
-        import torch
-
-        found["torch"] = torch.get_num_threads()
-    return found
-
-
-def run(plan: Plan, device: str, only: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure everything."""
-    loads = [load()]
-    bench = Bench(plan, device, only, say)
-    if not bench.here:
-        raise SystemExit("\n".join(["nothing can run:", *(f"{name}: {why}" for name, why in bench.left_out.items())]))
-    libraries = {peer.library for peer in bench.here}
-    about = machine(PACKAGES)
+def _cleared(device: str) -> None:
+    """Forget the prior's table, what PyTorch compiled, and what allocators keep on a GPU."""
+    peers.prior_of.cache_clear()
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].compiler.reset()
     if device == "cuda":
-        about["gpu"] = _gpu_name(bench.on_gpu())
-    say("a copy")
-    copy = bandwidth.measure(libraries, device, plan.copied, plan.turns)
-    rows = sizes(bench) + growth(bench)
-    rows += small(bench)
-    for row in rows:
-        row["bandwidth"] = row["least_bytes_per_second"] / copy["bytes_per_second"]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": {**about, "device": device, "threads": threads(libraries)},
-        "plan": plan._asdict(),
-        "only": only,
-        "settings": {name: getattr(loss, "keywords", {}) for name, loss in peers.LOSSES.items()},
-        "copy": copy,
-        "rows": rows,
-        "ratios": ratios(rows),
-        "one_or_two": one_or_two(bench),
-        "dispatch": overhead(bench),
-        "memory": taken_memory(bench, __file__),
-        "peers": [peer.name for peer in PEERS],
-        "left_out": bench.left_out,
-        "load": [*loads, load()],
-    }
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+        if "cupy" in sys.modules:
+            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
 
 
-def _gpu_name(library: str) -> str:
-    if library == "torch":
-        import torch
-
-        return torch.cuda.get_device_name()
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+def scores(run: Run, before: str | None, folder: Path | None) -> list[Row]:
+    """`gklx score` of all four losses beside a plain read of its files and another version."""
+    plan = run.plan
+    arrays.logits.cache_clear()
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        paths = scoring.dumps(Path(made), plan.gigabytes, plan.score_classes)
+        bytes_ = sum(path.stat().st_size for path in paths)
+        runs: dict[str, list[scoring.Scored]] = {"gklx score": []}
+        calls: dict[str, Callable[[], Any]] = {"a plain read": lambda: scoring.read(paths)}
+        if before:
+            runs["the version before"] = []
+        for name, found in runs.items():
+            python = before if name != "gklx score" else None
+            calls[name] = lambda python=python, found=found: found.append(scoring.scored(paths, python=python))
+        say("gklx score: timing")
+        taken = take_turns(calls, plan.score_turns, 0, warm=False)
+    own, peak = taken["gklx score"], max(found.peak_bytes for found in runs["gklx score"])
+    size = f"{scoring.samples_in(plan.gigabytes, plan.score_classes):,} × {plan.score_classes:,} float16"
+    what, rows = f"all four losses, {bytes_ / 1e9:.3g} GB", []
+    for peer, goal, at_least in (("the version before", 3.0, True), ("a plain read", 1.3, False)):
+        if peer in taken:
+            found = ratio(taken[peer], own) if at_least else ratio(own, taken[peer])
+            medians = spread(own).median, spread(taken[peer]).median
+            rows.append(Row(size, "gklx score", what, peer, *medians, found, goal, at_least))
+    for found in runs.get("the version before", []):
+        scoring.check(runs["gklx score"][0], found)
+    in_gigabytes = Spread(*(peak / 1e9,) * 3)
+    return [*rows, Row(size, "gklx score", "peak resident memory", "1 GB", None, None, in_gigabytes, 1.0, False)]
 
 
-def save(result: dict[str, Any], folder: Path) -> list[str]:
-    """Write the page and the pictures, and return their names; what is written by hand stands in files of its own."""
-    name = slug(result["machine"])
-    pictures = plots.drawn(result)
-    for kind, svg in pictures.items():
-        write(folder / f"{name}-{kind}.svg", svg)
-    steps = folder / f"{name}-steps.md"
-    said = steps.read_text(encoding="utf-8") if steps.exists() else None
-    write(folder / f"{name}.md", report.page(result, name, list(pictures), said))
-    return [f"{name}.md", *(f"{name}-{kind}.svg" for kind in pictures)]
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+_SAID = """\
+Value and gradients: eager PyTorch by the loss and `backward()`, compiled PyTorch the same through `torch.compile`, JAX
+by `jit(value_and_grad(…))`, NumPy and CuPy by `value_and_grad`. `kl` and `gkl γ=1` (the teacher's own weights) give
+both gradients, and so do their peers, `F.kl_div` and optax on log-softmax. `gkl recipe` is that of CIFAR-100: a class
+prior chosen by labels, γ = 0.3, temperature 4, both weights 4, a frozen teacher; its peer gives the student's gradient
+alone, and has no temperature, which spares it two passes. The prior's table is float32, at 32,000 classes 4 GB; the
+classes that the batch names have a drawn row, the others are uniform.
+
+Beside another loss the ratio is its time over gklx's: above 1 gklx is the faster. Beside a copy it is gklx's time over
+that of copying both inputs to the outputs (for one gradient, of adding both inputs into it), by the fastest way of
+those tried, into memory that is there already. A copy counts no read of a prior."""
+_SAID_OF_FILES = """\
+`gklx score`, from the start of the process to its end, on two generated `.npy` files in the page cache, `--memory 1GB`;
+the plain read takes 4 MiB at a time of the same files. Results of all runs agree."""
+
+
+def page(run: Run, rows: Sequence[Row], command: str, name: str, loads: Sequence[str], picture: bool) -> str:
+    """Render a run as Markdown."""
+    where = pages.machine(run.device)
+    lines = pages.heading(f"gklx beside its peers: {where}", command, where, PACKAGES, loads)
+    if run.plan.compiler != "inductor":
+        lines += [f"A smoke test: `torch.compile` ran with `{run.plan.compiler}`.", ""]
+    with_goal = [row for row in rows if row.goal is not None]
+    lines += [_SAID, "", f"Medians of {run.plan.turns} turns, and the middle half of them.", ""]
+    if any(row.library == "gklx score" for row in rows):
+        lines += [_SAID_OF_FILES, ""]
+    if picture:
+        lines += [f"![Times, as multiples of a copy]({name}.svg)", ""]
+    if with_goal:
+        lines += ["## Goals", "", f"{sum(row.met for row in with_goal)} of {len(with_goal)} are met.", ""]
+        headings = ["size", "library", "what", "beside", "ratio (middle half)", "goal", ""]
+        cells = [
+            [row.size, row.library, row.what, row.peer, row.text, row.asked_for, "met" if row.met else "**missed**"]
+            for row in with_goal
+        ]
+        lines += markdown(headings, cells, right=(4, 5))
+    headings = ["size", "library", "what", "time", "beside", "its time", "ratio (middle half)"]
+    timed = [row for row in rows if row.seconds is not None and row.peer_seconds is not None]
+    cells = [
+        [row.size, row.library, row.what, seconds(row.seconds), row.peer, seconds(row.peer_seconds), row.text]
+        for row in timed
+    ]
+    lines += ["## All measurements", "", *markdown(headings, cells, right=(3, 5, 6))]
+    if run.left_out:
+        reasons = ([name, why.replace("|", "\\|")] for name, why in run.left_out.items())
+        lines += ["## Left out", "", *markdown(["what", "why"], reasons)]
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -386,54 +342,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, some seconds; writes only to --output")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--only", metavar="PATTERN", help="a regular expression, searched in '256x32000 both float32 gklx kl · NumPy'"
-    )
+    parser.add_argument("--only", metavar="PATTERN", help="a regular expression, searched in 'JAX 256 × 32,000'")
+    parser.add_argument("--score", action="store_true", help="`gklx score` on files as well")
+    parser.add_argument("--score-before", metavar="PYTHON", help="an interpreter with another version of gklx")
+    parser.add_argument("--score-folder", type=Path, metavar="DIR", help="where its files go for the time being")
     parser.add_argument("--output", type=Path, help="folder of the results [benches/results]")
-    parser.add_argument("--render", type=Path, metavar="FILE", help="a result's JSON file: its page and pictures anew")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a peer and a task, for its memory
     options = parser.parse_args(arguments)
     # Before JAX is imported: on a GPU it would take most of the memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.device == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if options.worker:
-        name, task = json.loads(options.worker)
-        print(json.dumps(worker(name, Task(*task))))
-        return
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    if options.render:
-        folder = options.output or options.render.parent
-        save(json.loads(options.render.read_text(encoding="utf-8")), folder)
-        console.print(f"written to {folder}")
-        return
-    command = " ".join(["python benches/compare.py", *_named(options)])
+    elif reason := peers.missing("torch", "cuda"):  # the definition is computed there
+        parser.error(reason)
     plan = QUICK if options.quick else FULL if options.device == "cpu" else GPU
-    with console.status("") as status:
-        result = {"command": command, **run(plan, options.device, options.only, status.update)}
-    if not result["rows"]:
+    run, loads = Run(plan, options.device, re.compile(options.only or ""), {}), [pages.load()]
+    rows = losses(run)
+    if options.score or options.score_before:
+        rows += scores(run, options.score_before, options.score_folder)
+    if not rows:
         parser.error(f"nothing that runs here matches --only {options.only}")
-    if reason := plots.missing():
-        console.print(reason)
-    for title, headings, cells in report.tables(result):
-        table = Table(*headings, title=title)
-        for row in cells:
-            table.add_row(*row)
-        console.print(table)
-    folder = options.output
-    if folder is None and not options.quick and not options.only:
-        folder = Path(__file__).parent / "results"
+    where = pages.machine(options.device)
+    name, picture = pages.slug(where), plots.drawn(plots.multiples, [row for row in rows if row.seconds is not None])
+    text = page(run, rows, _command(options), name, [*loads, pages.load()], picture is not None)
+    print(text)
+    folder = options.output or (None if options.quick or options.only else pages.RESULTS)
     if folder is not None:
-        write(folder / f"{slug(result['machine'])}.json", json.dumps(result, indent=1) + "\n")
-        save(result, folder)
-        console.print(f"written to {folder}")
+        pages.write(folder / f"{name}.md", text)
+        pages.write(folder / f"{name}.csv", pages.as_csv(COLUMNS, (row.cells() for row in rows)))
+        if picture is not None:
+            pages.write(folder / f"{name}.svg", picture)
+        say(f"written to {folder}")
 
 
-def _named(options: argparse.Namespace) -> list[str]:
-    """The options that change what is measured."""
-    quick = ["--quick"] if options.quick else []
-    device = ["--device", options.device] if options.device != "cpu" else []
-    return quick + device + (["--only", f"'{options.only}'"] if options.only else [])
+def _command(options: argparse.Namespace) -> str:
+    """The command without what differs from place to place."""
+    device = f" --device {options.device}" if options.device != "cpu" else ""
+    only = f" --only '{options.only}'" if options.only else ""
+    score = " --score-before PYTHON" if options.score_before else " --score" if options.score else ""
+    return f"python benches/compare.py{' --quick' if options.quick else ''}{device}{only}{score}"
 
 
 if __name__ == "__main__":

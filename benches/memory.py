@@ -1,119 +1,31 @@
-"""The peak of memory of one call."""
+"""The peak of resident memory of one call, as the system counts it."""
 
 import contextlib
 import ctypes
 import gc
-import json
-import subprocess
-import sys
-import tempfile
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
+def peak(call: Callable[[], Any]) -> int | None:
+    """Measure the bytes beyond those that were there before; None where the system cannot tell (Linux only).
 
-def in_fresh_process(script: str, *arguments: str) -> Any:
-    """Run a script's worker, which prints JSON in its last line."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak(call: Callable[[], Any], library: str, device: str = "cpu") -> dict[str, int | None]:
-    """Measure the resident memory of a first call and the bytes its library counts in a second; call once before.
-
-    What was there before, the inputs, is not counted; the results are held, and so are part of both. The count is exact
-    (`tracemalloc` for NumPy, the profiler for PyTorch, the compiler's plan for JAX, on a GPU the allocators' counts);
-    resident memory is what the system sees, pages rounded up, and on small arrays hides in memory that imports have
-    freed. On a GPU it says nothing.
+    The inputs were there before, the results were not. Pages are rounded up; small arrays hide in memory that imports
+    have freed.
     """
-    _settle()
-    resident = None
-    if device == "cpu" and (before := _reset_resident()) is not None:
-        result = call()
-        resident = _status("VmHWM") - before
-        del result
-    counted = {"numpy": _numpy, "jax": _jax, "cupy": _cupy, "torch": _torch if device == "cpu" else _torch_cuda}
-    return {"resident": resident, "counted": counted[library](call)}
-
-
-def _settle() -> None:
-    """Hand freed memory back to the system: what is used anew would be missing from the peak."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _numpy(call: Callable[[], Any]) -> int:
-    tracemalloc.start()
-    result = call()
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    del result
-    return most
-
-
-def _torch(call: Callable[[], Any]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = call()
-    del result
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    return int(max(np.cumsum([change for _, _, change in changes])))
-
-
-def _torch_cuda(call: Callable[[], Any]) -> int:
-    import torch
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    most = torch.cuda.max_memory_allocated() - before
-    del result
-    return most
-
-
-def _cupy(call: Callable[[], Any]) -> int:
-    import cupy
-
-    class Peak(cupy.cuda.MemoryHook):
-        name = "Peak"
-        now = most = 0
-
-        def malloc_postprocess(self, **about: Any) -> None:
-            self.now += about["mem_size"]
-            self.most = max(self.most, self.now)
-
-        def free_postprocess(self, **about: Any) -> None:
-            self.now -= about["mem_size"]
-
-    with Peak() as hook:
-        result = call()
-    del result
-    return hook.most
-
-
-def _jax(call: Any) -> int | None:
-    plan = call.compiled().memory_analysis()
-    return None if plan is None else plan.temp_size_in_bytes + plan.output_size_in_bytes
-
-
-def _reset_resident() -> int | None:
-    """Start the peak anew, from the resident bytes returned; None where the system cannot (Linux only)."""
+        ctypes.CDLL(None).malloc_trim(0)  # what is used anew would be missing from the peak
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        before = _status("VmRSS")
+        result = call()
+        after = _status("VmHWM")
     except OSError:
         return None
+    del result
+    return after - before
 
 
 def _status(key: str) -> int:

@@ -1,117 +1,169 @@
-"""Everything that is compared: gklx on each library, and what one would use in its place.
+"""What is timed: gklx as each library's users call it, what they would call in its place, and a copy.
 
-A peer is built for a task: it is given its arrays, compiles what it compiles, and the call that comes back is what is
-timed. Every call waits for its results, so that libraries that queue work are timed to its end.
+A call is built for a task: it is given its arrays, compiles what it compiles, and waits for its results, so that
+libraries that queue work are timed to its end. It returns the value and the gradients asked for.
 """
 
-import contextlib
 import functools
-import gc
 import importlib
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import arrays
-import forms
+import definitions
 import numpy as np
 
 import gklx
 
-LOSSES: dict[str, Callable[..., Any]] = {
-    "kl": gklx.kl,
-    "gkl": functools.partial(gklx.gkl, **forms.SETTINGS),
-    "gkl γ=1": functools.partial(gklx.gkl, **(forms.SETTINGS | {"gamma": 1.0})),
-}
-Call = Callable[[], forms.Result]
+Call = Callable[[], Sequence[Any]]
+Loss = Callable[[Any, Any], Any]
+# Of the published settings with a class prior those of CIFAR-100, where the softmaxes have a temperature.
+RECIPE = definitions.Numbers(gamma=0.3, mse_weight=4.0, ce_weight=4.0, temperature=4.0)
 
 
 class Task(NamedTuple):
-    """What is asked of every peer."""
+    """The arrays of one measurement."""
 
     batch: int
     classes: int
-    gradient: str = "both"
-    """Of "both", or of the "student" alone, the teacher frozen."""
     dtype: str = "float32"
     device: str = "cpu"
     compiler: str = "inductor"
     """PyTorch's."""
 
     @property
-    def both(self) -> bool:
-        """Whether the gradient to the teacher is asked for."""
-        return self.gradient == "both"
+    def size(self) -> str:
+        """As tables say it."""
+        return f"{self.batch:,} × {self.classes:,}" + (f" {self.dtype}" if self.dtype != "float32" else "")
 
-    def inputs(self, library: str, dtype: str | None = None) -> tuple[Any, Any]:
-        """Make student and teacher logits; of another dtype, those of this one widened."""
-        made = (arrays.into(library, x, self.dtype, self.device) for x in _logits(self.batch, self.classes))
-        student, teacher = (x if dtype is None else _astype(x, dtype) for x in made)
-        return student, teacher
+    def inputs(self, library: str) -> tuple[Any, Any]:
+        """Student and teacher logits."""
+        student, teacher = arrays.logits(self.batch, self.classes)
+        return tuple(arrays.into(library, x, self.dtype, self.device) for x in (student, teacher))
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """A loss and the gradients that are asked for."""
+
+    what: str
+    loss: Callable[[Task], Loss]
+    """gklx's."""
+    definition: Callable[[Any, Task, Any, Any], definitions.Result]
+    both: bool
+    """Whether to the teacher too."""
 
 
 @functools.lru_cache(maxsize=1)
-def _logits(batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    return arrays.logits(batch, classes)
+def prior_of(task: Task) -> tuple[Any, Any]:
+    """The class prior's table [C, C] and a label for each sample, in PyTorch.
 
-
-def _astype(x: Any, dtype: str) -> Any:
-    if hasattr(x, "astype"):
-        return x.astype(dtype)
+    The classes that the batch names have a drawn row, the others are uniform: at 32,000 classes the table takes 4 GB in
+    float32, and drawing all of it would take longer than measuring.
+    """
     import torch
 
-    return x.to(getattr(torch, dtype))
+    rng = np.random.default_rng(20261123)
+    labels = rng.integers(task.classes, size=task.batch)
+    named = np.unique(labels)
+    rows = rng.standard_exponential((len(named), task.classes), dtype=np.float32)
+    rows /= rows.sum(axis=-1, keepdims=True)
+    table = torch.full((task.classes, task.classes), 1 / task.classes, device=task.device)
+    table[torch.from_numpy(named).to(task.device)] = torch.from_numpy(rows).to(task.device)
+    return table, torch.from_numpy(labels).to(task.device)
 
 
-class Peer(NamedTuple):
-    """One way to the same value and gradients."""
-
-    what: str
-    backend: str
-    loss: str
-    build: Callable[[Task], Call]
-    library: str
-    """The module whose arrays it takes."""
-    needs: tuple[str, ...] = ()
-    """Modules beyond that."""
-    own: bool = False
-    """Whether it is gklx."""
-    pairs: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    gradients: tuple[str, ...] = ("both", "student")
-    dtypes: tuple[str, ...] = ("float16", "float32", "bfloat16")
-
-    @property
-    def name(self) -> str:
-        """How tables call it."""
-        return f"{self.what} · {self.backend}"
-
-    def takes(self, task: Task) -> bool:
-        """Whether it can do a task at all."""
-        return task.device in self.devices and task.gradient in self.gradients and task.dtype in self.dtypes
+def _recipe(task: Task) -> Loss:
+    table, labels = prior_of(task)
+    return functools.partial(gklx.gkl, prior=table, labels=labels, **RECIPE._asdict())
 
 
-# --- NumPy and CuPy ---------------------------------------------------------------------------------------------------
+def _recipe_definition(xp: Any, task: Task, student: Any, teacher: Any) -> definitions.Result:
+    table, labels = prior_of(task)
+    rows = table[labels].double()
+    if xp is np:
+        rows = rows.numpy()
+    return definitions.gkl(xp, student, teacher, RECIPE, rows)
 
 
-def _by_value_and_grad(loss: Callable[..., Any], library: str, task: Task) -> Call:
-    function = gklx.value_and_grad(loss, argnums=(0, 1) if task.both else (0,))
+KL = Asked("kl", lambda _: gklx.kl, lambda xp, _, *logits: definitions.kl(xp, *logits), both=True)
+GKL = Asked(
+    "gkl γ=1",
+    lambda _: gklx.gkl,
+    lambda xp, _, *logits: definitions.gkl(xp, *logits, definitions.Numbers()),
+    both=True,
+)
+GKL_RECIPE = Asked("gkl recipe", _recipe, _recipe_definition, both=False)
+KL_STUDENT = KL._replace(both=False)
+
+
+@functools.cache
+def reference(asked: Asked, task: Task) -> list[np.ndarray]:
+    """Value and gradients by the definition in float64, from the very logits of the task."""
+    if task.device == "cpu":
+        xp, logits = np, [x.astype(np.float64) for x in task.inputs("numpy")]
+    else:
+        import torch as xp
+
+        logits = [x.double() for x in task.inputs("torch")]
+    return definitions.kept(asked.definition(xp, task, *logits)[: 3 if asked.both else 2])
+
+
+# --- how a library is asked -------------------------------------------------------------------------------------------
+
+
+def by_value_and_grad(library: str, loss: Loss, task: Task, both: bool) -> Call:
+    """`gklx.value_and_grad`, on any library's arrays."""
+    function = gklx.value_and_grad(loss, argnums=(0, 1) if both else (0,))
     student, teacher = task.inputs(library)
-
-    def call() -> forms.Result:
-        value, gradients = function(student, teacher)
-        return value, gradients[0], gradients[1] if len(gradients) > 1 else None
-
-    return _waiting(call, library, task.device)
+    return _flat(waited(lambda: function(student, teacher), library, task.device))
 
 
-def _plain(form: Callable[..., forms.Result], library: str, task: Task) -> Call:
-    student, teacher = task.inputs(library)
-    namespace = importlib.import_module(library)
-    return _waiting(lambda: form(namespace, student, teacher, task.both), library, task.device)
+def _flat(call: Callable[[], Any]) -> Call:
+    def flat() -> Sequence[Any]:
+        value, gradients = call()
+        return (value, *gradients)
+
+    return flat
 
 
-def _waiting(call: Call, library: str, device: str) -> Call:
+def by_backward(loss: Loss, task: Task, both: bool) -> Call:
+    """Value by a call, gradients by `backward`, as a training step does; a frozen teacher records nothing."""
+    student, teacher = task.inputs("torch")
+    student.requires_grad_()
+    teacher.requires_grad_(both)
+
+    def call() -> Sequence[Any]:
+        student.grad = teacher.grad = None  # so that it is set and not added to
+        value = loss(student, teacher)
+        value.backward()
+        return (value.detach(), student.grad, teacher.grad)[: 3 if both else 2]
+
+    return waited(call, "torch", task.device)
+
+
+def by_compiled_backward(loss: Loss, task: Task, both: bool) -> Call:
+    """The same through `torch.compile`, the sizes as constants: what is compiled is for this task alone."""
+    import torch
+
+    compiled = torch.compile(lambda x, y: loss(x, y), dynamic=False, backend=task.compiler)
+    return by_backward(compiled, task, both)
+
+
+def by_jit(loss: Loss, task: Task, both: bool) -> Call:
+    """`jax.jit` of `jax.value_and_grad`."""
+    import jax
+
+    function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1) if both else (0,)))
+    student, teacher = task.inputs("jax")
+    return _flat(lambda: jax.block_until_ready(function(student, teacher)))
+
+
+def waited(call: Callable[[], Any], library: str, device: str) -> Callable[[], Any]:
     """The call and the end of what it queued on a GPU."""
     if device == "cpu":
         return call
@@ -124,34 +176,27 @@ def _waiting(call: Call, library: str, device: str) -> Call:
 
         wait = torch.cuda.synchronize
 
-    def waited() -> forms.Result:
+    def to_the_end() -> Any:
         result = call()
         wait()
         return result
 
-    return waited
+    return to_the_end
 
 
-def _numpy_of(form: Callable[..., forms.Result], task: Task) -> Call:
-    student, teacher = task.inputs("numpy")
-    return lambda: form(student, teacher, task.both)
+# --- what one would use in its place ----------------------------------------------------------------------------------
 
 
-def _numpy_pairs(task: Task) -> Call:
-    return functools.partial(forms.numpy_pairs, *task.inputs("numpy"))
-
-
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
-
-
-def _f_kl_div(student: Any, teacher: Any) -> Any:
+def f_kl_div(student: Any, teacher: Any) -> Any:
+    """PyTorch's."""
     import torch
 
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def _liger(student: Any, teacher: Any) -> Any:
+def liger(student: Any, teacher: Any) -> Any:
+    """Liger-Kernel's, which is Triton's, and gives no gradient to the teacher."""
     import torch
 
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
@@ -165,55 +210,8 @@ def _liger_loss() -> Any:
     return LigerKLDIVLoss(reduction="batchmean", log_target=True)
 
 
-def _by_backward(loss: Callable[..., Any], task: Task, compiled: bool = False) -> Call:
-    """Value by a call, gradients by `backward`, as a training step does; a frozen teacher records nothing."""
-    student, teacher = task.inputs("torch")
-    student.requires_grad_()
-    teacher.requires_grad_(task.both)
-    if compiled:
-        import torch
-
-        # Sizes as constants: what is compiled is for this task alone.
-        function = torch.compile(lambda x, y: loss(x, y), dynamic=False, backend=task.compiler)
-    else:
-        function = loss
-
-    def call() -> forms.Result:
-        student.grad = teacher.grad = None  # so that it is set and not added to
-        value = function(student, teacher)
-        value.backward()
-        return value.detach(), student.grad, teacher.grad
-
-    return _waiting(call, "torch", task.device)
-
-
-def _torch_pairs(task: Task) -> Call:
-    return _waiting(functools.partial(forms.torch_pairs, *task.inputs("torch")), "torch", task.device)
-
-
-# --- JAX --------------------------------------------------------------------------------------------------------------
-
-
-class _Jitted:
-    """A compiled value and gradient, waited for."""
-
-    def __init__(self, loss: Callable[..., Any], task: Task) -> None:
-        import jax
-
-        self._function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1) if task.both else (0,)))
-        self._wait = jax.block_until_ready
-        self._logits = task.inputs("jax")
-
-    def __call__(self) -> forms.Result:
-        value, gradients = self._wait(self._function(*self._logits))
-        return value, gradients[0], gradients[1] if len(gradients) > 1 else None
-
-    def compiled(self) -> Any:
-        """The compiler's own account, which knows the memory."""
-        return self._function.lower(*self._logits).compile()
-
-
-def _optax(student: Any, teacher: Any) -> Any:
+def optax_kl(student: Any, teacher: Any) -> Any:
+    """Optax's."""
     import jax
     import optax
 
@@ -221,61 +219,52 @@ def _optax(student: Any, teacher: Any) -> Any:
     return optax.losses.kl_divergence_with_log_targets(log_q, log_p).mean()
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- a copy -----------------------------------------------------------------------------------------------------------
 
 
-def _own() -> Iterator[Peer]:
-    for name, loss in LOSSES.items():
-        of = functools.partial(Peer, f"gklx {name}", loss=name, own=True)
-        by = functools.partial(_by_value_and_grad, loss)
-        wide = ("float16", "float32")
-        yield of("NumPy", build=functools.partial(by, "numpy"), library="numpy", devices=("cpu",), dtypes=wide)
-        yield of("PyTorch", build=functools.partial(_by_backward, loss), library="torch")
-        compiled = functools.partial(_by_backward, loss, compiled=True)
-        yield of("PyTorch compiled", build=compiled, library="torch", needs=("compiler",))
-        yield of("JAX", build=functools.partial(_Jitted, loss), library="jax")
-        yield of("CuPy", build=functools.partial(by, "cupy"), library="cupy", devices=("cuda",), dtypes=wide)
+def copies(library: str, task: Task, both: bool) -> dict[str, Callable[[], Any]]:
+    """The least that a loss must move, written into arrays that are there already, in each way there is.
+
+    Both inputs are copied to the two gradients; for one gradient both are added into it: as much is read and written.
+    """
+    if library in ("torch", "cupy"):
+        module = importlib.import_module(library)
+        student, teacher = task.inputs(library)
+        outputs = [module.zeros_like(student), module.zeros_like(teacher)]
+
+        def copy() -> None:
+            if both:
+                outputs[0][...] = student
+                outputs[1][...] = teacher
+            else:
+                module.add(student, teacher, out=outputs[0])
+
+        return {"copy": waited(copy, library, task.device)}
+    student, teacher = task.inputs("numpy")
+    first, second = np.full_like(student, 0), np.full_like(teacher, 0)  # so that no page is met for the first time
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = [np.array_split(x, threads) for x in (first, second, student, teacher)]
+
+    def copy_rows(to_student: Any, to_teacher: Any, student: Any, teacher: Any) -> None:
+        if both:
+            np.copyto(to_student, student)
+            np.copyto(to_teacher, teacher)
+        else:
+            np.add(student, teacher, out=to_student)
+
+    pool = ThreadPoolExecutor(threads)
+    return {
+        "copy, 1 thread": functools.partial(copy_rows, first, second, student, teacher),
+        f"copy, {threads} threads": lambda: list(pool.map(copy_rows, *parts)),
+    }
 
 
-def _others() -> Iterator[Peer]:
-    whole_kl, whole_gkl = (functools.partial(_plain, form) for form in (forms.whole_kl, forms.whole_gkl))
-    pairs = functools.partial(Peer, "pairs", loss="gkl", pairs=True, gradients=("both",), dtypes=("float32",))
-    for library, backend, devices in (("numpy", "NumPy", ("cpu",)), ("cupy", "CuPy", ("cuda",))):
-        of = functools.partial(Peer, backend=backend, library=library, devices=devices, dtypes=("float32", "float16"))
-        yield of("KL on whole arrays", loss="kl", build=functools.partial(whole_kl, library))
-        yield of("GKL on whole arrays", loss="gkl", build=functools.partial(whole_gkl, library))
-    scipy = functools.partial(_numpy_of, forms.scipy_kl)
-    yield Peer("SciPy", "NumPy", "kl", scipy, "numpy", needs=("scipy",), devices=("cpu",))
-    yield pairs("NumPy", build=_numpy_pairs, library="numpy", devices=("cpu",))
-    yield Peer("F.kl_div", "PyTorch", "kl", functools.partial(_by_backward, _f_kl_div), "torch")
-    compiled = functools.partial(_by_backward, _f_kl_div, compiled=True)
-    yield Peer("F.kl_div", "PyTorch compiled", "kl", compiled, "torch", needs=("compiler",))
-    yield Peer("GKL on whole arrays", "PyTorch", "gkl", functools.partial(whole_gkl, "torch"), "torch")
-    yield pairs("PyTorch", build=_torch_pairs, library="torch")
-    # Its kernel is Triton's, and gives no gradient to the teacher.
-    liger = functools.partial(_by_backward, _liger)
-    yield Peer("Liger-Kernel", "PyTorch", "kl", liger, "torch", ("liger_kernel.transformers",), gradients=("student",))
-    yield Peer("optax", "JAX", "kl", functools.partial(_Jitted, _optax), "jax", needs=("optax",))
-
-
-PEERS = (*_own(), *_others())
-
-
-def missing(peer: Peer, device: str, compiler: str) -> str | None:
-    """Say why a peer cannot run here; None where it can."""
-    if device not in peer.devices:
-        return f"runs on {' and '.join(peer.devices)}, not on {device}"
-    if peer.what == "Liger-Kernel" and device == "cpu":
-        return "needs a GPU"
-    for need in (peer.library, *peer.needs):
-        reason = _compiles(device, compiler) if need == "compiler" else _imports(need, device)
-        if reason is not None:
-            return reason
-    return None
+# --- what is here -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _imports(module: str, device: str) -> str | None:
+def missing(module: str, device: str) -> str | None:
+    """Say why a library cannot be used here; None where it can."""
     try:
         found = importlib.import_module(module)
         if device == "cuda" and module == "torch" and not found.cuda.is_available():
@@ -290,7 +279,7 @@ def _imports(module: str, device: str) -> str | None:
 
 
 @functools.cache
-def _compiles(device: str, compiler: str) -> str | None:
+def cannot_compile(device: str, compiler: str) -> str | None:
     """Try it: a C++ compiler or Triton is needed, and looked for in many places."""
     import torch
 
@@ -304,33 +293,3 @@ def _compiles(device: str, compiler: str) -> str | None:
 def _said(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def cleared(device: str) -> Iterator[None]:
-    """Forget at the end what PyTorch compiled, a limited number a function, and what allocators keep on a GPU."""
-    yield
-    if "torch" in sys.modules:
-        sys.modules["torch"].compiler.reset()
-    if device == "cuda":
-        gc.collect()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
-        if "cupy" in sys.modules:
-            sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
-
-
-def operations(call: Call) -> int:
-    """Count the operations that PyTorch's dispatcher is asked for in a call, views among them."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
-            return function(*args, **(kwargs or {}))
-
-    with Counter() as counter:
-        call()
-    return counter.count

@@ -2,6 +2,9 @@
 
 `GKLX_BACKENDS` (names, comma-separated) says which must be there: they fail where absent instead of skipping, and the
 others are left out. Without it every library that can be imported takes part.
+
+Where a library has the row kernel, each execution is a backend of its own: "torch" runs on the kernel, "torch-formulas"
+on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_REQUIRED=1` says that it was installed.
 """
 
 import importlib
@@ -10,12 +13,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from gklx._core.libraries import LIBRARIES, Library
+from gklx._run import cpu
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 
@@ -30,6 +34,8 @@ class Backend:
     """What a function of arrays goes through before it is called (a compiler, say)."""
     only: tuple[str, ...] = ()
     """The dtypes that stand for all where compiling every case for each would take minutes."""
+    execution: Literal["kernel", "formulas"] | None = None
+    """None where the library has no kernel to choose."""
 
     @property
     def xp(self) -> ModuleType:
@@ -92,7 +98,8 @@ def _jax(x: np.ndarray) -> Any:
 def _jax_jit(f: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
-    return jax.jit(f)
+    # A function of its own: JAX keeps what it traced of the same function under the other execution.
+    return jax.jit(lambda *args, **kwargs: f(*args, **kwargs))
 
 
 def _dask_persist(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,11 +137,13 @@ def _cupy(x: np.ndarray) -> Any:
 
 
 BACKENDS = (
-    Backend("numpy", BY_BACKEND["numpy"], lambda x: x),
-    Backend("numpy-readonly", BY_BACKEND["numpy"], _numpy_read_only),
-    Backend("torch", BY_BACKEND["torch"], _torch),
+    Backend("numpy", BY_BACKEND["numpy"], _numpy_read_only, execution="kernel"),
+    Backend("numpy-formulas", BY_BACKEND["numpy"], _numpy_read_only, execution="formulas"),
+    Backend("torch", BY_BACKEND["torch"], _torch, execution="kernel"),
+    Backend("torch-formulas", BY_BACKEND["torch"], _torch, execution="formulas"),
     Backend("jax", BY_BACKEND["jax"], _jax),
-    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",)),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",), execution="kernel"),
+    Backend("jax-jit-formulas", BY_BACKEND["jax"], _jax, _jax_jit, only=("float32",), execution="formulas"),
     Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16")),
     Backend("strict", BY_BACKEND["array_api_strict"], _strict),
     Backend("strict-device1", BY_BACKEND["array_api_strict"], lambda x: _strict(x, "device1")),
@@ -144,6 +153,7 @@ BACKENDS = (
 BY_NAME = {each.name: each for each in BACKENDS}
 
 REQUIRED = tuple(filter(None, os.environ.get("GKLX_BACKENDS", "").split(",")))
+KERNEL_REQUIRED = os.environ.get("GKLX_KERNEL_REQUIRED") == "1"
 
 
 def absent(backend: str) -> str | None:
@@ -172,6 +182,34 @@ def needs(backend: str) -> None:
         if REQUIRED:
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+def kernel_absent(backend: str) -> str | None:
+    """Why the row kernel cannot run a library's calls here, None if it can."""
+    library = cpu.library()
+    if library is None:
+        return "the row kernel is not built: see CMakeLists.txt"
+    if backend == "jax" and not hasattr(library, "gklx_jax_rows"):
+        return "the row kernel was built without the headers of jaxlib (GKLX_XLA_HEADERS)"
+    return None
+
+
+def needs_kernel(backend: str = "numpy") -> None:
+    """Skips a test where the row kernel is absent; fails where it was required."""
+    reason = kernel_absent(backend)
+    if reason is not None:
+        if KERNEL_REQUIRED:
+            pytest.fail(f"{reason}, and GKLX_KERNEL_REQUIRED=1")
+        pytest.skip(reason)
+
+
+def run_on(execution: str | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on all calls, their backward passes and the test's processes run so."""
+    if execution == "kernel":
+        needs_kernel(backend)
+        monkeypatch.delenv("GKLX_KERNEL", raising=False)
+    elif execution == "formulas":
+        monkeypatch.setenv("GKLX_KERNEL", "0")
 
 
 def needs_imported(modules: set[str]) -> None:

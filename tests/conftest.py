@@ -38,6 +38,14 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def backend(request):
+def backend(request, monkeypatch):
     backends.needs(request.param.library.backend)
+    backends.run_on(request.param.execution, request.param.library.backend, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["kernel", "formulas"])
+def execution(request, monkeypatch):
+    """For tests of one library: run on the kernel, and on the formulas."""
+    backends.run_on(request.param, "numpy", monkeypatch)
     return request.param

@@ -79,12 +79,13 @@ def test_mixed_precision_of_student_and_teacher(backend):
 
 
 def test_argnums_follow_jax(backend):
+    # The kernel has a loop for one gradient and one for both; a compiler need not contract them alike.
+    ulps = 4 if backend.execution == "kernel" else 0
     s, t, _ = call(CASES[0], "none")
     s, t = backend.array(s), backend.array(t)
     both = gklx.grad(gklx.ikl, argnums=(1, 0))(s, t)
     assert isinstance(both, tuple)
-    # The kernel's loop for one gradient may fuse another product with a sum than its loop for two.
-    assert_close(gklx.grad(gklx.ikl)(s, t), backend.numpy(both[1]), backend, "float64", ulps=2)
-    assert_close(gklx.grad(gklx.ikl, argnums=1)(s, t), backend.numpy(both[0]), backend, "float64", ulps=2)
+    assert_close(gklx.grad(gklx.ikl)(s, t), backend.numpy(both[1]), backend, "float64", ulps=ulps)
+    assert_close(gklx.grad(gklx.ikl, argnums=1)(s, t), backend.numpy(both[0]), backend, "float64", ulps=ulps)
     (alone,) = gklx.grad(gklx.ikl, argnums=[1])(s, t)
-    assert_close(alone, backend.numpy(both[0]), backend, "float64", ulps=2)
+    assert_close(alone, backend.numpy(both[0]), backend, "float64", ulps=ulps)

@@ -120,17 +120,17 @@ def test_torch_value_of_value_and_grad_is_differentiated_by_the_analytic_gradien
     assert_close(teacher.grad, gradient.detach().numpy(), BY_NAME["torch"], "float64", ulps=16)
 
 
-def test_torch_forward_makes_the_gradients_that_are_asked_for_and_no_other(torch, monkeypatch):
-    from gklx import _blocks
+def test_torch_forward_makes_the_gradients_that_are_asked_for_and_no_other(torch, monkeypatch, execution):
+    from gklx._autodiff import torch as adapter
 
     asked = []
-    true_sweep = _blocks.sweep
+    evaluate = adapter.evaluate
 
-    def spy(problem, *of_batch, **wanted):
+    def spy(call, *batch, **wanted):
         asked.append(wanted)
-        return true_sweep(problem, *of_batch, **wanted)
+        return evaluate(call, *batch, **wanted)
 
-    monkeypatch.setattr(_blocks, "sweep", spy)
+    monkeypatch.setattr(adapter, "evaluate", spy)
     s, t, _ = arguments("torch", CASES[0])
     gklx.gkl(s.requires_grad_(), t).backward()
     assert asked == [{"value": True, "student": True, "teacher": False}]

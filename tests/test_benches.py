@@ -1,31 +1,46 @@
 """The benches run from the command line and say what they are asked; how fast anything is, is not asserted."""
 
+import csv
+import importlib
 import importlib.util
-import json
 import os
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import gklx
 
 pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
 BENCHES = Path(__file__).parents[1] / "benches"
-
-
+HERE = {name for name in ("torch", "jax", "optax") if importlib.util.find_spec(name)}
 DRAWS = all(importlib.util.find_spec(name) for name in ("altair", "vl_convert"))
 
 
-def quick(script: str, *options: str, before: Path | None = None) -> str:
-    """What a smoke run prints; modules in `before` stand before those installed."""
-    command = [sys.executable, str(BENCHES / script), "--quick", *options]
-    paths = [str(before or ""), os.environ.get("PYTHONPATH", "")]
+def run(*command: str, before: Path | None = None) -> subprocess.CompletedProcess:
+    """A command of Python's; modules in `before` stand before those installed."""
+    paths = [str(before or ""), os.environ.get("PYTHONPATH", ""), str(Path(gklx.__file__).parents[1])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, env=env)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, encoding="utf-8", timeout=300, env=env, check=False
+    )
+
+
+def quick(script: str, *options: str, before: Path | None = None) -> str:
+    """What a smoke run prints."""
+    done = run(str(BENCHES / script), "--quick", *options, before=before)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def bench(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCHES)
+    return importlib.import_module(name)
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -33,223 +48,169 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in found}
 
 
-@pytest.mark.parametrize("seed", [3, 23])
-def test_fuzz_of_files_finds_nothing(seed):
-    pytest.importorskip("zarr")
-    pytest.importorskip("safetensors")
-    command = [sys.executable, str(BENCHES / "fuzz_files.py"), "--seed", str(seed), "--cases", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (0, f"seed {seed}\n6 cases, 0 findings\n")
-
-
-@pytest.fixture(scope="module")
-def scaling(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, set[str]]:
-    folder = tmp_path_factory.mktemp("scaling") / "new"
-    quick("scaling.py", "--output", str(folder))
-    names = {path.name for path in folder.iterdir()}
-    text = (folder / "scaling.md").read_text(encoding="utf-8")
-    return json.loads((folder / "scaling.json").read_text(encoding="utf-8")), text, names
-
-
-def test_scaling_measures_every_form_at_every_size(scaling):
-    result, _, _ = scaling
-    plan = result["plan"]
-    measured = {(row["form"], row["classes"]) for row in result["rows"]}
-    forms = {row["form"] for row in result["rows"]}
-    assert {"gklx, NumPy", "pairs, NumPy"} <= forms
-    both = plan["pair_classes"] + plan["lone_classes"]
-    assert measured == {
-        (form, classes) for form in forms for classes in (plan["pair_classes"] if form.startswith("pairs") else both)
-    }
-    for row in result["rows"]:
-        assert row["batch"] == plan["batch"]
-        assert len(row["turns"]) == plan["turns"]
-        assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
-
-
-def test_scaling_counts_memory_at_the_sizes_asked(scaling):
-    result, _, _ = scaling
-    taken = {(row["form"], row["classes"]): row["memory"] for row in result["rows"] if "memory" in row}
-    assert {classes for _, classes in taken} == set(result["plan"]["memory_classes"])
-    for (form, classes), memory in taken.items():
-        array = 4 * result["plan"]["batch"] * classes
-        # Two gradients at the least; the pairs at least two tensors of theirs.
-        assert memory["counted"] >= 2 * array * (classes if form.startswith("pairs") else 1)
-
-
-def test_scaling_holds_the_forms_against_each_other(scaling):
-    result, _, _ = scaling
-    assert [each["classes"] for each in result["agreement"]] == result["plan"]["pair_classes"]
-    for each in result["agreement"]:
-        assert 0 <= each["float64"] <= 1e-12
-        assert 0 <= each["float32"] <= 1e-5
-
-
-def test_scaling_fits_an_exponent_a_form(scaling):
-    result, _, _ = scaling
-    held = f"B * C = {result['plan']['held_logits']:,}"
-    assert {fit["form"] for fit in result["fits"]} == {row["form"] for row in result["rows"]}
-    kept = f"B = {result['plan']['batch']}, freed memory kept"
-    for name, rows in ((held, result["held"]), (kept, result["kept"])):
-        assert {fit["form"] for fit in result["fits"] if fit["held"] == name} == {row["form"] for row in rows}
-    for fit in result["fits"]:
-        assert len(fit["classes"]) >= 3
-        assert fit["standard_error"] >= 0
-    for ratio in result["ratios"]:
-        assert ratio["ratio_q1"] <= ratio["ratio"] <= ratio["ratio_q3"]
-
-
-def test_scaling_report_says_where_it_comes_from(scaling):
-    result, text, names = scaling
-    assert names == {"scaling.json", "scaling.md"}
-    assert result["command"] == "python benches/scaling.py --quick"
-    for said in (result["date"], result["machine"]["processor"], result["command"], "## Prediction", "## Result"):
-        assert said in text
-    table = text.partition("| C | form |")[2].partition("\n\n")[0]
-    assert table.count("\n") == 1 + len(result["rows"])
-
-
-def test_scaling_quick_writes_nothing_unasked():
-    before = files(BENCHES)
-    assert "time ~ C^k" in quick("scaling.py")
-    assert files(BENCHES) == before
+def table(folder: Path) -> list[dict[str, str]]:
+    (path,) = folder.glob("*.csv")
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def assert_is_picture(path: Path) -> None:
     root = ElementTree.parse(path).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
-    assert 0 < float(root.attrib["width"]) <= 820
+    assert float(root.attrib["width"]) > 0
     assert "NaN" not in path.read_text(encoding="utf-8")
 
 
-def only(folder: Path, suffix: str) -> Path:
-    (found,) = folder.glob(f"*{suffix}")
-    return found
+@pytest.mark.parametrize("seed", [3, 23])
+def test_fuzz_of_files_finds_nothing(seed):
+    pytest.importorskip("zarr")
+    pytest.importorskip("safetensors")
+    done = run(str(BENCHES / "fuzz_files.py"), "--seed", str(seed), "--cases", "6")
+    assert (done.returncode, done.stdout) == (0, f"seed {seed}\n6 cases, 0 findings\n")
 
 
-def test_compare(tmp_path):
+# --- compare.py -------------------------------------------------------------------------------------------------------
+
+
+def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
     """One test: workers of a parallel run would each make the run anew."""
-    folder = tmp_path / "new"
-    quick("compare.py", "--output", str(folder))
-    result = json.loads(only(folder, ".json").read_text(encoding="utf-8"))
-    assert_every_peer_is_timed_at_every_size(result)
-    assert_peers_are_divided_by_gklx_on_their_own_backend(result)
-    assert_memory_and_a_copy_are_taken(result)
-    assert_a_page_and_two_pictures_are_written(result, folder)
-    assert_what_was_written_by_hand_is_kept(folder, tmp_path / "steps")
-
-
-def assert_every_peer_is_timed_at_every_size(result: dict) -> None:
-    plan = result["plan"]
-    here = [name for name in result["peers"] if name not in result["left_out"]]
-    assert {"gklx kl · NumPy", "gklx gkl · NumPy", "gklx gkl γ=1 · NumPy", "KL on whole arrays · NumPy"} <= set(here)
-    measured = {(row["suite"], row["peer"], row["batch"], row["classes"], row["gradient"]) for row in result["rows"]}
-    for name in here:
-        pairs = name.startswith("pairs")
-        if not pairs:
-            for batch, classes in plan["sizes"]:
-                assert {("sizes", name, batch, classes, gradient) for gradient in ("both", "student")} <= measured
-        if "γ=1" not in name:
-            for classes in plan["classes"]:
-                assert (("growth", name, plan["batch"], classes, "both") in measured) == (
-                    not pairs or classes <= plan["pair_classes"]
-                )
-        if "γ=1" not in name and name.endswith((" · NumPy", " · PyTorch")):
-            assert {("small", name, batch, classes, "both") for batch, classes in plan["small"]} <= measured
-    assert {row["peer"] for row in result["rows"]} == set(here)
-    for row in result["rows"]:
-        assert len(row["turns"]) == plan["turns"]
-        assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
-        assert row["bandwidth"] > 0
-        assert 0 <= row["difference"] <= 1e-4
-
-
-def assert_peers_are_divided_by_gklx_on_their_own_backend(result: dict) -> None:
-    rows = {(row["suite"], row["peer"], row["batch"], row["classes"], row["gradient"]): row for row in result["rows"]}
-    assert {each["gklx"] for each in result["ratios"] if each["peer"] == "KL on whole arrays"} == {
-        "kl",
-        "gkl",
-        "gkl γ=1",
-    }
-    assert {each["gklx"] for each in result["ratios"] if each["peer"] == "pairs"} == {"gkl"}
-    for each in result["ratios"]:
-        place = each["batch"], each["classes"], each["gradient"]
-        peer = rows[each["suite"], f"{each['peer']} · {each['backend']}", *place]
-        own = rows[each["suite"], f"gklx {each['gklx']} · {each['backend']}", *place]
-        assert 0 < each["ratio_q1"] <= each["ratio"] <= each["ratio_q3"]
-        assert min(peer["turns"]) / max(own["turns"]) <= each["ratio"] <= max(peer["turns"]) / min(own["turns"])
-
-
-def assert_memory_and_a_copy_are_taken(result: dict) -> None:
-    assert "gklx gkl · NumPy" in {row["peer"] for row in result["memory"]}
-    for row in result["memory"]:
-        assert row["counted"] >= 2 * 4 * row["batch"] * row["classes"]  # the two gradients
-    best = result["copy"]["copies"][result["copy"]["best"]]
-    assert best["bytes_per_second"] == max(each["bytes_per_second"] for each in result["copy"]["copies"].values())
-    assert "NumPy" in {row["backend"] for row in result["dispatch"]}
-    for row in result["dispatch"]:
-        assert row["operations"] >= 40
-        assert 0 < row["alone_seconds"] < row["call_seconds"]
-    places = {(row["backend"], row["batch"], row["classes"]) for row in result["one_or_two"]}
-    assert {("NumPy", *size) for size in result["plan"]["sizes"]} <= places
-    for row in result["one_or_two"]:
-        assert 0 < row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
-
-
-def assert_a_page_and_two_pictures_are_written(result: dict, folder: Path) -> None:
-    name = only(folder, ".md").stem
-    pictures = {f"{name}-time.svg", f"{name}-bandwidth.svg"} if DRAWS else set()
-    assert {path.name for path in folder.iterdir()} == {f"{name}.json", f"{name}.md"} | pictures
-    text = (folder / f"{name}.md").read_text(encoding="utf-8")
-    assert result["command"] == "python benches/compare.py --quick"
-    for said in (result["date"], result["machine"]["processor"], result["command"], "## Ratios", "## Memory"):
-        assert said in text
-    for name, reason in result["left_out"].items():
-        assert f"| {name} | {reason}".splitlines()[0] in text
+    page = quick("compare.py", "--output", str(tmp_path))
+    rows = {(row["size"], row["library"], row["what"], row["peer"]): row for row in table(tmp_path)}
+    expected = {("1 × 10", "NumPy", what, "a microsecond"): "≤ 30" for what in ("kl", "gkl γ=1")}
+    expected |= {("8 × 50", "NumPy", what, "a copy"): "≤ 4" for what in ("kl", "gkl γ=1")}
+    if "torch" in HERE:
+        for what in ("kl", "gkl γ=1"):
+            expected["8 × 50", "PyTorch", what, "F.kl_div"] = "≥ 2.5"
+            expected["8 × 50", "PyTorch compiled", what, "F.kl_div"] = "≥ 2"
+            expected["1 × 10", "PyTorch value_and_grad", what, "a microsecond"] = "≤ 50"
+            expected["128 × 10", "PyTorch backward", what, "F.kl_div"] = "≥ 1"
+            for library in ("PyTorch", "PyTorch compiled"):
+                expected["8 × 50", library, what, "a copy"] = ""
+        expected["8 × 50", "PyTorch", "gkl recipe", "F.kl_div"] = "≥ 1.5"
+        expected["8 × 50", "PyTorch", "gkl recipe", "a copy"] = ""
+    if "jax" in HERE:
+        expected |= {("8 × 50", "JAX", what, "a copy"): "" for what in ("kl", "gkl γ=1")}
+    if {"jax", "optax"} <= HERE:
+        expected |= {("8 × 50", "JAX", what, "optax"): "≥ 3" for what in ("kl", "gkl γ=1")}
+    assert {place: row["goal"] for place, row in rows.items()} == expected
+    for row in rows.values():
+        assert 0 < float(row["low"]) <= float(row["ratio"]) <= float(row["high"])
+        assert float(row["milliseconds"]) > 0
+        assert float(row["peer milliseconds"]) > 0
+    (source,) = tmp_path.glob("*.md")
+    assert source.read_text(encoding="utf-8") + "\n" == page
+    for said in ("made by `python benches/compare.py --quick`", f"of {sum(map(bool, expected.values()))} are met"):
+        assert said in page
+    pictures = {f"{source.stem}.svg"} if DRAWS else set()
+    assert {path.name for path in tmp_path.iterdir()} == {f"{source.stem}.md", f"{source.stem}.csv"} | pictures
     for picture in pictures:
-        assert_is_picture(folder / picture)
-        assert f"]({picture})" in text
+        assert_is_picture(tmp_path / picture)
+        assert f"]({picture})" in page
 
 
-def assert_what_was_written_by_hand_is_kept(folder: Path, other: Path) -> None:
-    source = only(folder, ".json")
-    other.mkdir()
-    steps = other / f"{source.stem}-steps.md"
-    steps.write_text("### Tried\n\nLess work, less time.\n", encoding="utf-8")
-    quick("compare.py", "--render", str(source), "--output", str(other))
-    assert "Less work, less time." in (other / f"{source.stem}.md").read_text(encoding="utf-8")
-    assert steps.read_text(encoding="utf-8") == "### Tried\n\nLess work, less time.\n"
+def test_compare_scores_files_beside_another_version(tmp_path):
+    """The other version is this one, found by an interpreter that knows where it is."""
+    python = tmp_path / "python"
+    source = shlex.quote(str(Path(gklx.__file__).parents[1]))
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={source} exec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    folder = tmp_path / "new"
+    page = quick("compare.py", "--only", "NumPy 1", "--score-before", str(python), "--output", str(folder))
+    assert str(python) not in page
+    rows = {(row["what"], row["peer"]): row for row in table(folder) if row["library"] == "gklx score"}
+    what = "all four losses, 0.0002 GB"
+    assert {place: row["goal"] for place, row in rows.items()} == {
+        (what, "the version before"): "≥ 3",
+        (what, "a plain read"): "≤ 1.3",
+        ("peak resident memory", "1 GB"): "≤ 1",
+    }
+    assert 0.01 < float(rows["peak resident memory", "1 GB"]["ratio"]) < 1
 
 
 def test_compare_leaves_out_what_is_missing_and_writes_nothing_unasked(tmp_path):
-    (tmp_path / "scipy.py").write_text("raise ImportError('hidden by the test')")
+    (tmp_path / "jax.py").write_text("raise ImportError('hidden by the test')")
     before = files(BENCHES)
-    said = quick("compare.py", "--only", "8x50.*(SciPy|kl · NumPy)", before=tmp_path)
+    page = quick("compare.py", "--only", "JAX|NumPy 8", before=tmp_path)
     assert files(BENCHES) == before
-    assert "hidden by the test" in said
-    assert "gklx kl · NumPy" in said
-    assert "gklx kl · PyTorch" not in said.partition("Left out")[0]
+    assert "| JAX | jax: ImportError: hidden by the test |" in page
+    assert "| 8 × 50 | NumPy | kl |" in page
+    assert "PyTorch |" not in page
 
 
-def test_block_size_measures_every_size_and_draws_it(tmp_path):
-    quick("block_size.py", "--output", str(tmp_path))
-    source = only(tmp_path, ".json")
-    assert {path.name for path in tmp_path.iterdir()} == {source.name} | ({f"{source.stem}.svg"} if DRAWS else set())
-    result = json.loads(source.read_text(encoding="utf-8"))
-    plan = result["plan"]
-    for backend, cores in {(row["backend"], row["cores"]) for row in result["rows"]}:
-        of = [row for row in result["rows"] if (row["backend"], row["cores"]) == (backend, cores)]
-        assert [[row["batch"], row["classes"], row["block"]] for row in of] == [
-            [*size, block] for size in plan["sizes"] for block in plan["blocks"]
-        ]
-    assert "NumPy" in {row["backend"] for row in result["rows"]}
-    for row in result["rows"]:
-        assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
+def test_compare_refuses_to_time_a_wrong_result():
+    script = (
+        f"import functools, sys; sys.path.insert(0, {str(BENCHES)!r}); import gklx, compare; "
+        "gklx.gkl = functools.partial(gklx.gkl, mse_weight=1.001); compare.main(['--quick', '--only', 'NumPy 8'])"
+    )
+    done = run("-c", script)
+    assert done.returncode != 0
+    assert "AssertionError: NumPy 8 × 50, gkl γ=1: " in done.stderr
+    assert "from the definition in float64" in done.stderr
+
+
+def test_goals_are_met_on_their_side(monkeypatch):
+    compare, timing = bench("compare", monkeypatch), bench("timing", monkeypatch)
+    row = compare.Row("8 × 50", "NumPy", "kl", "a copy", 2.0, 1.0, timing.Spread(2.0, 1.5, 2.5), 2.0, False)
+    cases = ((2.0, False, True), (1.9, False, False), (2.0, True, True), (2.1, True, False))
+    for goal, at_least, met in cases:
+        assert row._replace(goal=goal, at_least=at_least).met is met
+
+
+def test_differences_are_by_the_largest_entry_of_a_row_and_nan_is_one(monkeypatch):
+    difference = bench("definitions", monkeypatch).difference
+    expected = [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.0]])]
+    assert difference(expected, [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.5]])]) == 0.5
+    assert difference(expected, [np.asarray(3.0), np.asarray([[2.0, 4.0], [1.0, 1.0]])]) == 0.5
+    assert np.isnan(difference(expected, [np.asarray(np.nan), expected[1]]))
+
+
+# --- scaling.py and scoring.py ----------------------------------------------------------------------------------------
+
+
+def test_scaling_measures_every_form_at_every_size(tmp_path):
+    page = quick("scaling.py", "--output", str(tmp_path))
+    libraries = ["NumPy"] + ["PyTorch"] * ("torch" in HERE)
+    rows = table(tmp_path)
+    own = [(8, c) for c in (5, 10, 20, 100, 200, 400)] + [(32, 50), (16, 100), (8, 200)]
+    expected = [(*size, f"gklx, {library}") for size in own for library in libraries]
+    expected += [(8, c, "pairs, PyTorch") for c in (5, 10, 20)] * ("torch" in HERE)
+    assert sorted((int(row["batch"]), int(row["classes"]), row["form"]) for row in rows) == sorted(expected)
+    for row in rows:
+        assert 0 < float(row["low"]) <= float(row["milliseconds"]) <= float(row["high"])
+        assert bool(row["pairs over gklx"]) == row["form"].startswith("pairs")
+    if sys.platform == "linux":
+        assert {row["classes"] for row in rows if row["peak bytes"]} == {"20"}
+    fitted = [line.split(" | ")[:2] for line in page.splitlines() if " ± " in line and line.startswith("|")]
+    assert fitted == [
+        *([f"| gklx, {library}", "B = 8"] for library in libraries),
+        *[["| pairs, PyTorch", "B = 8"]] * ("torch" in HERE),
+        *([f"| gklx, {library}", "B · C = 1,600"] for library in libraries),
+    ]
+    assert {path.name for path in tmp_path.iterdir()} == {"scaling.md", "scaling.csv", *["scaling.svg"] * DRAWS}
     if DRAWS:
-        assert_is_picture(tmp_path / f"{source.stem}.svg")
+        assert_is_picture(tmp_path / "scaling.svg")
 
 
-def test_block_size_quick_writes_nothing_unasked():
+def test_scaling_fits_the_exponent(monkeypatch):
+    scaling, timing = bench("scaling", monkeypatch), bench("timing", monkeypatch)
+    rows = [
+        scaling.Row(batch, c, "gklx", timing.Spread(batch * 3e-9 * c**1.5, 0.0, 0.0), None, None)
+        for batch, c in ((1, 1), (64, 100), (32, 1_000), (16, 10_000))
+    ]
+    rows[0] = rows[0]._replace(time=timing.Spread(1.0, 1.0, 1.0))  # too small to be fitted
+    fit = scaling.fitted(rows, "gklx", "", 100)
+    assert fit.exponent == pytest.approx(1.5)
+    assert fit.error == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_peak_of_memory(monkeypatch):
+    found = bench("memory", monkeypatch).peak(lambda: np.ones(2**23))
+    assert 2**26 <= found <= 1.1 * 2**26
+
+
+@pytest.mark.parametrize(("script", "said"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")])
+def test_quick_run_writes_nothing_unasked(script, said):
     before = files(BENCHES)
-    assert "NumPy" in quick("block_size.py")
+    assert said in quick(script)
     assert files(BENCHES) == before

@@ -29,11 +29,8 @@ def jax_with_handler():
     """JAX, with the handler registered."""
     backends.needs("jax")
     jax = pytest.importorskip("jax")
+    backends.needs_kernel("jax")
     library = cpu.library()
-    if library is None:
-        pytest.skip("the kernel is not built")
-    if not hasattr(library, "gklx_jax_rows"):
-        pytest.skip("the kernel was built without the headers of jaxlib (GKLX_XLA_HEADERS)")
     jax.ffi.register_ffi_target("gklx_test_rows", jax.ffi.pycapsule(library.gklx_jax_rows), platform="cpu")
     return jax
 

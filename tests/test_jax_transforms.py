@@ -163,15 +163,15 @@ def test_the_gradient_of_a_hyper_parameter_is_an_error_and_never_a_silent_zero(n
     same(of_stopped(0.5), gklx.gkl(s, t, **{name: 0.5}))
 
 
-@pytest.fixture(params=[1, 8])
-def devices(request, monkeypatch):
-    """As in a process of one CPU, whose programs look at the rows and loop over blocks, and of several devices."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+def test_a_tangent_for_a_hyper_parameter_is_an_error_at_any_order():
+    _, s, t = given(CASES[0])
+    with pytest.raises(TypeError, match="gamma must be held constant"):
+        jax.grad(lambda gamma: jax.grad(lambda s: gklx.gkl(s, t, gamma=gamma))(s).sum())(0.5)
 
 
 @supports("export")
 @supports("batch size left open")
-def test_export_for_any_batch_size(devices):
+def test_export_for_any_batch_size():
     from jax import export
 
     step = jax.jit(jax.value_and_grad(partial(gklx.gkl, gamma=0.5)))
@@ -186,7 +186,7 @@ def test_export_for_any_batch_size(devices):
 
 
 @supports("batch size left open")
-def test_export_for_any_batch_size_with_a_class_prior(devices):
+def test_export_for_any_batch_size_with_a_class_prior():
     def step(s, t, prior, labels):
         return gklx.gkl(s, t, prior=prior, labels=labels, gamma=0.5)
 

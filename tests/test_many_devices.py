@@ -79,10 +79,10 @@ def total(x):
 def every_loss(rank, size):
     import torch
 
-    from gklx import _libraries
+    from gklx._core import libraries
 
     for number, case in enumerate(SOME):
-        _libraries._BLOCK_ON_CPU = 2**20 if number % 2 else 2 * C * 8  # all rows at once, or two at a time
+        libraries._BLOCK_ON_CPU = 2**20 if number % 2 else 2 * C * 8  # all rows at once, or two at a time
         # With the mask the weights differ, and rank 0 has a sample of weight 0 that holds NaN and a bad label.
         for mask in ("none", "samples"):
             s, t, arrays = whole("torch", case, mask)

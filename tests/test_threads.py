@@ -1,85 +1,43 @@
-"""Pieces of work on a few threads: in order, never more threads than allowed, and nothing hidden that went wrong."""
+"""How many threads the row kernel runs on, and that the number changes nothing."""
 
 import os
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
 
+import backends
 import gklx
-from backends import BY_NAME
-from cases import CASES, call, loss_of, on
-from closeness import assert_close
-from gklx import _libraries, _threads
+from cases import CASES, call, loss_of
+from gklx._run import cpu, rows
 
 
 @pytest.fixture
 def four_cores(monkeypatch):
     for name in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(_threads, "_cores", lambda: 4)
-    monkeypatch.setattr(_threads, "_limited_to", lambda: sys.maxsize)
-    _threads._pool.cache_clear()
-    yield
-    _threads._pool.cache_clear()
+    monkeypatch.setattr(cpu, "_cores", lambda: 4)
+    monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
 
 
-def test_results_come_in_order_from_several_threads(four_cores):
-    together = threading.Barrier(4, timeout=30)
-
-    def work(piece):
-        if piece < 4:
-            together.wait()  # passed only if four threads are at it at a time
-        return 10 * piece, threading.get_ident()
-
-    found = _threads.each(work, range(50), 4)
-    assert [value for value, _ in found] == [10 * piece for piece in range(50)]
-    assert len({thread for _, thread in found}) == 4
+@pytest.fixture
+def threads_of_calls(monkeypatch):
+    """The threads that each call of the kernel was allowed; every batch is large enough for several."""
+    backends.run_on("kernel", "numpy", monkeypatch)
+    allowed, run = [], cpu.run
+    monkeypatch.setattr(rows, "_ONE_THREAD", 1)
+    monkeypatch.setattr(cpu, "run", lambda request: allowed.append(request.threads) or run(request))
+    return allowed
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_an_exception_comes_out_and_leaves_the_rest_undone(four_cores, workers):
-    done = []
-
-    def work(piece):
-        if piece == 5:
-            raise ZeroDivisionError(piece)
-        time.sleep(0.001)
-        done.append(piece)
-
-    with pytest.raises(ZeroDivisionError, match="5"):
-        _threads.each(work, range(1000), workers)
-    time.sleep(0.05)
-    assert len(done) < 50
-
-
-def test_numpy_errors_are_treated_as_in_the_caller(four_cores):
-    together = threading.Barrier(4, timeout=30)
-
-    def work(_):
-        together.wait()
-        return np.geterr()
-
-    with np.errstate(over="ignore", under="raise"):
-        found = _threads.each(work, range(4), 4)
-    assert {(each["over"], each["under"]) for each in found} == {("ignore", "raise")}
-
-
-def test_callers_in_many_threads_get_their_own_results(four_cores):
-    found = {}
-
-    def caller(k):
-        found[k] = _threads.each(lambda piece: k * piece, range(100), 4)
-
-    callers = [threading.Thread(target=caller, args=(k,)) for k in range(8)]
-    for each in callers:
-        each.start()
-    for each in callers:
-        each.join()
-    assert found == {k: [k * piece for piece in range(100)] for k in range(8)}
+def run_alone(program):
+    """What a program prints in a process whose environment limits nothing."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS")}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 @pytest.mark.parametrize(
@@ -98,62 +56,124 @@ def test_callers_in_many_threads_get_their_own_results(four_cores):
 def test_the_environment_limits_them(four_cores, monkeypatch, environment, threads):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert _threads.threads() == threads
+    assert cpu.threads() == threads
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_affinity_limits_them():
+    program = """
+import os
+from gklx._run import cpu
+allowed = sorted(os.sched_getaffinity(0))
+print(cpu.threads() == len(allowed))
+os.sched_setaffinity(0, allowed[:1])
+print(cpu.threads())
+"""
+    assert run_alone(program) == ["True", "1"]
 
 
 def test_threadpoolctl_limits_them():
-    """Asked of the process's own libraries, in a process whose environment says nothing."""
+    """Asked of the process's own libraries."""
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     program = """
 import numpy, threadpoolctl
-from gklx import _threads
-_threads._cores = lambda: 4
+from gklx._run import cpu
+cpu._cores = lambda: 4
 with threadpoolctl.threadpool_limits(limits=1):
-    print(_threads.threads())
+    print(cpu.threads())
 with threadpoolctl.threadpool_limits(limits=2):
-    print(_threads.threads())
+    print(cpu.threads())
 """
-    environment = {k: v for k, v in os.environ.items() if k not in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.split() == ["1", "2"]
+    assert run_alone(program) == ["1", "2"]
+
+
+def test_a_call_of_numpy_takes_them(four_cores, threads_of_calls, monkeypatch):
+    s, t, _ = call(CASES[0], "none")
+    gklx.gkl(s, t)
+    monkeypatch.setenv("GKLX_NUM_THREADS", "3")
+    gklx.grad(gklx.gkl)(s, t)
+    assert threads_of_calls == [4, 3]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_call_of_pytorch_takes_its_own_setting(threads_of_calls, monkeypatch, threads):
+    """In the forward pass and in a backward pass that computes."""
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("GKLX_NUM_THREADS", "2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    s, t = torch.randn(2, 8, 7).bfloat16()
+    gklx.gkl(s.requires_grad_(), t).backward()
+    assert threads_of_calls == [threads] * 2
+
+
+def test_a_small_batch_takes_one(four_cores, monkeypatch):
+    backends.run_on("kernel", "numpy", monkeypatch)
+    allowed, run = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda request: allowed.append(request.threads) or run(request))
+    for samples in (10, 2000):
+        gklx.kl(np.zeros((samples, 100)), np.zeros((samples, 100)))
+    assert allowed == [1, 4]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("mask", ["none", "elements", "samples"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_results_do_not_depend_on_their_number(threads_of_calls, monkeypatch, case, mask, dtype):
+    """Not by a bit: value and gradients of 301 samples, which no number of threads shares out evenly."""
+    s, t, given = call(case, mask, batch=(301,))
+    s, t = s.astype(dtype), t.astype(dtype)
+    found = []
+    for threads in (1, 2, 3, 8):
+        monkeypatch.setattr(cpu, "_cores", lambda threads=threads: threads)
+        monkeypatch.setenv("GKLX_NUM_THREADS", str(threads))
+        monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
+        value, gradients = gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given)
+        found.append([np.asarray(value).tobytes(), *(x.tobytes() for x in gradients)])
+    assert threads_of_calls == [1, 2, 3, 8]
+    assert all(each == found[0] for each in found)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_fork_has_threads_of_its_own():
-    """A pool's threads do not follow into a fork, as PyTorch's data loader makes them; its work would wait for ever."""
+def test_a_fork_computes_on_threads_of_its_own(monkeypatch):
+    """The threads of a process do not follow into a fork, as PyTorch's data loader makes them."""
+    backends.run_on("kernel", "numpy", monkeypatch)
     program = """
 import os
-from gklx import _threads
-_threads._cores = lambda: 4
-assert _threads.each(abs, range(100), 4) == list(range(100))
+import numpy as np
+import gklx
+from gklx._run import cpu
+cpu._cores = lambda: 4
+s, t = np.random.default_rng(0).standard_normal((2, 4000, 100))
+own = gklx.value_and_grad(gklx.gkl)(s, t)
 child = os.fork()
 if child == 0:
-    os._exit(0 if _threads.each(abs, range(100), 4) == list(range(100)) else 1)
-assert os.waitpid(child, 0)[1] == 0
+    found = gklx.value_and_grad(gklx.gkl)(s, t)
+    os._exit(0 if found[0] == own[0] and (found[1] == own[1]).all() else 1)
+print(os.waitpid(child, 0)[1])
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+    assert run_alone(program) == ["0"]
 
 
-def test_work_at_the_end_of_a_process_is_done_alone():
+def test_callers_in_many_threads_get_their_own_results(four_cores, threads_of_calls):
+    from concurrent.futures import ThreadPoolExecutor
+
+    s, t = np.random.default_rng(0).standard_normal((2, 500, 20))
+    expected = [gklx.grad(gklx.gkl)(k * s, t).tobytes() for k in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda k: gklx.grad(gklx.gkl)(k * s, t).tobytes(), range(8)))
+    assert found == expected
+
+
+def test_work_at_the_end_of_a_process_is_done(monkeypatch):
+    backends.run_on("kernel", "numpy", monkeypatch)
     program = """
 import atexit
-from gklx import _threads
-_threads._cores = lambda: 4
-atexit.register(lambda: print(_threads.each(abs, range(5), 4)))
+import numpy as np
+import gklx
+from gklx._run import cpu
+cpu._cores = lambda: 4
+s = np.zeros((4000, 100))
+atexit.register(lambda: print(float(gklx.kl(s, s))))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert (done.stdout.strip(), done.stderr) == ("[0, 1, 2, 3, 4]", "")
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in ("kl", "gkl", "gkl-prior")], ids=lambda c: c.id)
-@pytest.mark.parametrize("mask", ["none", "samples"])
-def test_losses_on_threads_are_the_losses(four_cores, monkeypatch, case, mask):
-    s, t, given = on(BY_NAME["numpy"], "float64", *call(case, mask, batch=(40,)))
-    outcomes = []
-    for block in (2**40, 3 * 7 * 8):
-        monkeypatch.setattr(_libraries, "_BLOCK_ON_CPU", block)
-        outcomes.append(gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given))
-    (value, gradients), (threaded, of_threads) = outcomes
-    assert_close(np.asarray(threaded), value, BY_NAME["numpy"], "float64", ulps=4)
-    for one, other in zip(of_threads, gradients, strict=True):
-        assert_close(one, other, BY_NAME["numpy"], "float64", ulps=4)
+    assert run_alone(program) == ["0.0"]

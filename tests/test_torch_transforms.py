@@ -363,7 +363,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", CARE)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
-    """What is presumed of the rows is found out, and the careful sweep takes over."""
+    """Infinite and absent logits come out of a compiled program as they do eagerly."""
     compile_, _ = compiled
     s, t, given = CARE[name](*torch.randn(2, 6, 7))
     loss = partial(LOSSES[loss], reduction="none", **given)
@@ -419,8 +419,6 @@ def test_what_nobody_read_is_nan_and_no_plausible_number(compiled, wrong, care):
 
 
 @supports("compiler")
-
-
 @supports("batch size left open")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiled_for_any_batch_size(compiled, dynamic):

@@ -95,7 +95,7 @@ def test_jax_moves_nothing(case):
 @pytest.mark.parametrize("mask", ["none", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_inputs_are_left_as_they_were(backend, case, mask):
-    """Eager work writes over its own arrays, of ordinary rows most of all."""
+    """The kernel is handed the memory of the inputs themselves."""
     s, t, given = call(case, mask)
     before = [x.copy() for x in (s, t, *given.values())]
     on = [backend.array(x) for x in (s, t)], {name: backend.array(x) for name, x in given.items()}

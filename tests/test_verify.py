@@ -4,6 +4,7 @@ import argparse
 import importlib.machinery
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,15 +20,18 @@ import oracle
 from gklx._cli import main
 from gklx._cli.verify import add_to
 from gklx._core.libraries import LIBRARIES, library_of
+from gklx._run import cpu
 from gklx._verify import cases, checks, definitions
 from gklx._verify.calls import Arguments
 from gklx._verify.checks import Check
+from gklx._verify.executions import executions, pairs
 from gklx._verify.junit import as_junit
 from gklx._verify.places import places
 from gklx._verify.report import as_json, as_markdown, as_table
 from gklx._verify.verify import Report, verify
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
+SET = cpu.instruction_set()
 FEW = ("kl T=2.5", "gkl gamma=0.5 -inf", "gkl prior gamma=0.3")
 
 
@@ -39,7 +43,7 @@ def few(monkeypatch):
     monkeypatch.setattr(checks, "cases", lambda: iter(some))
     monkeypatch.setattr(checks, "equivalents", lambda: itertools.islice(cases.equivalents(), 1))
     monkeypatch.setattr(checks, "DTYPES", ("float16", "float32"))
-    monkeypatch.setattr(checks, "_EQUIVALENT_IN", ("float32",))
+    monkeypatch.setattr(checks, "EQUIVALENT_IN", ("float32",))
 
 
 @pytest.fixture(params=OTHERS)
@@ -57,7 +61,10 @@ def here():
 
 @pytest.fixture(scope="module")
 def report(here):
-    return verify(here)
+    """Of all cases, but for PyTorch's compiler, which takes a second for each: it has the few."""
+    with places(here) as (found, absent):
+        quick = [each for each in executions(found) if not each.name.startswith("torch.compile")]
+        return Report(quick, absent, checks.run(quick), 1.0)
 
 
 def run(*argv):
@@ -65,7 +72,9 @@ def run(*argv):
     parser = argparse.ArgumentParser()
     add_to(parser.add_subparsers())
     arguments = parser.parse_args(["verify", *argv])
-    return arguments.run(arguments)
+    shown = []
+    status = arguments.run(arguments, shown.append)
+    return "".join(shown), status
 
 
 def blamed(report):
@@ -73,26 +82,52 @@ def blamed(report):
     return {check.places[0] for check in report.broken if check.kind == "definition"}
 
 
+def names_of(backend):
+    """The names of a library's executions here: on the kernel where there is one, compiled, and by the formulas."""
+    by_kernel = {
+        "numpy": ["numpy"],
+        "torch": ["torch", "torch.compile"],
+        "jax": ["jax.jit"] if cpu.serves_jax() else [],
+    }
+    kernels = by_kernel.get(backend, []) if SET else []
+    return [*(f"{name} (kernel: {SET})" for name in kernels), f"{backend} (formulas)"]
+
+
+def quick_names(here):
+    """Those of `report`."""
+    return [name for backend in here for name in names_of(backend) if not name.startswith("torch.compile")]
+
+
 # --- all is well ------------------------------------------------------------------------------------------------------
 
 
 def test_numpy_and_pytorch_are_within_every_bound(report, here):
     assert [check.told for check in report.broken] == []
-    assert [place.name for place in report.places] == here
+    assert [each.name for each in report.executions] == quick_names(here)
     seen = {(check.kind, check.places, check.dtype, check.what) for check in report.checks}
-    for place in report.places:
-        for dtype, what in itertools.product(place.library.dtypes, ("value", "gradient")):
-            assert ("definition", (place.name,), dtype, what) in seen
+    for each in report.executions:
+        for dtype, what in itertools.product(each.place.library.dtypes, ("value", "gradient")):
+            assert ("definition", (each.name,), dtype, what) in seen
+    if SET:
+        for backend in here:
+            assert ("pair", (names_of(backend)[0], f"{backend} (formulas)"), "float32", "gradient") in seen
     assert ("equivalence", ("definition",), "float64", "gradient") in seen
     if len(here) > 1:
-        assert ("pair", tuple(here), "float32", "gradient") in seen
-        assert ("definition", ("torch",), "bfloat16", "autodiff") in seen
+        assert ("pair", ("numpy (formulas)", "torch (formulas)"), "float32", "gradient") in seen
+        assert ("definition", (names_of("torch")[0],), "bfloat16", "autodiff") in seen
 
 
 def test_a_library_is_within_its_bounds(other, few):
     found = verify(["numpy", other])
     assert [check.told for check in found.broken] == []
-    assert {check.kind for check in found.checks} == {"definition", "pair", "equivalence"}
+    assert [each.name for each in found.executions] == names_of("numpy") + names_of(other)
+    for kind in ("definition", "equivalence"):
+        assert {check.places[0] for check in found.checks if check.kind == kind} >= {
+            *names_of("numpy"),
+            *names_of(other),
+        }
+    its_pairs = {(name, f"{other} (formulas)") for name in ("numpy (formulas)", *names_of(other)[:-1])}
+    assert {check.places for check in found.checks if check.kind == "pair"} >= its_pairs
     assert max(check.ulps for check in found.checks) > 0
 
 
@@ -145,46 +180,108 @@ def test_a_wrong_exponential_turns_it_red(other, few, monkeypatch):
     module = backends.BY_BACKEND[other].namespace()
     true_exp = module.exp
     monkeypatch.setattr(module, "exp", lambda x: true_exp(x * (1 + 1e-4)))
-    if other == "torch":  # whose softmax has an exponential of its own
-        torch = sys.modules["torch"]
-        true_softmax = torch.softmax
-        monkeypatch.setattr(torch, "softmax", lambda x, dim: true_softmax(x * (1 + 1e-4), dim=dim))
     found = verify(["numpy", other])
-    assert blamed(found) == {other}
+    formulas = f"{other} (formulas)"
+    assert blamed(found) == {formulas}
     assert {check.what for check in found.broken if check.kind == "definition"} >= {"value", "gradient"}
     assert {check.dtype for check in found.broken} == {"float16", "float32"} & set(backends.BY_BACKEND[other].dtypes)
-    assert {check.places for check in found.broken if check.kind == "pair"} == {("numpy", other)}
+    its_pairs = {(name, formulas) for name in ("numpy (formulas)", *names_of(other)[:-1])}
+    assert {check.places for check in found.broken if check.kind == "pair"} == its_pairs
 
     text, status = run("--backend", "numpy", other, "--format", "junit")
     assert status == 1
     failed = [case for case in ET.fromstring(text.encode()).iter("testcase") if case.find("failure") is not None]
     names = {(case.get("classname"), case.get("name")) for case in failed}
-    assert (f"gklx.verify.definition.{other}", "float32 gkl prior gamma=0.3") in names
-    assert (f"gklx.verify.pair.numpy-{other}", "float32") in names
-    assert not [name for name in names if name[0] == "gklx.verify.definition.numpy"]
+    assert (f"gklx.verify.definition.{formulas}", "float32 gkl prior gamma=0.3") in names
+    assert (f"gklx.verify.pair.numpy (formulas)-{formulas}", "float32") in names
+    assert not [name for name in names if name[0].startswith("gklx.verify.definition.numpy")]
     (failure,) = (
         case.find("failure")
         for case in failed
-        if case.get("classname") == f"gklx.verify.definition.{other}" and case.get("name") == "float32 kl T=2.5"
+        if case.get("classname") == f"gklx.verify.definition.{formulas}" and case.get("name") == "float32 kl T=2.5"
     )
     assert re.match(
-        rf"{other}, float32, kl T=2\.5, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, allowed 32 and \d+ more$",
+        rf"{other} \(formulas\), float32, kl T=2\.5, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, "
+        r"allowed 32 and \d+ more$",
         failure.get("message"),
     )
-    assert f"{other}, float32, kl T=2.5, gradient: gradient to the teacher element [" in failure.text
+    assert f"{formulas}, float32, kl T=2.5, gradient: gradient to the teacher element [" in failure.text
 
 
 def test_a_wrong_exponential_of_numpy_is_numpys(few, here, monkeypatch):
     true_exp = np.exp
     monkeypatch.setattr(backends.BY_BACKEND["numpy"].namespace(), "exp", lambda x: true_exp(x * (1 + 1e-4)))
-    assert blamed(verify(here)) == {"numpy"}
+    assert blamed(verify(here)) == {"numpy (formulas)"}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_fault_of_the_kernel_is_the_kernels(few, library, monkeypatch):
+    backends.needs(library)
+    if SET is None:
+        pytest.skip("no kernel is in use")
+    true_run = cpu.run
+
+    def run_hotter(request):
+        request.temperature *= 1 + 1e-4
+        true_run(request)
+
+    monkeypatch.setattr(cpu, "run", run_hotter)
+    found = verify([library])
+    *kernels, formulas = names_of(library)
+    assert blamed(found) == set(kernels)
+    assert {check.places for check in found.broken if check.kind == "pair"} == {(name, formulas) for name in kernels}
+
+
+def test_a_fault_of_the_kernel_under_jit(few, monkeypatch):
+    backends.needs("jax")
+    if not cpu.serves_jax():
+        pytest.skip("no kernel with a handler for jax.ffi is in use")
+    from gklx._run import xla
+
+    true_evaluate = xla.evaluate
+
+    def evaluate(call, **asked):
+        found = true_evaluate(call, **asked)
+        return found._replace(value=None if found.value is None else found.value * (1 + 1e-4))
+
+    monkeypatch.setattr(xla, "evaluate", evaluate)
+    assert blamed(verify(["jax"])) == {f"jax.jit (kernel: {SET})"}
+
+
+def test_without_the_kernel_there_are_the_formulas(few, here, monkeypatch):
+    monkeypatch.setenv("GKLX_KERNEL", "0")
+    found = verify(here)
+    assert [each.name for each in found.executions] == [f"{name} (formulas)" for name in here]
+    assert found.broken == []
+
+
+def test_the_choice_of_the_environment_is_put_back(monkeypatch):
+    for before in (None, "1"):
+        monkeypatch.delenv("GKLX_KERNEL", raising=False)
+        if before is not None:
+            monkeypatch.setenv("GKLX_KERNEL", before)
+        with places(["numpy"]) as (here, _):
+            *_, formulas = executions(here)
+            seen = formulas.call(
+                "float32", lambda x: x * float(os.environ["GKLX_KERNEL"]), Arguments((np.ones(1),), {})
+            )
+        assert seen.arrays[0] == 0
+        assert os.environ.get("GKLX_KERNEL") == before
+
+
+def test_a_kernel_is_compared_with_the_formulas_of_its_place(other):
+    with places(["numpy", other]) as (here, _):
+        found = [(one.name, its.name) for one, its in pairs(executions(here))]
+    (*of_numpy, numpy), (*of_other, formulas) = names_of("numpy"), names_of(other)
+    expected = [*((name, numpy) for name in of_numpy), *((name, formulas) for name in of_other), (numpy, formulas)]
+    assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("of", ["analytic", "autodiff"])
 def test_a_sign_in_the_gradient_of_one_library(few, monkeypatch, of):
     backends.needs("torch")
     import gklx._autodiff
-    from gklx._autodiff import _torch
+    from gklx._autodiff import torch as adapter
 
     if of == "analytic":
         true = gklx._autodiff.value_and_gradients
@@ -197,17 +294,18 @@ def test_a_sign_in_the_gradient_of_one_library(few, monkeypatch, of):
 
         monkeypatch.setattr(gklx._autodiff, "value_and_gradients", flipped)
     else:
-        backward = _torch._EagerLoss.backward
+        backward = adapter._EagerLoss.backward
 
         def flipped(ctx, *upstream):
             plan, student, teacher, *rest = backward(ctx, *upstream)
             return plan, student, -teacher, *rest
 
-        monkeypatch.setattr(_torch._EagerLoss, "backward", staticmethod(flipped))
+        monkeypatch.setattr(adapter._EagerLoss, "backward", staticmethod(flipped))
     found = verify(["numpy", "torch"])
     what = "gradient" if of == "analytic" else "autodiff"
     broken = [check for check in found.broken if check.kind == "definition"]
-    assert {(check.places, check.what) for check in broken} == {(("torch",), what)}
+    names = names_of("torch") if of == "analytic" else [name for name in names_of("torch") if "compile" not in name]
+    assert {(*check.places, check.what) for check in broken} == {(name, what) for name in names}
     assert all("gradient to the teacher" in check.told for check in broken)
 
 
@@ -217,9 +315,9 @@ def test_a_library_that_raises_is_a_broken_case_and_not_the_end(other, few, monk
 
     monkeypatch.setattr(backends.BY_BACKEND[other].namespace(), "sum", broken)
     found = verify(["numpy", other])
-    assert blamed(found) == {other}
+    assert blamed(found) == {f"{other} (formulas)"}
     assert {check.told for check in found.broken} == {"raised RuntimeError: no \x1b[31msums"}
-    assert any(check.places == ("numpy",) for check in found.checks)
+    assert any(check.places == ("numpy (formulas)",) for check in found.checks)
     failures = ET.fromstring(as_junit(found).encode()).iter("failure")
     assert all("raised RuntimeError: no [31msums" in each.get("message") for each in failures)
     assert json.loads(as_json(found))["broken"][0]["ulps"] is None
@@ -244,7 +342,8 @@ def test_gradients_of_dkl_that_are_not_those_of_kl(few, monkeypatch):
         ("equivalence", "definition"),
     }
     assert json.loads(as_json(found))["kl_equals_dkl"] is False
-    assert "KL = DKL, numpy, float32, T=0.5, gradient: gradient to the teacher element [" in as_table(found)
+    flat = " ".join(as_table(found).split())
+    assert "KL = DKL, numpy (formulas), float32, T=0.5, gradient: gradient to the teacher element [" in flat
 
 
 # --- what is here -----------------------------------------------------------------------------------------------------
@@ -343,13 +442,14 @@ def test_table(report, monkeypatch):
         assert "all within their bounds; the gradients of KL and DKL are the same" in flat
         for title in ("Backends", "Farthest from the definitions", "KL ≡ DKL"):
             assert title in text
-        assert re.search(r"^numpy +float32 +\d\.\d+ +\d\.\d+ +– ", text, re.MULTILINE)
+        for name in names_of("numpy"):
+            assert re.search(rf"^{re.escape(name)} +float32 +\d\.\d+ +\d\.\d+ +– ", text, re.MULTILINE)
 
 
-def test_markdown(report, here):
+def test_markdown(report):
     text = as_markdown(report)
     tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-    assert len(tables) == (4 if len(here) > 1 else 3)
+    assert len(tables) == (4 if len(report.executions) > 1 else 3)
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert "**" not in text
@@ -357,8 +457,9 @@ def test_markdown(report, here):
 
 def test_json(report, here):
     found = json.loads(as_json(report), parse_constant=pytest.fail)
-    assert list(found["backends"]) == here
-    assert found["backends"]["numpy"]["version"] == np.__version__
+    assert list(found["backends"]) == quick_names(here)
+    assert [each["kernel"] for each in found["backends"].values()] == [each.kernel for each in report.executions]
+    assert found["backends"]["numpy (formulas)"]["version"] == np.__version__
     assert (found["checks"], found["broken"], found["kl_equals_dkl"]) == (len(report.checks), [], True)
     by_key = {(each["kind"], *each["backends"], each["dtype"], each["what"]): each for each in found["farthest"]}
     for check in report.checks:

@@ -3,8 +3,10 @@
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
 parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL;
 `global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches.
+`show_config` says what the losses run on here.
 """
 
+from ._config import show_config
 from .distributed import global_batch
 from .losses import dkl, gkl, ikl, kl
 from .prior import ClassPrior, ClassPriorState, class_sums
@@ -23,6 +25,7 @@ __all__ = [
     "ikl",
     "kl",
     "score",
+    "show_config",
     "terms",
     "value_and_grad",
 ]

@@ -23,7 +23,7 @@ class Terms(NamedTuple):
 
 
 def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
-    """A function that returns a loss and its analytic gradient, from one sweep over the logits.
+    """A function that returns a loss and its analytic gradient, from one evaluation.
 
     Works on every library, NumPy and CuPy included, and follows `jax.value_and_grad`.
 

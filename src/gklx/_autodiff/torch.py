@@ -14,7 +14,7 @@ _NOT_ARRAYS = 1  # arguments of the functions before the arrays: the plan
 
 
 def tracks(call: Call) -> bool:
-    """Whether autograd, forward-mode AD, a transform of `torch.func` or the compiler may be looking at the logits."""
+    """Whether autograd, forward-mode AD, a transform of `torch.func` or the compiler may be following the logits."""
     if torch.compiler.is_compiling() or _records(call.arrays.student) or _records(call.arrays.teacher):
         return True
     return _transformed() or forward_ad._current_level >= 0

@@ -7,20 +7,22 @@ from typing import Any
 from .._core.libraries import LIBRARIES
 
 _DESCRIPTION = """\
-Checks the array libraries and devices that are here: values and gradients of every loss, in every dtype, under masks,
-reductions and extreme logits, against the definitions in NumPy's widest float and against each other; the libraries'
-own autodiff; and that KL and DKL have the same gradients. Distances are in units in the last place.
+Checks the array libraries and devices that are here, on the row kernel and by the formulas: values and gradients of
+every loss, in every dtype, under masks, reductions and extreme logits, against the definitions in NumPy's widest float
+and against each other; the libraries' own autodiff; and that KL and DKL have the same gradients. Distances are in units
+in the last place.
 """
 
 _NOTES = """\
 bounds:
   32 units for values (of each number) and for gradients in float32 and float64 (of the largest number of the row), 1
-  for gradients in float16 and bfloat16, which are rounded once; twice that between two backends; 16 for the gradients
-  of DKL from those of KL. docs/verify.md has the reasons.
+  for gradients in float16 and bfloat16, which are rounded once; twice that between two rows; 16 for the gradients of
+  DKL from those of KL. docs/verify.md has the reasons.
 
 json:
-  backends.NAME.{version, device, hardware}, absent.NAME, checks, kl_equals_dkl, and in lists of {kind, backends, dtype,
-  what, case, ulps, bound}: farthest, the worst of each; broken, what is beyond its bound, with what was found.
+  backends.NAME.{version, device, hardware, kernel}, absent.NAME, checks, kl_equals_dkl, and in lists of {kind,
+  backends, dtype, what, case, ulps, bound}: farthest, the worst of each; broken, what is beyond its bound, with what
+  was found. kernel is the instruction set that the kernel uses, null for the formulas.
   ulps is null where one side is infinite or NaN, or raised an error.
 
 exit status:

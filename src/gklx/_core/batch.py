@@ -98,7 +98,7 @@ def factors_of(
         if uses_batch_mass(call):
             assert batch is not None
             mass = _mass(call, weights, batch.base_scale)
-            of_energy = of_energy * mass * mass * (batch.weight / _or_one(call, batch.squared_mass))
+            of_energy = of_energy * (mass * mass * (batch.weight / _or_one(call, batch.squared_mass)))
         else:
             mass = _mass(call, weights, xp.ones_like(weights.base))
             of_energy = of_energy * mass * mass

@@ -307,7 +307,8 @@ def teacher_gradient(call: Call, rows: Rows, around: Deviations | None, factors:
 
 
 def scaled(xp: ModuleType, factor: Array, x: Array) -> Array:
-    """Factor * x, and 0 where the factor is 0 though x be infinite or NaN."""
+    """Factor * x, and 0 where the factor is 0 though x be infinite or NaN, or x is 0 though the factor overflowed."""
+    factor = xp.where(xp.isinf(factor) & (x == 0), 0.0, factor)
     return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)
 
 

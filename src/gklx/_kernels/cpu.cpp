@@ -190,8 +190,11 @@ template <class R> struct Rower {
     report(row, found, true, false, x.s_total, x.t_total);
     if (!pass.to_student && !pass.to_teacher) return;
     const Rates<R> rates = rates_of(row, found, difference_scale<Careful> / (x.w_total == 0 ? 1 : x.w_total));
-    if (infinite && rates.difference != 0) unbounded_gradients(x, infinite, rates, R(of_row.gap), to_s, to_t);
-    else find_gradients<Careful>(x, rates, R(of_row.gap), to_s, to_t);
+    if ((infinite && rates.difference != 0) || is_infinite(rates.difference)) {
+      unbounded_gradients<Careful>(x, infinite, rates, R(of_row.gap), to_s, to_t);
+    } else {
+      find_gradients<Careful>(x, rates, R(of_row.gap), to_s, to_t);
+    }
     if (pass.to_student) give(to_s, call.to_student, call.student_type, row, valid);
     if (pass.to_teacher) give(to_t, call.to_teacher, call.teacher_type, row, valid);
   }
@@ -205,7 +208,7 @@ template <class R> struct Rower {
     if (own && spread) exponentials<R, Careful, true>(x);
     else if (needs_softmax()) exponentials<R, Careful, false>(x);
     if (own) x.w = x.et;
-    else if (spread) find_reference(x, largest_weight);
+    else if (spread && x.w_total > 0) find_reference(x, largest_weight);
     if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
       x.s_reference = x.s_top;
       x.t_reference = x.t_top;
@@ -297,8 +300,11 @@ template <class R> struct Rower {
     const double mean = found.moment / x.w_total, off = found.moment * mean;
     x.mean = R(mean);
     // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
-    if (pass.mse && !(4 * off <= 3 * found.squares)) found.squares = sums<R, Careful, true, false, false>(x).squares;
-    else found.squares -= off;
+    if (pass.mse && (!(4 * off <= 3 * found.squares) || is_infinite(off))) {
+      found.squares = sums<R, Careful, true, false, false>(x).squares;
+    } else {
+      found.squares -= off;
+    }
     return found;
   }
 
@@ -313,13 +319,19 @@ template <class R> struct Rower {
   }
 
   // Of a row in which differences of weight are infinite: their mean is, too, and between opposite ones there is none.
+  // Or of one whose factor is beyond the largest number: what it multiplies may be 0.
+  template <bool Careful>
   void unbounded_gradients(const Line<R> &x, int infinite, Rates<R> rates, R gap_sum, R *to_s, R *to_t) const {
     constexpr R inf = Real<R>::inf;
     const R others = infinite == 1 ? -inf : infinite == 2 ? inf : nan_of<R>();
     const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+    const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
     for (int64_t j = 0; j < x.n; ++j) {
-      const R d = R(0.25) * x.t[j] - R(0.25) * x.s[j];
-      const R of_difference = x.w[j] == 0 ? R(0) : rates.difference * (is_infinite(d) ? d : others);
+      const Difference<R> d = difference_at<R, Careful>(x.t[j], x.s[j]);
+      R c = is_infinite(d.high) ? d.high : others;
+      if (!infinite) c = ((d.high - reference.high) + (d.low - reference.low)) - x.mean;
+      const R weighted = x.w[j] == 0 ? R(0) : infinite ? c : x.w[j] * c;
+      const R of_difference = weighted == 0 ? R(0) : rates.difference * weighted;
       const R p = x.et[j] * of_t, q = x.es[j] * of_s;
       if (pass.to_student) {
         const R of_gap = rates.gap * ((q - p) - p * gap_sum);

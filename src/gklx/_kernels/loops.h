@@ -82,7 +82,8 @@ template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
       et[j] = of_t;
       a += of_s;
       b += of_t;
-      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * z_s;
+      // By a part of z, so that no sum of finite logits overflows; what it underflows is nothing beside log(s_total).
+      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));
       else c += of_t * z_s;
       if (Own) {
         R at_top = t[j] == t_top ? s[j] : -Real<R>::inf;
@@ -95,7 +96,7 @@ template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
   }
   x.s_total = s_total;
   x.t_total = t_total;
-  x.z_student = z_student;
+  x.z_student = Careful ? z_student * 0x1p30 : z_student;
   if (!Own) return;
   x.w_total = t_total;
   x.s_reference = s_reference;

@@ -74,6 +74,11 @@ def instruction_set() -> str | None:
     return _instruction_set() if kernel_allowed() else None
 
 
+def serves_jax() -> bool:
+    """Whether a kernel is in use that was built with a handler for `jax.ffi`."""
+    return kernel_allowed() and hasattr(library(), "gklx_jax_rows")
+
+
 def run(call: RowCall) -> None:
     """Runs the kernel on a call that refers to live, contiguous arrays."""
     loaded = library()

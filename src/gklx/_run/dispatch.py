@@ -6,7 +6,12 @@ from typing import NamedTuple
 from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result
-from . import blocks, cuda, rows
+from . import blocks, cpu, cuda, rows
+
+
+def kernel_of(call: Call) -> str | None:
+    """The instruction set of the kernel that runs a call; None where the formulas do."""
+    return cpu.instruction_set() if rows.serves(call) else None
 
 
 def evaluate(

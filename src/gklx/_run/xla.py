@@ -35,7 +35,7 @@ class _Plan(NamedTuple):
 def serves(call: Call) -> bool:
     """Whether the kernel was built with JAX's interface, and the call is traced with known shapes, on one rank."""
     return (
-        cpu.instruction_set() is not None
+        cpu.serves_jax()
         and call.ranks is None
         and isinstance(call.arrays.student, jax.core.Tracer)
         and all(isinstance(n, int) for n in call.arrays.student.shape)
@@ -104,10 +104,9 @@ def _batched(operands: Any, axes: Any, *, plan: _Plan) -> Any:
 
 @cache
 def _registered() -> bool:
-    """Whether the library holds a handler, which JAX then knows."""
+    """True: JAX knows the handler."""
     library = cpu.library()
-    if library is None or not hasattr(library, "gklx_jax_rows"):
-        return False
+    assert library is not None
     handler = jax.ffi.pycapsule(library.gklx_jax_rows)  # type: ignore[no-untyped-call]
     jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
     return True

@@ -1,12 +1,12 @@
-"""Runs the cases everywhere, and holds what comes to the definitions and to each other.
+"""Runs the cases in every execution, and holds what comes to the definitions and to each other.
 
 The bounds, in units in the last place (ulp), follow from how the package computes; its tests hold the same ones.
 
 - 32 for values, of each entry, and for gradients in float32 and float64, of the largest entry of the row: softmax, mean
   and centring are short sums, of which every operation rounds once. Values of halves are float32.
 - 1 for gradients in halves, which are computed in float32 and rounded once.
-- Twice that between two libraries, either of which may be off.
-- 16 for the gradients of DKL from those of KL on the same library, which share all but a few operations; 32 from the
+- Twice that between two executions, either of which may be off.
+- 16 for the gradients of DKL from those of KL of one execution, which share all but a few operations; 32 from the
   definition of KL.
 
 Where rows are confident to the last digit their normalisers are 1 + something that is rounded off, so that a small loss
@@ -23,19 +23,19 @@ import numpy as np
 
 from ..transforms import grad, value_and_grad
 from .agreement import told
-from .calls import Arguments, Results, autodiff, call
+from .calls import Arguments, Results
 from .cases import Case, cases, equivalents
 from .definitions import Exact, exact
-from .places import Place
+from .executions import Execution, pairs
 from .ulps import DTYPES, farthest, units
 
 _HALVES = ("float16", "bfloat16")
-_EQUIVALENT_IN = ("float32", "float64")
+EQUIVALENT_IN = ("float32", "float64")
 _BOUND, _BOUND_OF_HALF_GRADIENTS, _BOUND_OF_EQUIVALENCE = 32.0, 1.0, 16.0
 
 
 class Check(NamedTuple):
-    """One comparison: of a library with the definition, of two libraries, or of DKL with KL on one."""
+    """One comparison: of an execution with the definition, of two executions, or of DKL with KL in one."""
 
     kind: str
     """ "definition", "pair" or "equivalence"."""
@@ -69,66 +69,87 @@ class _Expected(NamedTuple):
         return _BOUND_OF_HALF_GRADIENTS if self.dtype in _HALVES else _BOUND
 
 
-def run(places: Sequence[Place]) -> list[Check]:
+class _Subject(NamedTuple):
+    """What is compared: the first fields of a `Check`."""
+
+    kind: str
+    places: tuple[str, ...]
+    dtype: str
+    case: str
+
+    def compared(self, each: _Expected, x: Any, y: Any, bound: float) -> Check:
+        """Of two arrays, in the units of what is expected."""
+        distance = farthest(x, y, each.unit, each.dtype)
+        broken = not distance.ulps <= bound
+        words = f"{each.name}{told(distance, each.dtype)}, allowed {bound:g}" if broken else ""
+        return Check(*self, each.what, distance.ulps, bound, words)
+
+    def failed(self, each: _Expected, bound: float, why: str) -> Check:
+        """Of a call that gave no arrays to compare."""
+        return Check(*self, each.what, math.inf, bound, why)
+
+
+def run(executions: Sequence[Execution]) -> list[Check]:
     """All checks."""
     found: list[Check] = []
-    for dtype, case in itertools.product(DTYPES, cases()):
-        if case.halves or dtype not in _HALVES:
-            found += _of_case(places, case, dtype)
-    for dtype, (kl, dkl) in itertools.product(_EQUIVALENT_IN, equivalents()):
-        found += _of_equivalents(places, kl, dkl, dtype)
+    for dtype in DTYPES:
+        able = [each for each in executions if each.takes(dtype)]
+        for case in cases():
+            if case.halves or dtype not in _HALVES:
+                found += _of_case(able, case, dtype)
+        for kl, dkl in equivalents() if dtype in EQUIVALENT_IN else ():
+            found += _of_equivalents(able, kl, dkl, dtype)
     return found
 
 
-def _of_case(places: Sequence[Place], case: Case, dtype: str) -> Iterator[Check]:
-    """What every library gives against the definition, then every two against each other."""
+def _of_case(executions: Sequence[Execution], case: Case, dtype: str) -> Iterator[Check]:
+    """What every execution gives against the definition, then some against each other."""
     given = Arguments((case.student, case.teacher), case.arrays).rounded(dtype)
     of_call, of_autodiff = _expected(case, given, dtype)
-    found: dict[str, list[tuple[_Expected, Any]]] = {}
-    for place in places:
-        if dtype not in place.library.dtypes:
-            continue
-        ways = [(of_call, partial(call, place, dtype, _everything(case), given))]
-        if case.full and place.library.differentiates:
-            ways.append((of_autodiff, partial(autodiff, place, dtype, case.call(), given, (0, 1))))
+    found: dict[str, list[tuple[_Expected, Any]]] = {each.name: [] for each in executions}
+    for execution in executions:
+        subject = _Subject("definition", (execution.name,), dtype, case.name)
+        ways = [(of_call, partial(execution.call, dtype, _everything(case), given))]
+        if case.full and execution.differentiates:
+            ways.append((of_autodiff, partial(execution.autodiff, dtype, case.call(), given)))
         for expected, way in ways:
             got = _attempted(way, expected)
             if isinstance(got, str):
-                what, allowed = expected[-1].what, expected[-1].bound
-                yield Check("definition", (place.name,), dtype, case.name, what, math.inf, allowed, got)
+                yield subject.failed(expected[-1], expected[-1].bound, got)
                 continue
             for each, x in zip(expected, got, strict=True):
-                yield _compared("definition", (place.name,), dtype, case.name, each, x, each.array, each.bound)
-            found.setdefault(place.name, []).extend(zip(expected, got, strict=True))
-    for one, other in itertools.combinations(found, 2):
-        for (each, x), (same, y) in itertools.product(found[one], found[other]):
+                yield subject.compared(each, x, each.array, each.bound)
+            found[execution.name] += zip(expected, got, strict=True)
+    for one, other in pairs(executions):
+        subject = _Subject("pair", (one.name, other.name), dtype, case.name)
+        for (each, x), (same, y) in itertools.product(found[one.name], found[other.name]):
             if each is same:
-                yield _compared("pair", (one, other), dtype, case.name, each, x, y, 2 * each.bound)
+                yield subject.compared(each, x, y, 2 * each.bound)
 
 
-def _of_equivalents(places: Sequence[Place], kl: Case, dkl: Case, dtype: str) -> Iterator[Check]:
-    """The gradients of DKL against those of KL: by the definitions, then on every library."""
+def _of_equivalents(executions: Sequence[Execution], kl: Case, dkl: Case, dtype: str) -> Iterator[Check]:
+    """The gradients of DKL against those of KL: by the definitions, then of every execution."""
     given = Arguments((kl.student, kl.teacher), kl.arrays).rounded(dtype)
     of_kl, of_dkl = (_defined(case, given) for case in (kl, dkl))
-    expected = _gradients("gradient", of_kl, dtype)
     if dtype == "float64":
-        for each, x in zip(expected, (of_dkl.to_student, of_dkl.to_teacher), strict=True):
-            yield _compared("equivalence", ("definition",), dtype, kl.name, each, x, each.array, _BOUND_OF_EQUIVALENCE)
-    for place in places:
-        ways = {"gradient": partial(call, place, dtype, _gradients_of(kl, dkl), given)}
-        if place.library.differentiates:
-            ways["autodiff"] = partial(_autodiff_of, place, dtype, (kl, dkl), given)
+        subject = _Subject("equivalence", ("definition",), dtype, kl.name)
+        for each, x in zip(_gradients("gradient", of_kl, dtype), (of_dkl.to_student, of_dkl.to_teacher), strict=True):
+            yield subject.compared(each, x, each.array, _BOUND_OF_EQUIVALENCE)
+    for execution in executions:
+        subject = _Subject("equivalence", (execution.name,), dtype, kl.name)
+        ways = {"gradient": partial(execution.call, dtype, _gradients_of(kl, dkl), given)}
+        if execution.differentiates:
+            ways["autodiff"] = partial(_autodiff_of, execution, dtype, (kl, dkl), given)
         for what, way in ways.items():
             expected = _gradients(what, of_kl, dtype)
             got = _attempted(way, 2 * expected)
             if isinstance(got, str):
-                yield Check("equivalence", (place.name,), dtype, kl.name, what, math.inf, _BOUND_OF_EQUIVALENCE, got)
+                yield subject.failed(expected[-1], _BOUND_OF_EQUIVALENCE, got)
                 continue
             for each, x, y in zip(expected, got[2:], got[:2], strict=True):
-                yield _compared("equivalence", (place.name,), dtype, kl.name, each, x, y, _BOUND_OF_EQUIVALENCE)
+                yield subject.compared(each, x, y, _BOUND_OF_EQUIVALENCE)
                 if what == "gradient":
-                    defined = each._replace(what="definition")
-                    yield _compared("equivalence", (place.name,), dtype, kl.name, defined, x, each.array, each.bound)
+                    yield subject.compared(each._replace(what="definition"), x, each.array, each.bound)
 
 
 # --- one call ---------------------------------------------------------------------------------------------------------
@@ -152,8 +173,8 @@ def _gradients_of(*cases_: Case) -> Callable[..., Any]:
     return of
 
 
-def _autodiff_of(place: Place, dtype: str, cases_: Sequence[Case], given: Arguments) -> Results:
-    found = [autodiff(place, dtype, case.call(), given, (0, 1)) for case in cases_]
+def _autodiff_of(execution: Execution, dtype: str, cases_: Sequence[Case], given: Arguments) -> Results:
+    found = [execution.autodiff(dtype, case.call(), given) for case in cases_]
     return Results([x for each in found for x in each.arrays], [name for each in found for name in each.dtypes])
 
 
@@ -191,12 +212,3 @@ def _attempted(way: Callable[[], Results], expected: Sequence[_Expected]) -> lis
         if (dtype, x.shape) != (each.dtype, each.array.shape):
             return f"{each.name} is {dtype} {list(x.shape)}, expected {each.dtype} {list(each.array.shape)}"
     return got.arrays
-
-
-def _compared(
-    kind: str, places: tuple[str, ...], dtype: str, case: str, each: _Expected, x: Any, y: Any, bound: float
-) -> Check:
-    distance = farthest(x, y, each.unit, each.dtype)
-    broken = not distance.ulps <= bound
-    words = f"{each.name}{told(distance, each.dtype)}, allowed {bound:g}" if broken else ""
-    return Check(kind, places, dtype, case, each.what, distance.ulps, bound, words)

@@ -55,12 +55,12 @@ def exact(loss: str, s: Any, t: Any, settings: Mapping[str, float], arrays: Mapp
     total = v.sum()
     mse_factor = settings.get("mse_weight", 1.0) * (total / (v * mass**2).sum() if loss == "gkl" else 1.0)
     ce_factor = settings.get("ce_weight", 1.0)
-    entries, to_student, to_teacher = (mse_factor * x + ce_factor * y for x, y in zip(mse, ce, strict=True))
-    share = (v / total)[:, None]
+    losses, to_student, to_teacher = (mse_factor * x + ce_factor * y for x, y in zip(mse, ce, strict=True))
+    weighted, share = v * losses, (v / total)[:, None]
     return Exact(
-        (v * entries).sum() / total,
-        (v * entries).sum(),
-        entries.reshape(shape[:-1]),
+        weighted.sum() / total,
+        weighted.sum(),
+        weighted.reshape(shape[:-1]),
         (share * to_student).reshape(shape),
         (share * to_teacher).reshape(shape),
     )

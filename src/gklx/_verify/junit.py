@@ -12,11 +12,12 @@ _SUITES = {"definition": "against the definitions", "pair": "against each other"
 
 
 def as_junit(report: Report) -> str:
-    """A test case for each backend, dtype and case, for each pair and dtype, and one skipped for what is not here."""
+    """A test case for each execution, dtype and case, for each pair and dtype, and one skipped for what is not here."""
     root = ET.Element("testsuites", name="gklx verify", time=f"{report.seconds:.3f}")
     here = ET.SubElement(root, "testsuite", name="backends")
-    for place in report.places:
-        case = ET.SubElement(here, "testcase", classname="gklx.verify.backends", name=place.name)
+    for execution in report.executions:
+        case = ET.SubElement(here, "testcase", classname="gklx.verify.backends", name=execution.name)
+        place = execution.place
         ET.SubElement(case, "system-out").text = _clean(f"{place.version} on {place.device_name}, {place.hardware}")
     for name, why in report.absent.items():
         case = ET.SubElement(here, "testcase", classname="gklx.verify.backends", name=name)

@@ -27,6 +27,7 @@ class Place:
     device: Any
     """As the library has it; None for its default."""
     device_name: str
+    on_gpu: bool
     home: Any
     """The device that its arrays tell; None where they tell none."""
     hardware: str
@@ -104,7 +105,7 @@ def _place(library: Library, name: str, device: str | None) -> Iterator[Place]:
         home = library.device(from_numpy(library, np.ones(1), found.device))
         hardware = platform.machine() if device in (None, "cpu") else _hardware(library, found.device)
         version = str(sys.modules[library.backend].__version__)
-        yield Place(name, library, found.xp, found.device, found.device_name, home, hardware, version)
+        yield Place(name, library, found.xp, found.device, found.device_name, found.on_gpu, home, hardware, version)
 
 
 def _devices(library: Library) -> Sequence[str | None]:

@@ -1,10 +1,9 @@
 """What was found as text: tables for people and in Markdown, JSON for programs."""
 
-import itertools
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -14,16 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .checks import Check
+from .checks import EQUIVALENT_IN, Check
+from .executions import pairs
 from .ulps import DTYPES
 from .verify import Report
 
 _NONE, _SHOWN = "–", 20
+_WHATS = ("value", "gradient", "autodiff")
 _PLAIN = str.maketrans({"–": "-", "≡": "=", "·": "|"})
 """For a standard output that spells no more than ASCII."""
 _BOUNDS = (
-    "in units in the last place; allowed: 32, for gradients in halves 1, between two backends twice that, "
-    "DKL from KL on one backend 16"
+    "in units in the last place; allowed: 32, for gradients in halves 1, between two rows twice that, "
+    "DKL from KL in one row 16"
 )
 
 
@@ -79,8 +80,13 @@ def as_json(report: Report) -> str:
         "platform": platform.platform(),
         "seconds": round(report.seconds, 3),
         "backends": {
-            place.name: {"version": place.version, "device": place.device_name, "hardware": place.hardware}
-            for place in report.places
+            each.name: {
+                "version": each.place.version,
+                "device": each.place.device_name,
+                "hardware": each.place.hardware,
+                "kernel": each.kernel,
+            }
+            for each in report.executions
         },
         "absent": report.absent,
         "checks": len(report.checks),
@@ -109,61 +115,52 @@ def _farthest(report: Report) -> Iterator[Check]:
 
 
 def _grids(report: Report) -> list[_Grid]:
-    names = [place.name for place in report.places]
-    here = [(place.name, place.version, place.device_name, place.hardware) for place in report.places]
-    rows = [*here, *((name, _NONE, _NONE, why) for name, why in report.absent.items())]
+    names = [each.name for each in report.executions]
+    here = [(x.name, x.place.version, x.place.device_name, x.place.hardware) for x in report.executions]
+    here += [(name, _NONE, _NONE, why) for name, why in report.absent.items()]
+    of_definitions = [_of_definition(report, name, dtype) for name in names for dtype in DTYPES]
+    of_pairs = [
+        _row(report, "pair", (one.name, other.name), DTYPES, ("value",), ("gradient", "autodiff"))
+        for one, other in pairs(report.executions)
+    ]
+    of_dkl = [
+        _row(report, "equivalence", (name,), EQUIVALENT_IN, ("gradient", "autodiff"), ("definition",))
+        for name in ("definition", *names)
+    ]
+    title_of_dkl = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
     grids = [
-        _Grid("Backends", ("backend", "version", "device", ""), [tuple(map(_Cell, row)) for row in rows]),
+        _Grid("Backends", ("backend", "version", "device", ""), [tuple(map(_Cell, row)) for row in here]),
         _Grid(
             "Farthest from the definitions",
-            ("backend", "dtype", "value", "gradient", "autodiff", "nearest to its bound"),
-            [_of_definition(report, name, dtype) for name in names for dtype in DTYPES if _tried(report, name, dtype)],
+            ("backend", "dtype", *_WHATS, "nearest to its bound"),
+            [row for row in of_definitions if row],
         ),
+        _Grid("Farthest from each other: value, gradient", ("backends", *DTYPES), of_pairs),
+        _Grid(title_of_dkl, ("backend", *EQUIVALENT_IN), of_dkl),
     ]
-    if len(names) > 1:
-        pairs = list(itertools.combinations(names, 2))
-        rows_of_pairs = [
-            (_Cell(f"{one}, {other}"), *(_of_pair(report, (one, other), dtype) for dtype in DTYPES))
-            for one, other in pairs
-        ]
-        grids.append(_Grid("Farthest from each other: value, gradient", ("backends", *DTYPES), rows_of_pairs))
-    dtypes = ("float32", "float64")
-    rows_of_dkl = [
-        (_Cell(name), *(_of_dkl(report, name, dtype) for dtype in dtypes)) for name in ("definition", *names)
-    ]
-    title = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
-    return [*grids, _Grid(title, ("backend", *dtypes), rows_of_dkl)]
+    return [grid for grid in grids if grid.rows]
 
 
-def _tried(report: Report, name: str, dtype: str) -> bool:
-    return report.farthest("definition", (name,), dtype, "value", "gradient", "autodiff") is not None
+def _row(
+    report: Report, kind: str, names: tuple[str, ...], dtypes: Sequence[str], *whats: tuple[str, ...]
+) -> tuple[_Cell, ...]:
+    return _Cell(", ".join(names)), *(_cells(report, kind, names, dtype, *whats) for dtype in dtypes)
 
 
 def _of_definition(report: Report, name: str, dtype: str) -> tuple[_Cell, ...]:
-    whats = ("value", "gradient", "autodiff")
-    cells = [_cell(report.farthest("definition", (name,), dtype, what)) for what in whats]
-    worst = report.farthest("definition", (name,), dtype, *whats)
-    assert worst is not None
+    """A row, empty where the dtype is not tried."""
+    worst = report.farthest("definition", (name,), dtype, *_WHATS)
+    if worst is None:
+        return ()
+    cells = (_cells(report, "definition", (name,), dtype, (what,)) for what in _WHATS)
     return _Cell(name), _Cell(dtype), *cells, _Cell(worst.case)
 
 
-def _of_pair(report: Report, names: tuple[str, str], dtype: str) -> _Cell:
-    values = report.farthest("pair", names, dtype, "value")
-    return _two(values, report.farthest("pair", names, dtype, "gradient", "autodiff"))
-
-
-def _of_dkl(report: Report, name: str, dtype: str) -> _Cell:
-    own = report.farthest("equivalence", (name,), dtype, "gradient", "autodiff")
-    return _two(own, report.farthest("equivalence", (name,), dtype, "definition"))
-
-
-def _two(*checks: Check | None) -> _Cell:
-    cells = [_cell(check) for check in checks if check is not None]
-    return _Cell(", ".join(cell.text for cell in cells) or _NONE, any(cell.broken for cell in cells))
-
-
-def _cell(check: Check | None) -> _Cell:
-    return _Cell(_NONE) if check is None else _Cell(f"{check.ulps:.3g}", check.broken)
+def _cells(report: Report, kind: str, names: tuple[str, ...], dtype: str, *whats: tuple[str, ...]) -> _Cell:
+    """The farthest of each group of quantities, in one cell."""
+    found = [report.farthest(kind, names, dtype, *of) for of in whats]
+    text = ", ".join(f"{check.ulps:.3g}" for check in found if check is not None)
+    return _Cell(text or _NONE, any(check is not None and check.broken for check in found))
 
 
 def _line(cells: tuple[str, ...]) -> str:

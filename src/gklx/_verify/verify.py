@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .checks import Check, run
-from .places import Place, places
+from .executions import Execution, executions
+from .places import places
 
 
 class Report(NamedTuple):
     """What was found."""
 
-    places: list[Place]
+    executions: list[Execution]
     absent: dict[str, str]
-    """Why a library or a device is not among the places."""
+    """Why a library or a device is not here."""
     checks: list[Check]
     seconds: float
 
@@ -36,4 +37,5 @@ def verify(names: Sequence[str] | None) -> Report:
     """Checks the libraries and devices of these names, or all that are here; ValueError where one is not."""
     start = time.monotonic()
     with places(names) as (here, absent):
-        return Report(here, absent, run(here), time.monotonic() - start)
+        found = executions(here)
+        return Report(found, absent, run(found), time.monotonic() - start)

@@ -1,0 +1,109 @@
+"""How a place runs the losses: on the row kernel, called as they are or compiled, and by the formulas."""
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .._run import cpu, dispatch
+from ..losses import call_builder, kl
+from .calls import Arguments, Results, autodiff, call
+from .places import Place
+from .ulps import DTYPES
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One of them."""
+
+    name: str
+    """As "numpy (kernel: avx2)", "torch.compile (kernel: avx2)" or "numpy (formulas)"."""
+    place: Place
+    kernel: str | None
+    """The kernel's instruction set, "cuda" on a GPU; None for the formulas."""
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
+    """What a function of arrays goes through before it is called."""
+    dtypes: tuple[str, ...] = DTYPES
+    """Those that it is tried in, where the library has them."""
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the library has autodiff."""
+        return self.place.library.differentiates
+
+    def takes(self, dtype: str) -> bool:
+        """Whether it is to be tried in this dtype."""
+        return dtype in self.dtypes and dtype in self.place.library.dtypes
+
+    def call(self, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
+        """What a function returns."""
+        with self._running():
+            return call(self.place, dtype, self.compiled(f), arguments)
+
+    def autodiff(self, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
+        """The gradients to student and teacher of a function that returns one number, by the library's own autodiff."""
+        with self._running():
+            return autodiff(self.place, dtype, self.compiled(f), arguments, (0, 1))
+
+    def _running(self) -> AbstractContextManager[None]:
+        return _formulas_alone() if self.kernel is None else nullcontext()
+
+
+def executions(places: Sequence[Place]) -> list[Execution]:
+    """All that are to be had at these places."""
+    return [each for place in places for each in _at(place)]
+
+
+def pairs(found: Sequence[Execution]) -> list[tuple[Execution, Execution]]:
+    """Which are compared with each other: kernel and formulas of a place, and the formulas of any two places."""
+    return [(one, other) for one, other in itertools.combinations(found, 2) if _is_compared(one, other)]
+
+
+def _is_compared(one: Execution, other: Execution) -> bool:
+    formulas = (one.kernel, other.kernel).count(None)
+    return formulas == (1 if one.place is other.place else 2)
+
+
+def _at(place: Place) -> Iterator[Execution]:
+    kernel = _kernel(place)
+    if kernel is not None:
+        yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
+    backend, on_cpu = place.library.backend, None if place.on_gpu else cpu.instruction_set()
+    if backend == "torch" and on_cpu is not None:
+        # Each program takes its compiler a second: one dtype stands for all.
+        yield Execution(f"torch.compile (kernel: {on_cpu})", place, on_cpu, _torch_compiled, ("float32",))
+    if backend == "jax" and on_cpu is not None and cpu.serves_jax():
+        yield Execution(f"jax.jit (kernel: {on_cpu})", place, on_cpu, sys.modules["jax"].jit)
+    yield Execution(f"{place.name} (formulas)", place, None)
+
+
+def _kernel(place: Place) -> str | None:
+    """What runs an eager call there."""
+    logits = place.array(np.zeros((1, 2)), "float32")
+    return dispatch.kernel_of(call_builder(kl)(logits, logits))
+
+
+@contextmanager
+def _formulas_alone() -> Iterator[None]:
+    before = os.environ.get("GKLX_KERNEL")
+    os.environ["GKLX_KERNEL"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GKLX_KERNEL"]
+        else:
+            os.environ["GKLX_KERNEL"] = before
+
+
+def _torch_compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiler's backend that generates no code, hence needs no C++ compiler: a loss is one operator to any."""
+    torch = sys.modules["torch"]
+    torch.compiler.reset()  # it gives up on a function that it has compiled several times
+    compiled: Callable[..., Any] = torch.compile(f, backend="aot_eager", fullgraph=True)
+    return compiled

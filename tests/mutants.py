@@ -1,0 +1,232 @@
+"""Mutants of the mathematics: one operator, comparison or number changed at a time, and the tests run on each.
+
+`python tests/mutants.py formulas` (or `kernel`) tries all of them, `--sample 40 --seed 1` some. It prints each mutant
+that no test turns red, and fails unless `EQUIVALENT` says why nobody could.
+
+The tests are collected once; a mutant lives in a fork of that process. A mutant of the formulas is executed in their
+module, one of the kernel is compiled without optimisation for any processor and loaded in place of the library.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+HERE = pathlib.Path(__file__).parent
+PACKAGE = HERE.parent / "src" / "gklx"
+LONGEST = 120  # seconds a mutant may take
+
+
+class Mutant(NamedTuple):
+    name: str
+    """Where it is, what stood there and what stands there now."""
+    apply: Callable[[], None]
+    """In the process that runs the tests."""
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+_OPERATORS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+}  # fmt: skip
+_FUNCTIONS = {"max": "min", "any": "all", "exp": "expm1", "expm1": "exp", "isinf": "isnan", "isnan": "isinf"}
+
+
+def _changed(node: ast.AST) -> Iterator[tuple[str, object]]:
+    """Fields of a node and what may stand there instead."""
+    match node:
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in _OPERATORS:
+            yield "op", _OPERATORS[type(op)]()
+        case ast.Compare(ops=[op]) if type(op) in _OPERATORS:
+            yield "ops", [_OPERATORS[type(op)]()]
+        case ast.UnaryOp(op=ast.USub()):
+            yield "op", ast.UAdd()
+        case ast.UnaryOp(op=ast.Not() | ast.Invert(), operand=operand):
+            yield "operand", ast.UnaryOp(node.op, operand)
+        case ast.Constant(value=bool(value)):
+            yield "value", not value
+        case ast.Constant(value=float(value)):
+            yield "value", 2 * value if value else 1.0
+        case ast.Attribute(attr=name) if name in _FUNCTIONS:
+            yield "attr", _FUNCTIONS[name]
+
+
+def of_formulas(_: pathlib.Path) -> Iterator[Mutant]:
+    for module in ("formulas", "batch"):
+        path = PACKAGE / "_core" / f"{module}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for function in (x for x in tree.body if isinstance(x, ast.FunctionDef)):
+            for statement in function.body:
+                for node in ast.walk(statement):
+                    for field, new in _changed(node):
+                        old, before = getattr(node, field), ast.unparse(node)
+                        setattr(node, field, new)
+                        name = f"{module}.{function.name}: {before}  ->  {ast.unparse(node)}"
+                        code = compile(ast.fix_missing_locations(tree), path, "exec")
+                        setattr(node, field, old)
+                        yield Mutant(name, lambda module=module, code=code: _execute(module, code))
+
+
+def _execute(module: str, code: object) -> None:
+    """The functions that others look up in the module are then the mutant's."""
+    exec(code, vars(importlib.import_module(f"gklx._core.{module}")))
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+# Which part of a file is the mathematics: from here to there. test_kernel.py tests the rest, each type and layout.
+_MATHEMATICS = {"row.h": ("exp(x) for x <= 0", None), "cpu.cpp": ("// --- loops over the classes", "struct Scratch")}
+_TOKENS = {
+    "+": "-", "-": "+", "*": "/", "/": "*", "<": ">=", ">": "<=", "<=": ">", ">=": "<", "==": "!=", "!=": "==",
+    "&&": "||", "||": "&&", "+=": "-=", "-=": "+=", "*=": "/=", "|=": "&=", "true": "false", "false": "true",
+}  # fmt: skip
+# Between spaces an operator is one of two operands, and neither a pointer, a template's bracket nor a sign.
+_PLACES = re.compile(
+    r"(?<= )(?:[-+*/]=?|[<>]=?|[=!]=|&&|\|\||\|=)(?= )|\b(?:true|false)\b|\b\d+\.\d+\b|(?<=R\()\d+(?=\))"
+)
+
+
+def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
+    sources = PACKAGE / "_kernels"
+    _compile(sources, folder / "whole.so")
+    for name, (first, last) in _MATHEMATICS.items():
+        text = (sources / name).read_text(encoding="utf-8")
+        begin = text.index(first)
+        end = len(text) if last is None else text.index(last)
+        for found in _PLACES.finditer(text, begin, end):
+            start = text.rindex("\n", 0, found.start()) + 1
+            line = text[start : text.index("\n", start)]
+            if "//" in line[: found.start() - start] or re.match(r"\s*(template|#|SIMD|for )", line):
+                continue
+            new = _TOKENS.get(found[0]) or f"{2 * float(found[0]) or 1.0}"
+            at = found.start() - start
+            mutated = line[:at] + new + line[at + len(found[0]) :]
+            shown = f"{name}: {line.strip()}  ->  {mutated.strip()}"
+            changed = text[:start] + mutated + text[start + len(line) :]
+            yield Mutant(shown, lambda name=name, changed=changed: _load(folder, name, changed))
+
+
+def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
+    """Slow code, quickly made; for the baseline that every processor has."""
+    options = ("-std=c++17", "-O0", "-fPIC", "-shared", "-DGKLX_SET=generic", "-DGKLX_HAS_GENERIC", "-pthread", "-w")
+    files = (str(sources / name) for name in ("cpu.cpp", "call.cpp"))
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, *options, *files, "-o", str(library)], check=True, capture_output=True)
+
+
+def _load(folder: pathlib.Path, name: str, changed: str) -> None:
+    from gklx._run import cpu
+
+    sources = folder / "mutant"
+    shutil.copytree(PACKAGE / "_kernels", sources, ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
+    (sources / name).write_text(changed, encoding="utf-8")
+    library = folder / "mutant.so"
+    library.unlink(missing_ok=True)
+    try:
+        _compile(sources, library)
+    except subprocess.CalledProcessError:
+        os._exit(_NOT_A_PROGRAM)
+    os.environ["GKLX_KERNEL_LIBRARY"] = str(library)
+    cpu.library.cache_clear()
+    cpu._instruction_set.cache_clear()
+
+
+# --- the tests on each ------------------------------------------------------------------------------------------------
+
+_NOT_A_PROGRAM = 77
+_SELECTED = {
+    "formulas": "numpy-formulas and not float16 and not float32",
+    "kernel": "numpy and not formulas and not float16",
+}
+_TESTS = (
+    "test_against_definition.py::test_value_and_gradients",
+    "test_extremes.py",
+    "test_blocks.py::test_blocks_are_the_whole",
+)
+MUTANTS = {"formulas": of_formulas, "kernel": of_kernel}
+
+
+class EachMutant:
+    """A pytest plugin: runs the collected tests on each mutant, until one fails."""
+
+    def __init__(self, mutants: list[Mutant]) -> None:
+        self.mutants, self.outcomes = mutants, Counter()
+        self.survivors: list[str] = []
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        assert session.items, "no tests were selected"
+        if not self._passes(session, lambda: None):
+            raise pytest.UsageError("the tests fail without a mutation")
+        for mutant in self.mutants:
+            if self._passes(session, mutant.apply):
+                self.survivors.append(mutant.name)
+        return True
+
+    def _passes(self, session: pytest.Session, apply: Callable[[], None]) -> bool:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(LONGEST)
+            os._exit(self._first_failure(session, apply))
+        status = os.waitpid(child, 0)[1]
+        self.outcomes[os.waitstatus_to_exitcode(status)] += 1
+        return os.waitstatus_to_exitcode(status) == 0
+
+    @staticmethod
+    def _first_failure(session: pytest.Session, apply: Callable[[], None]) -> int:
+        try:
+            apply()
+            for item, after in zip(session.items, [*session.items[1:], None], strict=True):
+                reports = runtestprotocol(item, log=False, nextitem=after)
+                if any(report.failed for report in reports):
+                    return 1
+        except BaseException:
+            return 1
+        return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("execution", choices=MUTANTS)
+    parser.add_argument("--sample", type=int, help="how many to try; all without it")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mutants = list(MUTANTS[options.execution](pathlib.Path(folder)))
+        if options.execution == "kernel":
+            os.environ["GKLX_KERNEL_LIBRARY"] = str(pathlib.Path(folder) / "whole.so")
+        if options.sample is not None:
+            mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
+        plugin = EachMutant(mutants)
+        arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", _SELECTED[options.execution]]
+        status = pytest.main([*arguments, *(str(HERE / test) for test in _TESTS)], plugins=[plugin])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        return int(status)
+    unexplained = [name for name in plugin.survivors if name not in EQUIVALENT]
+    print(f"{len(mutants)} mutants, seed {options.seed}: {plugin.outcomes[_NOT_A_PROGRAM]} do not compile, ", end="")
+    print(f"{len(plugin.survivors) - len(unexplained)} equivalent, {len(unexplained)} survive")
+    print(*unexplained, sep="\n")
+    return bool(unexplained)
+
+
+# Mutants that compute the same, or differ where any outcome is right.
+EQUIVALENT: dict[str, str] = {}
+
+if __name__ == "__main__":
+    os.environ["GKLX_BACKENDS"] = "numpy"
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""Each backend runs on the execution that it names: the row kernel or the formulas."""
+
+import numpy as np
+import pytest
+
+import backends
+import gklx
+from backends import BACKENDS, BY_NAME
+from cases import CASES, call, loss_of, on
+from gklx._run import blocks, cpu
+
+EAGER = [each.name for each in BACKENDS if each.execution and not each.name.startswith("jax")]
+COMPILED = [each.name for each in BACKENDS if each.execution and each.name.startswith("jax")]
+
+
+@pytest.fixture
+def chosen(request, monkeypatch):
+    each = BY_NAME[request.param]
+    backends.needs(each.library.backend)
+    backends.run_on(each.execution, each.library.backend, monkeypatch)
+    return each
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The executions in the order in which they ran."""
+    seen, kernel, formulas = [], cpu.run, blocks.evaluate
+    monkeypatch.setattr(cpu, "run", lambda request: seen.append("kernel") or kernel(request))
+    monkeypatch.setattr(blocks, "evaluate", lambda *args, **asked: seen.append("formulas") or formulas(*args, **asked))
+    return seen
+
+
+@pytest.mark.parametrize("chosen", EAGER, indirect=True)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_values_and_gradients(chosen, case, runs):
+    s, t, given = on(chosen, "float32", *call(case, "elements"))
+    loss_of(case)(s, t, **given)
+    gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given)
+    assert runs == [chosen.execution] * 2
+
+
+@pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_backward_passes(chosen, dtype, runs):
+    """That of a half precision computes; the other multiplies what the forward pass made."""
+    s, t, _ = on(chosen, dtype, *call(CASES[0], "none"))
+    gklx.gkl(s.requires_grad_(), t).backward()
+    assert runs == [chosen.execution] * (2 if dtype == "bfloat16" else 1)
+
+
+@pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
+def test_compiled_pytorch(chosen, runs):
+    import torch
+
+    torch.compiler.reset()
+    s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
+    torch.compile(gklx.gkl, backend="aot_eager", fullgraph=True)(s.requires_grad_(), t).backward()
+    torch.compiler.reset()
+    assert set(runs) == {chosen.execution}
+
+
+@pytest.mark.parametrize("chosen", COMPILED, indirect=True)
+@pytest.mark.parametrize("function", [gklx.kl, gklx.value_and_grad(gklx.gkl, (0, 1))], ids=["value", "gradients"])
+def test_compiled_jax(chosen, function):
+    s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
+    program = chosen.wrap(function).lower(s, t).as_text()
+    assert ("@gklx_rows" in program) == (chosen.execution == "kernel")
+
+
+def test_without_the_library_its_tests_skip_or_fail(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    for required, outcome in ((False, pytest.skip.Exception), (True, pytest.fail.Exception)):
+        monkeypatch.setattr(backends, "KERNEL_REQUIRED", required)
+        with pytest.raises(outcome, match="the row kernel is not built"):
+            backends.run_on("kernel", "numpy", monkeypatch)
+
+
+def test_the_two_agree_in_one_process(monkeypatch):
+    backends.needs_kernel()
+    s, t, given = call(CASES[-2], "elements")
+    found = []
+    for name in ("numpy", "numpy-formulas", "numpy"):
+        backends.run_on(BY_NAME[name].execution, "numpy", monkeypatch)
+        found.append(gklx.value_and_grad(loss_of(CASES[-2]), (0, 1))(s, t, **given))
+    assert found[0][0] == found[2][0]
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-14)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)

@@ -1,0 +1,527 @@
+"""Inputs that users meet and that once gave wrong numbers: each a kind of them, against the definition in decimals."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+
+import backends
+import exact
+import gklx
+from cases import LOSSES
+from closeness import assert_close
+from gklx._run import cpu
+
+# NumPy says so where a result is beyond the float's range.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+INF, NAN = np.inf, np.nan
+PLAIN = [
+    ("kl", {}),
+    ("kl", {"temperature": 4.0}),
+    ("dkl", {}),
+    ("ikl", {}),
+    ("gkl", {"gamma": 0.0}),
+    ("gkl", {"gamma": 0.5}),
+]
+OWN_KERNEL = ("numpy", "numpy-readonly", "torch", "jax-jit")
+
+
+@pytest.fixture(params=["kernel", "formulas"], autouse=True)
+def execution(request, monkeypatch):
+    """Both executions of the formulas, for the libraries that have two."""
+    backend = request.node.callspec.params.get("backend")
+    if request.param == "formulas":
+        monkeypatch.setattr("gklx._run.cpu.kernel_allowed", lambda: False)
+    elif cpu.library() is None or (backend is not None and backend.name not in OWN_KERNEL):
+        pytest.skip("runs on the formulas")
+    return request.param
+
+
+KNOWN = {}
+
+
+def right(name, s, t, arrays, **settings):
+    """What the decimals say, found once for all libraries."""
+    named = sorted({"s": s, "t": t, **arrays}.items())
+    key = (name, *((k, x.shape, x.tobytes()) for k, x in named), *sorted(settings.items()))
+    if key not in KNOWN:
+        KNOWN[key] = exact.evaluate(name, s, t, **arrays, **settings)
+    return KNOWN[key]
+
+
+def check(backend, dtype, *problems):
+    """Values, entries and gradients of (name, settings, student, teacher, arrays) are right to rounding."""
+    computed = "float64" if dtype == "float64" else "float32"
+    given = []
+    for _, _, s, t, arrays in problems:
+        arrays = {name: backend.array(x, computed if x.dtype.kind == "f" else None) for name, x in arrays.items()}
+        given.append((backend.array(s, dtype), backend.array(t, dtype), arrays))
+
+    def everything(given):  # in one function, which a compiler compiles once
+        found = []
+        for (name, settings, *_), (s, t, arrays) in zip(problems, given, strict=True):
+            loss = partial(LOSSES[name], **settings)
+            value, gradients = gklx.value_and_grad(loss, (0, 1))(s, t, **arrays)
+            found.append((loss(s, t, **arrays, reduction="none"), value, *gradients))
+        return found
+
+    for at, (entries, *found) in enumerate(backend.wrap(everything)(given)):
+        name, settings, _, _, arrays = problems[at]
+        s, t, rounded = given[at]
+        rounded = {
+            key: backend.numpy(x) if arrays[key].dtype.kind == "f" else arrays[key] for key, x in rounded.items()
+        }
+        ask = partial(right, name, backend.numpy(s), backend.numpy(t), rounded, dtype=computed, **settings)
+        value, to_s, to_t, *bounds = ask()
+        each, _, _, each_bound, *_ = ask(reduction="none")
+        wanted = [
+            (each, each_bound, computed),
+            *zip((value, to_s, to_t), bounds, (computed, dtype, dtype), strict=True),
+        ]
+        for what, x, (expected, bound, kind) in zip(
+            ("entries", "value", "to s", "to t"), (entries, *found), wanted, strict=True
+        ):
+            text = exact.fault(backend.numpy(x), expected, bound, kind)
+            assert not text, f"{name} {settings}, {what}: {text}"
+
+
+def fills_of(dtype):
+    """Low logits in use, that the dtype holds."""
+    return [x for x in (-1e4, -1e5, -1e6, -1e7, -1e8, -1e9, -INF) if x >= -exact.LARGEST[dtype]] + [
+        -exact.LARGEST[dtype]
+    ]
+
+
+@pytest.mark.parametrize("name", ["kl", "ikl", "gkl"])
+def test_the_same_fill_in_both_networks(backend, dtype, name):
+    rng = np.random.default_rng(0)
+    s, t = 3.0 * rng.standard_normal((2, len(fills_of(dtype)), 2, 10)) + [[[[15.0]]], [[[22.0]]]]
+    for i, fill in enumerate(fills_of(dtype)):
+        s[i, :, 6:] = t[i, :, 6:] = fill
+    uniform = {"prior": np.full_like(s, 0.1)}
+    problems = [(key, settings, s, t, {}) for key, settings in PLAIN if key == name or (key, name) == ("dkl", "kl")]
+    if name != "kl":
+        problems += [(name, {}, s, t, uniform), (name, {"temperature": 2.0, "weight_temperature": 4.0}, s, t, {})]
+    check(backend, dtype, *problems)
+
+
+def test_the_same_fill_weighs_nothing_in_the_difference(backend):
+    """The example by itself: t - s is 0 in the filled classes, whatever fills them."""
+    s, t = np.zeros((1, 10)) + 15.0, np.zeros((1, 10)) + 22.0
+    for fill in (-1e4, -1e6, -1e9, -3e38):
+        s[:, 6:] = t[:, 6:] = fill
+        found = gklx.ikl(
+            backend.array(s, "float32"),
+            backend.array(t, "float32"),
+            prior=backend.array(np.full((1, 10), 0.1), "float32"),
+            ce_weight=0.0,
+        )
+        # d is 7 in six classes of ten and 0 in four: half its variance.
+        assert_close(found, 0.5 * 49 * 0.6 * 0.4, backend, "float32", ulps=4)
+
+
+def test_opposite_offsets(backend, dtype):
+    rng = np.random.default_rng(1)
+    s, t = 3.0 * rng.standard_normal((2, 6, 2, 8))
+    for i, (a, b) in enumerate([(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-3e4, 3e4), (1e2, -1e4), (0.0, 2e4)]):
+        s[i] += a
+        t[i] += b
+    s[2, :, 5:] = t[2, :, 5:] = -3e4
+    check(backend, dtype, *((name, settings, s, t, {}) for name, settings in PLAIN))
+
+
+def masked_out(dtype):
+    """Logits and a mask, False where there is something that must not be read."""
+    rng = np.random.default_rng(2)
+    values = [1e4, -1e4, -1e9, 1e18, -1e18, exact.LARGEST[dtype], -exact.LARGEST[dtype], INF, -INF, NAN]
+    s, t = 3.0 * rng.standard_normal((2, len(values), 3, 6))
+    where = np.ones(s.shape, dtype=bool)
+    for i, x in enumerate(v for v in values):
+        x = np.clip(x, -exact.LARGEST[dtype], exact.LARGEST[dtype]) if np.isfinite(x) else x
+        s[i, :2, i % 6], t[i, 1:, i % 6] = x, x  # in one of the networks, in both, in the other
+        where[i, :, i % 6] = False
+    return s, t, where
+
+
+def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
+    s, t, where = masked_out(dtype)
+    prior = {"where": where, "prior": np.full_like(s, 0.25)}
+    problems = [(name, settings, s, t, {"where": where}) for name, settings in PLAIN]
+    check(backend, dtype, *problems, ("ikl", {}, s, t, prior), ("gkl", {"gamma": 2.0}, s, t, prior))
+    value = gklx.kl(backend.array([[-1e18, 0.0]]), backend.array([[0.0, 0.0]]), where=backend.array([True, False]))
+    assert_close(value, 0.0, backend, "float64", ulps=0)
+
+
+def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
+    s, t, where = masked_out(dtype)
+    weight = {"sample_weight": np.where(where.all(axis=-1), 1.0, 0.0)}
+    weight["sample_weight"][:, 0] = 0.0
+    s[3, 1], t[3, 1] = 1.0, [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]  # one that counts
+    weight["sample_weight"][3, 1] = 2.0
+    check(backend, dtype, *((name, settings, s, t, weight) for name, settings in PLAIN))
+
+
+@pytest.mark.parametrize(("name", "side"), [("kl", 0), ("dkl", 1), ("ikl", 1), ("gkl", 0)])
+def test_nan_in_one_row_of_a_large_batch(backend, name, side):
+    """It stays in its row, and within it in the classes that count, however many rows are run together."""
+    rng = np.random.default_rng(3)
+    shape = (1_000, 1_000)
+    logits = rng.standard_normal((2, *shape)).astype("float32")
+    where = np.ones(shape[1], dtype=bool)
+    where[17:27] = False
+    weight = np.ones(shape[0], dtype="float32")
+    weight[[3, 400]] = 0.0
+    loss = partial(LOSSES[name], reduction="sum")
+
+    def run(logits, argument):
+        s, t = (backend.array(x) for x in logits)
+        given = {"where": backend.array(where), "sample_weight": backend.array(weight)}
+        _, gradients = backend.wrap(gklx.value_and_grad(loss, (0, 1)))(s, t, **given)
+        return [backend.numpy(x) for x in gradients]
+
+    clean = run(logits, loss)
+    logits[side, 500, 40] = NAN
+    for found, expected in zip(run(logits, loss), clean, strict=True):
+        assert (found[:, ~where] == 0.0).all()
+        assert (found[weight == 0.0] == 0.0).all()
+        others = np.arange(shape[0]) != 500
+        np.testing.assert_array_equal(found[others], expected[others])
+        assert expected.any() == np.isnan(found[500, where]).any() or name != "kl"
+
+
+def test_a_prior_of_zeros(backend, dtype):
+    """Classes that all weigh nothing: the wMSE is 0 and has no gradient; to the power 0 they weigh 1 each."""
+    s, t = np.asarray([0.0, 1.0, 2.0]), np.asarray([1.0, 0.0, 0.0])
+    some = np.stack([np.zeros(3), [0.2, 0.3, 0.5]])
+    table = {"prior": np.stack([np.zeros(3), [0.5, 0.5, 0.0], np.zeros(3)])}
+    two, zeros = (np.stack([s, t]), np.stack([t, s])), np.zeros(3)
+    problems = []
+    for name, settings in [("ikl", {}), *(("gkl", {"gamma": gamma}) for gamma in (0.0, 0.5, 1.0, 8.0))]:
+        problems += [
+            (name, settings, s, t, {"prior": zeros}),
+            (name, settings, s[None], t[None], {"prior": zeros[None]}),
+            (name, settings, *two, {"prior": some}),
+            (name, settings, *two, {**table, "labels": np.asarray([1, 2])}),
+            (name, settings, s, t, {**table, "labels": np.asarray(0)}),
+        ]
+    check(backend, dtype, *problems)
+    value = gklx.gkl(backend.array(s), backend.array(t), prior=backend.array(zeros))
+    p = np.exp(t) / np.exp(t).sum()
+    assert_close(value, np.log(np.exp(s).sum()) - p @ s, backend, "float64", ulps=4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25])
+@pytest.mark.parametrize("normalize", ["batch", "samples"])
+def test_scales_of_the_prior(backend, dtype, scale, normalize):
+    """GKL over the batch does not depend on it; over the samples the loss goes with its square."""
+    rng = np.random.default_rng(4)
+    s, t = 3.0 * rng.standard_normal((2, 4, 5))
+    prior = rng.dirichlet(np.ones(5), 4)
+    prior[0] *= 1e-3
+    problems = []
+    for gamma in (0.0, 0.3, 1.0, 2.0, 8.0):
+        settings = {"gamma": gamma, "normalize": normalize, "mse_weight": 4.0}
+        problems += [("gkl", settings, s, t, {"prior": scale * prior})]
+    check(backend, dtype, *problems)
+    if normalize == "batch":
+        wide = "float64" if dtype == "float64" else "float32"
+        given = backend.array(s, dtype), backend.array(t, dtype)
+        one, other = (gklx.gkl(*given, prior=backend.array(x * prior, wide)) for x in (scale, 1.0))
+        assert_close(one, backend.numpy(other), backend, wide, ulps=16)
+
+
+def test_own_weights_far_apart(backend, dtype):
+    """The teacher's softmax to a high power: sums of W from 1 down to 1e-25, and W below the smallest float."""
+    rng = np.random.default_rng(5)
+    s, t = 3.0 * rng.standard_normal((2, 4, 7))
+    t[0], t[1] = 0.0, [20.0, 0, 0, 0, 0, 0, 0]
+    every = np.zeros((3, 900)) + rng.standard_normal((3, 900)) * 1e-2
+    for normalize in ("batch", "samples"):
+        for gamma in (0.0, 1.0, 3.0, 8.0):
+            settings = {"gamma": gamma, "normalize": normalize}
+            check(backend, dtype, ("gkl", settings, s, t, {}), ("gkl", settings, every[:1], every[1:2], {}))
+        if backend.name in ("jax-jit", "dask"):
+            break  # seconds of compiling, for the same formulas
+
+
+@pytest.mark.parametrize("scale", [0.9, 1e-10, 1e-30, "smallest", "subnormal"])
+def test_scales_of_the_sample_weights(backend, dtype, scale):
+    """The mean does not depend on it, up to weights whose sum is beyond the largest float."""
+    wide = "float64" if dtype == "float64" else "float32"
+    info = np.finfo(wide)
+    unit = {"smallest": float(info.smallest_normal), "subnormal": 4096 * float(info.smallest_subnormal)}.get(scale)
+    unit = float(info.max) * scale if unit is None else unit
+    rng = np.random.default_rng(6)
+    s, t = 3.0 * rng.standard_normal((2, 5, 6))
+    v = np.asarray([1.0, 1.0, 0.5, 0.25, 0.0]) * unit
+    check_mean(backend, dtype, s, t, v)
+    check_mean(backend, dtype, s, t, np.where(np.arange(5) == 0, 1e-30 if wide == "float32" else 1e-200, v))
+
+
+def check_mean(backend, dtype, s, t, v):
+    wide = "float64" if dtype == "float64" else "float32"
+    for name, settings in [*PLAIN, ("gkl", {"normalize": "samples"})]:
+        given = backend.array(s, dtype), backend.array(t, dtype)
+        found = gklx.value_and_grad(partial(LOSSES[name], **settings), (0, 1))
+        value, gradients = found(*given, sample_weight=backend.array(v, wide))
+        rounded = [backend.numpy(x) for x in given]
+        known = right(name, *rounded, {"sample_weight": backend.rounded(v, wide)}, dtype=wide, **settings)
+        for x, wanted, bound, kind in zip((value, *gradients), known[:3], known[3:], (wide, dtype, dtype), strict=True):
+            text = exact.fault(backend.numpy(x), wanted, bound, kind)
+            assert not text, f"{name} {settings}: {text}"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_smallest_float_as_a_logit_of_the_student(backend, dtype, name):
+    """Finite logits have finite gradients, or infinite ones where they are beyond the dtype; never NaN."""
+    low = -exact.LARGEST[dtype]
+    s, t = np.asarray([[0.0, low, 1.0], [low, low, 0.0], [0.0, 1.0, 2.0]]), np.asarray([[1.0, 2.0, 0.0]] * 3)
+    check(backend, dtype, (name, {}, s, t, {}))
+    value, gradients = gklx.value_and_grad(LOSSES[name], (0, 1))(backend.array(s, dtype), backend.array(t, dtype))
+    assert backend.numpy(value) > 0.1 * -low
+    for x in gradients:
+        assert not np.isnan(backend.numpy(x)).any()
+    to_s = backend.numpy(gklx.grad(LOSSES["kl"])(backend.array(s, dtype), backend.array(t, dtype)))
+    assert np.isfinite(to_s).all()
+
+
+def test_the_least_temperature(backend):
+    """The smallest normal float is the least: differences beyond the float's range are 0 or infinite, never NaN."""
+    least = float(np.finfo("float32").smallest_normal)
+    s, t = np.asarray([[1.0, 0.0, -3.0], [0.0, 1.0, 1.0]]), np.asarray([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    given = backend.array(s, "float32"), backend.array(t, "float32")
+    for name in LOSSES:
+        with pytest.raises(ValueError, match="temperature must be at least"):
+            LOSSES[name](*given, temperature=least / 8)
+        check(backend, "float32", (name, {"temperature": least}, s[:1], t[:1], {}))
+    entries = gklx.kl(*given, temperature=least, reduction="none")
+    assert backend.numpy(entries)[0] == 0.0
+    assert backend.numpy(entries)[1] > 1e37
+
+
+def test_kl_is_not_negative(backend, dtype):
+    """Rows one rounding apart. KL is at most an eighth of the square of the largest less the least difference."""
+    rng = np.random.default_rng(7)
+    rows = 20_000 if backend.name in OWN_KERNEL else 2_000
+    unit, _ = exact.LAST[dtype]
+    t = backend.rounded(3.0 * rng.standard_normal((rows, 10)), dtype)
+    s = backend.rounded(t * (1 + unit * rng.integers(-1, 2, t.shape)), dtype)
+    found = backend.numpy(
+        backend.wrap(partial(gklx.kl, reduction="none"))(backend.array(s, dtype), backend.array(t, dtype))
+    )
+    assert (found >= 0).all()
+    spread = (t - s).max(axis=-1) - (t - s).min(axis=-1)
+    unit, _ = exact.LAST["float64" if dtype == "float64" else "float32"]
+    assert (found <= spread**2 / 8 * 1.001 + 64 * unit * spread).all()
+    assert (found > 0).any()
+    same = backend.numpy(
+        backend.wrap(partial(gklx.kl, reduction="none"))(backend.array(t, dtype), backend.array(t, dtype))
+    )
+    assert (same == 0).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_entries_add_up_to_the_sum(backend, dtype, name):
+    """Under "none" a sample's weight is in its entry, as in PyTorch's and Keras' losses."""
+    rng = np.random.default_rng(8)
+    s, t = 3.0 * rng.standard_normal((2, 3, 2, 5))
+    v = np.asarray([[0.0, 2.0], [0.5, 1.0], [3.0, 0.25]])
+    wide = "float64" if dtype == "float64" else "float32"
+    given = backend.array(s, dtype), backend.array(t, dtype)
+    weight = {"sample_weight": backend.array(v, wide)}
+    run = {each: backend.wrap(partial(LOSSES[name], reduction=each)) for each in ("none", "sum", "mean")}
+    entries, total, mean = (backend.numpy(run[each](*given, **weight)) for each in ("none", "sum", "mean"))
+    assert entries[0, 0] == 0.0
+    np.testing.assert_allclose(entries.sum(), total, rtol=1e-6)
+    np.testing.assert_allclose(entries.sum() / v.sum(), mean, rtol=1e-6)
+    if name != "gkl":  # whose normaliser is of the weights, too
+        np.testing.assert_allclose(entries, v * backend.numpy(run["none"](*given)), rtol=1e-6)
+
+
+# --- JAX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jax():
+    backends.needs("jax")
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return jax
+
+
+@pytest.mark.parametrize("name", ["dkl", "ikl", "gkl"])
+@pytest.mark.parametrize("zero", ["mse_weight", "ce_weight", "gamma"])
+def test_a_traced_number_of_zero(jax, name, zero):
+    """A warm-up from 0: what it takes out is out, be it infinite, as for a number that is known."""
+    if zero == "gamma" and name != "gkl":
+        pytest.skip("only GKL has it")
+    s = np.asarray([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]])
+    t = np.asarray([[0.0, 0.5, 1.0], [0.0, -INF if zero == "mse_weight" else -3.0, 1.0]])
+
+    def run(s, t, number):
+        return jax.value_and_grad(lambda s, t: LOSSES[name](s, t, **{zero: number}), (0, 1))(s, t)
+
+    for dtype in ("float32", "float64"):
+        given = jax.numpy.asarray(s, dtype), jax.numpy.asarray(t, dtype)
+        for number in (0.0, 0.5):
+            value, gradients = run(*given, number)
+            found = [jax.jit(run)(*given, number)]
+            for several in (jax.vmap(run, (None, None, 0)), jax.jit(jax.vmap(run, (None, None, 0)))):
+                found += [jax.tree.map(lambda x: x[0], several(*given, jax.numpy.asarray([number, 1.0])))]
+            for one, of_one in found:
+                np.testing.assert_allclose(one, value, rtol=1e-5)
+                for x, y in zip(of_one, gradients, strict=True):
+                    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+            if number == 0.0 and zero == "mse_weight":
+                assert not np.isnan(gradients[0]).any()
+                assert (np.asarray(gradients[1]) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_programs_of_many_rows_with_x64(jax, dtype, name):
+    """8 MB of logits and more, with and without powers of the weights."""
+    rng = np.random.default_rng(9)
+    s, t = rng.standard_normal((2, 2_000, 600))
+    prior = rng.dirichlet(np.ones(600), len(s))
+    for gamma in (0.0, 0.5, 2.0) if name == "gkl" else (None,):
+        loss = LOSSES[name] if gamma is None else partial(gklx.gkl, gamma=gamma)
+        for arrays in ({}, {"prior": prior.astype(dtype)}) if name in ("ikl", "gkl") else ({},):
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(s.astype(dtype), t.astype(dtype), **arrays)
+            exactly, of_both = gklx.value_and_grad(loss, (0, 1))(s.astype(dtype).astype("float64"),
+                t.astype(dtype).astype("float64"), **{key: x.astype("float64") for key, x in arrays.items()})  # fmt: skip
+            np.testing.assert_allclose(value, exactly, rtol=1e-5 if dtype == "float32" else 1e-13)
+            for x, y in zip(gradients, of_both, strict=True):
+                assert x.dtype == dtype
+                np.testing.assert_allclose(x, y, rtol=0, atol=abs(y).max() * (1e-5 if dtype == "float32" else 1e-12))
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch():
+    backends.needs("torch")
+    import torch
+
+    torch._dynamo.reset()
+    return torch
+
+
+def close(torch, found, expected, dtype):
+    assert found.dtype == expected.dtype
+    rough = {torch.float32: 1e-5, torch.float64: 1e-12}.get(dtype, 1e-2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=rough * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("how", ["backward", "value_and_grad", "func"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_layouts_that_differ_under_the_compiler(torch, name, how, dtype):
+    """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    s, t = torch.randn(1, 21, 16, 16, dtype=kind), torch.randn(1, 16, 16, 21, dtype=kind)
+    loss = LOSSES[name]
+
+    def last(x):
+        return x.permute(0, 2, 3, 1)
+
+    def run(s, t):
+        if how == "func":
+            return torch.func.grad_and_value(lambda s, t: loss(last(s), t), (0, 1))(s, t)[::-1]
+        if how == "value_and_grad":
+            value, gradients = gklx.value_and_grad(loss, (0, 1))(last(s), t)
+            return value, (gradients[0].permute(0, 3, 1, 2), gradients[1])
+        return loss(last(s), t), ()
+
+    def both(run, s, t):
+        s, t = s.clone().requires_grad_(how == "backward"), t.clone().requires_grad_(how == "backward")
+        value, gradients = run(s, t)
+        if how == "backward":
+            value.backward()
+            gradients = s.grad, t.grad
+        return value.detach(), gradients
+
+    value, gradients = both(run, s.double(), t.double())
+    for first, second in ((s, t), (s.contiguous(memory_format=torch.channels_last), t)):
+        found, of_both = both(torch.compile(run), first, second)
+        close(torch, found, value.to(found.dtype), kind)
+        for x, y in zip(of_both, gradients, strict=True):
+            close(torch, x, y.to(kind), kind)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_from_inference_mode(torch, name, compiled, dtype):
+    rng = np.random.default_rng(10)
+    kind = getattr(torch, dtype)
+    s, t = (torch.tensor(x).to(kind) for x in rng.standard_normal((2, 6, 5)))
+    given = {"sample_weight": torch.rand(6) + 0.5, "where": torch.rand(6, 5) > 0.2}
+    if name in ("ikl", "gkl"):
+        given |= {"prior": torch.rand(5, 5), "labels": torch.arange(6) % 5}
+    with torch.inference_mode():
+        frozen, arrays = t.clone(), {key: x.clone() for key, x in given.items()}
+    assert frozen.is_inference()
+    loss = torch.compile(LOSSES[name]) if compiled else LOSSES[name]
+    for reduction in ("mean", "none"):
+        gradients = []
+        for teacher, more in ((frozen, arrays), (t, given)):
+            student = s.clone().requires_grad_()
+            loss(student, teacher, **more, reduction=reduction).sum().backward()
+            gradients.append(student.grad)
+        assert torch.equal(*gradients)
+    if not compiled:
+        second = []
+        for teacher, more in ((frozen, arrays), (t, given)):
+            student = s.clone().requires_grad_()
+            (first,) = torch.autograd.grad(loss(student, teacher, **more), student, create_graph=True)
+            second.append(torch.autograd.grad((first * first).sum(), student)[0])
+        close(torch, *second, kind)
+        assert second[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_from_inference_mode_in_a_module(torch, name, compiled):
+    import gklx.torch
+
+    labels = torch.arange(6) % 5 if name in ("ikl", "gkl") else None
+    module = getattr(gklx.torch, f"{name.upper()}Loss")(**({"num_classes": 5} if labels is not None else {}))
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 6, 5)
+    with torch.inference_mode():
+        frozen = t.clone()
+    run = torch.compile(module) if compiled else module
+    gradients = []
+    for teacher in (frozen, t):
+        student = s.clone().requires_grad_()
+        run(student, teacher, labels).backward()
+        gradients.append(student.grad)
+    assert torch.equal(*gradients)
+    if labels is not None:
+        module.advance()
+        assert math.isclose(float(module.prior.sum()), 5.0, rel_tol=1e-5)
+
+
+def test_a_number_that_the_compiler_leaves_open(torch):
+    """A warm-up in PyTorch: the weight is a float that changes, 0 among its values."""
+    s, t = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]]), torch.tensor([[0.0, 0.5, 1.0], [0.0, -3.0, 1.0]])
+
+    def run(s, t, weight):
+        return gklx.ikl(s, t, mse_weight=weight, reduction="sum")
+
+    compiled = torch.compile(run, dynamic=True)
+    for weight in (0.5, 0.25, 0.0, 0.75):
+        results = []
+        for each in (run, compiled):
+            student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
+            value = each(student, teacher, weight)
+            value.backward()
+            results.append((value.detach(), student.grad, teacher.grad))
+        for x, y in zip(*results, strict=True):
+            torch.testing.assert_close(x, y)
