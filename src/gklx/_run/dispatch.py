@@ -11,7 +11,7 @@ from . import blocks, cpu, cuda, rows
 
 def kernel_of(call: Call) -> str | None:
     """The instruction set of the kernel that runs a call; None where the formulas do."""
-    return cpu.instruction_set() if rows.serves(call) else None
+    return cpu.instruction_set() if rows.serves(call) else "cuda" if cuda.serves(call) else None
 
 
 def evaluate(
