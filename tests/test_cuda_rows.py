@@ -229,9 +229,24 @@ def test_extremes_keep_their_digits(on_cpu, case, kind):
         ([[-np.inf] * 3, [0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0], [0.0, 1.0, 1.0]]),
         ([[np.nan, 1.0, 2.0], [0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0], [0.0, 1.0, 1.0]]),
         ([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [[np.inf, 1.0, 2.0], [0.0, 1.0, 1.0]]),
+        ([[0.0, np.inf, 2.0], [0.0, 1.0, 2.0]], [[0.0, 1.0, 2.0], [0.0, 1.0, 1.0]]),
+        ([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [[0.0, np.nan, 2.0], [0.0, 1.0, 1.0]]),
+        ([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [[-np.inf] * 3, [0.0, 1.0, 1.0]]),
         ([[0.0, -np.inf, 2.0], [0.0, 1.0, 2.0]], [[0.0, -2000.0, 1.0], [0.0, 1.0, 1.0]]),
     ],
-    ids=["student", "teacher", "both", "absent", "student-row", "nan", "inf", "underflown"],
+    ids=[
+        "student",
+        "teacher",
+        "both",
+        "absent",
+        "student-row",
+        "nan",
+        "inf",
+        "student-inf",
+        "teacher-nan",
+        "teacher-row",
+        "underflown",
+    ],
 )
 def test_infinities_and_nan_end_as_in_the_formulas(on_cpu, case, rows_of):
     given = {}
@@ -242,19 +257,28 @@ def test_infinities_and_nan_end_as_in_the_formulas(on_cpu, case, rows_of):
         else:
             given["prior"] = given["prior"][:2]
     s, t = (np.asarray(x) for x in rows_of)
-    if np.isposinf(t).any() and case.prior:  # there is no d: NaN in every class of weight, and so on the CPU's kernel
-        own = call_of(case, s, t, given, "none")
-        own = own._replace(formula=own.formula._replace(batch_normalized=False))
-        found = cuda.evaluate(own, device=on_cpu, value=True, student=True, teacher=True)
-        assert np.isnan(found.value).tolist() == [True, False]
-        weighs = given["prior"][0] > 0
-        assert np.isnan(found.teacher).tolist() == [weighs.tolist(), [False] * 3]
-        assert np.isnan(found.student).tolist() == [
-            [bool(case.settings.get("ce_weight", 1.0)) or w for w in weighs],
-            [False] * 3,
-        ]
-        return
     compare(on_cpu, case, "float64", s, t, given, 32, "none")
+    if not (t == -2000.0).any():  # whose weight is 0 in float32 alone
+        compare(on_cpu, case, "float32", s, t, given, 32, "sum")
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("entry", [np.nan, -0.25])
+def test_a_prior_entry_that_is_no_weight(on_cpu, gamma, entry):
+    """The public functions let one pass where reading values is not free."""
+    case = Case("", "gkl", {"gamma": gamma, "normalize": "samples"}, "rows")
+    s, t, given = call(case, "none")
+    given["where"] = np.arange(7) != 3
+    own = call_of(case, s, t, given, "none")
+    prior = given["prior"].copy()
+    prior[1, 2] = prior[2, 3] = entry
+    own = own._replace(arrays=own.arrays._replace(prior=prior))
+    asked = {"value": True, "student": True, "teacher": True}
+    with np.errstate(all="ignore"):
+        found, expected = cuda.evaluate(own, device=on_cpu, **asked), blocks.evaluate(own, **asked)
+    assert np.isnan(found.value).tolist() == [False, True, False, False, False]
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        assert_near(one, other, "float64", ulps=64)
 
 
 def test_a_label_that_names_no_class_gives_nan(on_cpu):
