@@ -124,13 +124,19 @@ template <class R> struct Rower {
   void run(int64_t row) {
     const int64_t classes = call.classes;
     double weight = call.sample_weight ? double(((const R *)call.sample_weight)[row]) : 1;
-    if (weight == 0) return absent(row);
+    if (weight == 0) {
+      if (call.student_class) call.student_class[row] = 0;
+      if (call.teacher_class) call.teacher_class[row] = 0;
+      return absent(row);
+    }
     if (weight < 0) weight = double(nan_of<R>());
     Line<R> x;
     x.n = classes;
     x.s = widened(call.student, call.student_type, row, classes, scratch.s);
     x.t = widened(call.teacher, call.teacher_type, row, classes, scratch.t);
     Inspected<R> seen = inspect(x.s, x.t, classes);
+    if (call.student_class) call.student_class[row] = top_class(x.s, classes, seen.s_top, seen.moderate);
+    if (call.teacher_class) call.teacher_class[row] = top_class(x.t, classes, seen.t_top, seen.moderate);
     const uint8_t *valid = nullptr;
     if (call.where || !seen.moderate) {
       x.n = mark_valid(call, row, x.s, x.t, scratch.valid);

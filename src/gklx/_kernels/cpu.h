@@ -36,6 +36,7 @@ typedef struct {
   // Of each sample, neither weighted nor normalised, REAL [rows]: W is the mass, a peak the largest probability at T.
   void *kl, *mse, *ce, *mass, *student_peak, *teacher_peak;
   uint8_t *has_valid, *undefined;
+  int64_t *student_class, *teacher_class;  // [rows]: of the largest logit, whatever is masked; see `top_class`
 } gklx_call;
 
 GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory

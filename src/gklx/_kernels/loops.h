@@ -63,6 +63,24 @@ template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n)
   return {s_top, t_top, beyond == 0};
 }
 
+// The class of the largest logit `top`, the first of several: NumPy's argmax, to which a NaN is the largest.
+template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool moderate) {
+  using Word = typename Real<R>::Word;
+  for (int64_t j = 0; !moderate && j < n; ++j) {
+    if (is_nan(x[j])) return j;
+  }
+  int64_t begin = 0;
+  for (int64_t end; begin < n; begin = end) {
+    end = smaller(begin + 64, n);
+    Word found = 0;
+    SIMD(reduction(| : found))
+    for (int64_t j = begin; j < end; ++j) found |= x[j] == top ? Word(1) : Word(0);
+    if (found) break;
+  }
+  while (begin + 1 < n && x[begin] != top) ++begin;
+  return begin;
+}
+
 // Fills es, et and their sums, and finds the part of CE. With `Own`, where the teacher's own softmax weighs the classes,
 // also the reference: the largest of several does, as any number between their differences would.
 template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {

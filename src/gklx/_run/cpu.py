@@ -35,7 +35,7 @@ class RowCall(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in (
             "value", "to_student", "to_teacher", "totals_out", "kl", "mse", "ce", "mass", "student_peak",
-            "teacher_peak", "has_valid", "undefined",
+            "teacher_peak", "has_valid", "undefined", "student_class", "teacher_class",
         )),
     )  # fmt: skip
 

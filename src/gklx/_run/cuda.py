@@ -6,6 +6,7 @@ the logits; what the samples of a batch share is left to `_core/batch.py`.
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -86,8 +87,10 @@ def evaluate(
     return Result(loss, to_student, to_teacher, shared)
 
 
-def samples(call: Call, device: Device | None = None) -> rows.SampleResults:
-    """As `rows.samples`."""
+def samples(
+    call: Call, names: Sequence[str], threads: int = 1, device: Device | None = None
+) -> dict[str, Array]:
+    """As `rows.samples`, whichever names are asked for."""
     xp, temperature = call.xp, call.numbers.temperature
     device = cuda_launch.device_of(call.arrays.student) if device is None else device
     batch = call.arrays.student.shape[:-1]
@@ -103,16 +106,18 @@ def samples(call: Call, device: Device | None = None) -> rows.SampleResults:
     def column(number: int) -> Array:
         return xp.reshape(run.found[:, number], batch)
 
-    return rows.SampleResults(
-        kl,
-        ce,
-        mass * mass * energy,
-        mass,
-        column(_PER_STUDENT_TOTAL),  # the largest logit is 0 by now
-        column(_PER_TEACHER_TOTAL),
-        column(_HAS_VALID) != 0,
-        column(_UNDEFINED) != 0,
-    )
+    return {
+        "kl": kl,
+        "ce": ce,
+        "mse": mass * mass * energy,
+        "mass": mass,
+        "student_peak": column(_PER_STUDENT_TOTAL),  # the largest logit is 0 by now
+        "teacher_peak": column(_PER_TEACHER_TOTAL),
+        "student_class": xp.argmax(call.arrays.student, axis=-1),
+        "teacher_class": xp.argmax(call.arrays.teacher, axis=-1),
+        "has_valid": column(_HAS_VALID) != 0,
+        "undefined": column(_UNDEFINED) != 0,
+    }
 
 
 # --- the plan: no GPU is needed to make it ----------------------------------------------------------------------------

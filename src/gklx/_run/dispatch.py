@@ -1,6 +1,7 @@
 """Runs a call: on the row kernel of the CPU or of a GPU where it serves the arrays, else by the formulas."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from .._core import formulas
@@ -37,32 +38,43 @@ def evaluate(
 class SampleLosses(NamedTuple):
     """What is known of each sample, whatever it weighs, all [...]."""
 
-    kl: Array
-    ce: Array
-    mse: tuple[Array, ...]
-    """wMSE of each call, in their order."""
-    mass: tuple[Array, ...]
-    """W of each call."""
+    kl: Array | None
+    """None where no call is KL."""
+    ce: Array | None
+    """None where all are."""
+    mse: tuple[Array | None, ...]
+    """wMSE of each call, in their order; None of KL."""
+    mass: tuple[Array | None, ...]
+    """W of each call, likewise."""
     student_peak: Array
     """The largest probability of softmax(s / temperature)."""
     teacher_peak: Array
+    student_class: Array
+    """int64: where the largest logit is, the first of several. Means nothing in an undefined sample."""
+    teacher_class: Array
     has_valid: Array
     """Boolean: some class is valid."""
     undefined: Array
     """Boolean: a valid logit is NaN, or a softmax has no finite logit."""
 
 
-def sample_losses(calls: Sequence[Call]) -> SampleLosses:
-    """Each sample's own KL, CE and wMSE, unweighted and not normalised.
+def sample_losses(calls: Sequence[Call], threads: int = 1) -> SampleLosses:
+    """Each sample's own KL, CE and wMSE, unweighted and not normalised; without masks.
 
-    Of calls that differ in formula, gamma, weight temperature or prior alone.
+    Of calls that differ in formula, gamma, weight temperature or prior alone. The kernel may use so many threads.
     """
     for kernel in (rows, cuda):
         if all(kernel.serves(each) for each in calls):
-            return _sample_losses_by_kernel(calls, kernel.samples)
-    call, (mse, mass) = calls[0], ([], [])
+            return _sample_losses_by_kernel(calls, partial(kernel.samples, threads=threads))
+    call, xp = calls[0], calls[0].xp
     of_rows = formulas.rows_of(call)
+    mse: list[Array | None] = []
+    mass: list[Array | None] = []
     for each in calls:
+        if not each.formula.decomposed:
+            mse.append(None)
+            mass.append(None)
+            continue
         weights = formulas.class_weights(each, of_rows)
         energy = formulas.energy(each, of_rows, weights, formulas.deviations(each, of_rows, weights))
         own = weights.total * weights.base**each.numbers.gamma
@@ -71,28 +83,46 @@ def sample_losses(calls: Sequence[Call]) -> SampleLosses:
         mse.append(own * own * energy)
         mass.append(own)
     return SampleLosses(
-        formulas.kullback_leibler(call, of_rows),
-        formulas.cross_entropy(call, of_rows),
+        None if all(each.formula.decomposed for each in calls) else formulas.kullback_leibler(call, of_rows),
+        formulas.cross_entropy(call, of_rows) if any(each.formula.decomposed for each in calls) else None,
         tuple(mse),
         tuple(mass),
         1.0 / of_rows.student.total,  # the largest logit is 0 by now
         1.0 / of_rows.teacher.total,
+        xp.argmax(call.arrays.student, axis=-1),
+        xp.argmax(call.arrays.teacher, axis=-1),
         of_rows.has_valid,
         of_rows.undefined,
     )
 
 
-def _sample_losses_by_kernel(calls: Sequence[Call], samples: Callable[[Call], rows.SampleResults]) -> SampleLosses:
-    """One pass for all calls that weigh the classes alike."""
-    found: dict[object, rows.SampleResults] = {}
-    of_calls = []
-    for call in calls:
-        n = call.numbers
-        tempered = call.formula.tempered and n.temperature != 1.0
-        key = (n.gamma, n.weight_temperature, id(call.arrays.prior), tempered)
-        if key not in found:
-            found[key] = samples(call)
-        of_calls.append(found[key])
-    first = of_calls[0]
-    mse, mass = tuple(x.mse for x in of_calls), tuple(x.mass for x in of_calls)
-    return SampleLosses(first.kl, first.ce, mse, mass, *first[-4:])
+_OF_EVERY_CALL = ("student_peak", "teacher_peak", "student_class", "teacher_class", "has_valid", "undefined")
+
+
+def _sample_losses_by_kernel(
+    calls: Sequence[Call], samples: Callable[[Call, Sequence[str]], dict[str, Array]]
+) -> SampleLosses:
+    """One pass for all calls that weigh the classes alike; the first finds as well what is the same for every call."""
+    decomposed = [call for call in calls if call.formula.decomposed]
+    common = ["kl"] if len(decomposed) < len(calls) else []
+    common += ["ce"] if decomposed else []
+    own = ["mse", "mass"] if decomposed else []
+    passes: dict[object, dict[str, Array]] = {}
+    for call in decomposed or calls[:1]:
+        if _weighing(call) not in passes:
+            passes[_weighing(call)] = samples(call, own if passes else [*own, *common, *_OF_EVERY_CALL])
+    found = next(iter(passes.values()))
+    of_calls = [passes[_weighing(call)] if call.formula.decomposed else {} for call in calls]
+    return SampleLosses(
+        found.get("kl"),
+        found.get("ce"),
+        tuple(x.get("mse") for x in of_calls),
+        tuple(x.get("mass") for x in of_calls),
+        *(found[name] for name in _OF_EVERY_CALL),
+    )
+
+
+def _weighing(call: Call) -> object:
+    """The same for two calls with the same wMSE of each sample."""
+    n = call.numbers
+    return n.gamma, n.weight_temperature, id(call.arrays.prior), call.formula.tempered and n.temperature != 1.0

@@ -5,7 +5,7 @@ An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from .._core.libraries import dtype_name, library_of
 from . import cpu
 
 _ONE_THREAD = 2**16  # pairs of logits that are not worth a second thread
+_NOT_REAL = {"has_valid": "bool", "undefined": "bool", "student_class": "int64", "teacher_class": "int64"}
 
 
 class _Host(NamedTuple):
@@ -80,30 +81,15 @@ def evaluate(
     return Result(None if found is None else host.finished(found), to_student, to_teacher, shared)
 
 
-class SampleResults(NamedTuple):
-    """What the kernel finds of each sample, [...]."""
-
-    kl: Array
-    ce: Array
-    mse: Array
-    """wMSE, neither weighted nor normalised."""
-    mass: Array
-    """W."""
-    student_peak: Array
-    teacher_peak: Array
-    has_valid: Array
-    undefined: Array
-
-
-def samples(call: Call) -> SampleResults:
-    """The losses of each sample, from one pass over the logits."""
+def samples(call: Call, names: Iterable[str], threads: int) -> dict[str, Array]:
+    """What is asked for of each sample, [...], from one pass over the logits: fields of `cpu.RowCall` by name."""
     request, host, _kept = _request(call)
-    shape, like = call.arrays.student.shape[:-1], call.arrays.student
-    flag = call.xp.bool
-    names = SampleResults._fields
-    found = SampleResults(*(host.empty(shape, flag if name in names[-2:] else call.dtype, like) for name in names))
-    for name, x in zip(names, found, strict=True):
-        setattr(request, name, host.address(x))
+    request.threads = min(request.threads, threads)
+    shape, like, found = call.arrays.student.shape[:-1], call.arrays.student, {}
+    for name in names:
+        dtype = getattr(call.xp, _NOT_REAL[name]) if name in _NOT_REAL else call.dtype
+        found[name] = host.empty(shape, dtype, like)
+        setattr(request, name, host.address(found[name]))
     cpu.run(request)
     return found
 

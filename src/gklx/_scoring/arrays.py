@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .._core.libraries import dtype_name, library_of
-from .file_formats.rows import Stamp
+from .file_formats.rows import Room, Stamp
 
 _LOGITS = ("float16", "bfloat16", "float32", "float64")
 
@@ -30,8 +30,11 @@ class ArrayRows:
         """The array's dtype by name."""
         return dtype_name(self.array.dtype)
 
-    def read(self, start: int, stop: int) -> Any:
-        """Rows of the flattened leading axes: half precisions widened to float32, labels to int64 on the host."""
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
+        """Rows of the flattened leading axes: labels as int64 on the host, halves as float32.
+
+        With a room NumPy's halves stay what they are.
+        """
         x = self.array
         library = library_of(x)
         assert library is not None
@@ -47,7 +50,8 @@ class ArrayRows:
             return np.asarray(library.to_numpy(x)).astype(np.int64)
         if library.lazy:
             x = library.to_numpy(x)
-        if self.dtype in ("float16", "bfloat16"):
+        stays = room is not None and isinstance(x, np.ndarray) and x.dtype.isnative
+        if self.dtype in ("float16", "bfloat16") and not stays:
             xp = library.namespace() if not library.lazy else np
             x = xp.astype(x, xp.float32)
         return x

@@ -13,6 +13,7 @@ import numpy as np
 
 from .._core.call import Array
 from .._core.libraries import LIBRARIES, Library, library_of
+from .._run.cpu import instruction_set
 from .._run.cpu import threads as threads
 
 _BLOCK_ON_CPU, _BLOCK_OF_COMPILER, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
@@ -28,6 +29,13 @@ class Backend:
     """As the library has it; None for its default."""
     device_name: str
     on_gpu: bool
+    kernel_threads: int = 1
+    """How many threads the row kernel may use for a block."""
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether float16 and bfloat16 arrays of NumPy are computed on as they are, without a copy in float32."""
+        return self.library.backend == "numpy" and instruction_set() is not None
 
     @property
     def block_bytes(self) -> int:

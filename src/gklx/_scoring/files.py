@@ -17,7 +17,7 @@ import numpy as np
 
 from .file_formats.npy import MAGIC, open_npy
 from .file_formats.npz import open_npz
-from .file_formats.rows import Rows, Stamp, text
+from .file_formats.rows import Room, Rows, Stamp, text
 from .file_formats.safetensors import open_safetensors
 from .file_formats.zarr import open_zarr
 
@@ -37,14 +37,16 @@ class Shards:
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self, start: int, stop: int) -> Any:
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows across the parts, in the widest of their dtypes."""
         found, at = [], start
+        if stop > self.ends[bisect_right(self.ends, start)]:
+            room = None  # it has none for two parts at once
         while at < stop:
             i = bisect_right(self.ends, at)
             before = self.ends[i - 1] if i else 0
             last = min(stop, self.ends[i])
-            found.append(self.parts[i].read(at - before, last - before))
+            found.append(self.parts[i].read(at - before, last - before, room))
             at = last
         x = found[0] if len(found) == 1 else np.concatenate(found)
         return x.astype(np.float64, copy=False) if self.dtype == "float64" else x

@@ -8,7 +8,7 @@ import collections
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .backend import Backend, backend
@@ -54,6 +54,7 @@ class Pool:
 def threads(place: Backend, count: int) -> Iterator[Pool]:
     """Threads of this process."""
     with ThreadPoolExecutor(count, thread_name_prefix="gklx") as executor:
+        place = replace(place, kernel_threads=max(1, own_threads() // count))
         yield Pool(executor, count, place, place.put, place.library.backend, place.device_name)
 
 

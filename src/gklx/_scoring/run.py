@@ -1,5 +1,6 @@
 """The run over all samples: chunk by chunk into the work file, from where an earlier run was cut off."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backend import Backend
-from .file_formats.rows import Stamp, stamp
+from .file_formats.rows import Room, Stamp, stamp
 from .inputs import Chunk, Inputs
 from .pools import Pool, working
 from .samples import UNDEFINED, Parameters, RowsOfBlock, prior_sums, scored
@@ -95,7 +96,7 @@ def _check_strict(records: Any, first: int) -> None:
 def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> Any:
     """The records of a chunk; on whatever thread or machine."""
     with working(place) as here:
-        return scored(here, job.names, job.parameters, _read(chunk), prior)
+        return scored(here, job.names, job.parameters, _read(chunk, here), prior)
 
 
 def sum_chunk(place: Backend | None, job: Job, chunk: Chunk) -> tuple[Any, int]:
@@ -132,10 +133,16 @@ def _class_prior(
     return pool.share(sums.astype(inputs.computed_in, copy=False))
 
 
-def _read(chunk: Chunk) -> RowsOfBlock:
+_threads = threading.local()
+
+
+def _read(chunk: Chunk, place: Backend) -> RowsOfBlock:
     labels = None if chunk.labels is None else _labels(chunk)
-    student, teacher = (x.read(chunk.start, chunk.stop) for x in (chunk.student, chunk.teacher))
-    return RowsOfBlock(student, teacher, labels)
+    if place.takes_halves and not hasattr(_threads, "rooms"):
+        _threads.rooms = Room(), Room()
+    rooms = _threads.rooms if place.takes_halves else (None, None)
+    sides = zip((chunk.student, chunk.teacher), rooms, strict=True)
+    return RowsOfBlock(*(x.read(chunk.start, chunk.stop, room) for x, room in sides), labels)
 
 
 def _labels(chunk: Chunk) -> Any:

@@ -38,7 +38,7 @@ class RowsOfBlock(NamedTuple):
     """Consecutive samples, on the host or on the device."""
 
     student: Any
-    """[n, C], float32 or float64."""
+    """[n, C]."""
     teacher: Any
     labels: Any | None
     """[n], int64 in [0, C)."""
@@ -71,7 +71,7 @@ def scored(
     given = [place.put(rows.student), place.put(rows.teacher)]
     if prior is not None:
         given += [place.put(prior), place.put(rows.labels)]
-    found = place.get(place.compiled(_raw, names, parameters)(*given))
+    found = place.get(place.compiled(_raw, names, parameters, place.kernel_threads)(*given))
     records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype))
     fields = [*_reals(names), "student_confidence", "teacher_confidence", "state"]
     *values, student_high, student_low, teacher_high, teacher_low = found
@@ -108,7 +108,13 @@ def _reals(names: tuple[str, ...]) -> list[str]:
 
 
 def _raw(
-    names: tuple[str, ...], parameters: Parameters, s: Array, t: Array, prior: Array = None, labels: Array = None
+    names: tuple[str, ...],
+    parameters: Parameters,
+    threads: int,
+    s: Array,
+    t: Array,
+    prior: Array = None,
+    labels: Array = None,
 ) -> Array:
     """All numbers of some samples as one array, hence one transfer.
 
@@ -123,7 +129,7 @@ def _raw(
     for name in names:
         problems[name] = call_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
-    xp, found = first.xp, sample_losses(list(problems.values()))
+    xp, found = first.xp, sample_losses(list(problems.values()), threads)
     mse, mass = (dict(zip(names, of_names, strict=True)) for of_names in (found.mse, found.mass))
     columns = [found.kl] if "kl" in names else []
     with_parts = [name for name in names if name != "kl"]
@@ -132,8 +138,7 @@ def _raw(
     columns += [mass["gkl"]] if "gkl" in names else []
     columns += [found.student_peak, found.teacher_peak]
     columns.append(xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype))
-    for x in (s, t):
-        top = xp.argmax(x, axis=-1)
+    for top in (found.student_class, found.teacher_class):
         columns += [xp.astype(digit, first.dtype) for digit in (top // _DIGIT, top % _DIGIT)]
     return xp.stack(columns)
 

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .rows import Stamp, dtype_of, reading, reason, stamp, text, widened
+from .rows import Room, Stamp, dtype_of, reading, reason, stamp, text, widened
 
 MAGIC = b"\x93NUMPY"
 _COLUMNS_AT_ONCE = 1024
@@ -36,33 +36,37 @@ class NpyRows:
         """By name; what NumPy calls V2 is bfloat16."""
         return dtype_of(self.stored)
 
-    def read(self, start: int, stop: int) -> Any:
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes."""
         if self.fortran:
-            return self.read_mapped(self.path, start, stop)
+            return self.read_mapped(self.path, start, stop, room)
         shape = (stop - start, *self.shape[len(self.shape) - self.axes :])
-        count, at = math.prod(shape), start * math.prod(shape[1:]) * self.stored.itemsize
-        with reading(self.name):
-            # Not mapped: a file that another process cuts short meanwhile would kill this one.
-            x = np.fromfile(self.path, self.stored, count, offset=self.offset + at)
-            if x.size < count:
-                raise EOFError("it has become shorter")
-        return widened(x.reshape(shape), self.axes)
+        x = np.empty(shape, self.stored) if room is None else room.array(shape, self.stored)
+        # Not mapped: a file that another process cuts short meanwhile would kill this one.
+        with reading(self.name), open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + start * math.prod(shape[1:]) * self.stored.itemsize)
+            rest = memoryview(x.reshape(-1).view(np.uint8))
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise EOFError("it has become shorter")
+                rest = rest[count:]
+        return widened(x, self.axes, room)
 
-    def read_mapped(self, file: str | IO[bytes], start: int, stop: int) -> Any:
+    def read_mapped(self, file: str | IO[bytes], start: int, stop: int, room: Room | None = None) -> Any:
         """From a map, rows picked by index: reshaping in Fortran order would copy the whole file."""
         leading, row = self.shape[: len(self.shape) - self.axes], self.shape[len(self.shape) - self.axes :]
         index = np.unravel_index(np.arange(start, stop), leading)
         with reading(self.name):
             if not self.fortran:
-                return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes)
+                return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes, room)
             x = np.empty((stop - start, math.prod(row)), self.stored)
             # Every column has pages of its own, which stay in memory as long as the map does.
             for at in range(0, x.shape[1], _COLUMNS_AT_ONCE):
                 into = x[:, at : at + _COLUMNS_AT_ONCE]
                 offset = self.offset + at * math.prod(leading) * self.stored.itemsize
                 into[...] = np.memmap(file, self.stored, "r", offset, (*leading, into.shape[1]), "F")[index]
-            return widened(x.reshape(-1, *row), self.axes)
+            return widened(x.reshape(-1, *row), self.axes, room)
 
 
 def open_npy(name: str, path: str, axes: int) -> NpyRows:

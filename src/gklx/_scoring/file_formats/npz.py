@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import threads
 from .npy import NpyRows, header
-from .rows import Stamp, chosen, reading, reason, stamp, text, widened
+from .rows import Room, Stamp, chosen, reading, reason, stamp, text, widened
 
 _PIECE = 2**20
 _one_at_a_time = threading.Lock()
@@ -60,20 +60,20 @@ class ArchivedRows:
         """What is unpacked is in a file."""
         return 0
 
-    def read(self, start: int, stop: int) -> Any:
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes."""
         whole = self.unpacked
         if whole.fortran:
             with reading(self.name), _one_at_a_time:
                 copy = _copy(self.path, self.member, stamp(self.path))
-            return whole.read_mapped(copy.file, start, stop)
+            return whole.read_mapped(copy.file, start, stop, room)
         shape = (stop - start, *self.shape[len(self.shape) - whole.axes :])
         row = math.prod(shape[1:]) * whole.stored.itemsize
         with reading(self.name):
             with _one_at_a_time:
                 stream = _stream(self.path, self.member, stamp(self.path))
             x = np.frombuffer(stream.read(whole.offset + start * row, (stop - start) * row), whole.stored)
-        return widened(x.reshape(shape), whole.axes)
+        return widened(x.reshape(shape), whole.axes, room)
 
 
 def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:

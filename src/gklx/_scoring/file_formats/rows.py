@@ -1,6 +1,7 @@
 """What the formats have in common: rows in the dtype computed in, dtypes by name, and errors in the same words."""
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -17,6 +18,20 @@ class Stamp(NamedTuple):
     path: str
     state: str
     """Another one where the content was changed, or another file has taken the place, whatever its dates say."""
+
+
+class Room:
+    """Memory for one read after another: each overwrites what the one before returned."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array in it."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._bytes.size < size:
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
 
 
 class Rows(Protocol):
@@ -42,8 +57,11 @@ class Rows(Protocol):
     def held_bytes(self) -> int:
         """The memory that reading takes beside the rows it returns."""
 
-    def read(self, start: int, stop: int) -> Any:
-        """Rows of the flattened leading axes, at least one: halves as float32, labels as int64, in C order."""
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
+        """Rows of the flattened leading axes, at least one: halves as float32, labels as int64, in C order.
+
+        With a room the rows may lie in it, and halves may be float16 or ml_dtypes' bfloat16.
+        """
 
 
 def dtype_of(dtype: Any) -> str:
@@ -57,14 +75,29 @@ def dtype_of(dtype: Any) -> str:
     return names.get(found.kind, str(found.name))
 
 
-def widened(x: Any, axes: int) -> Any:
-    """Logits in float32 or float64, labels in int64."""
+def widened(x: Any, axes: int, room: Room | None = None) -> Any:
+    """Logits in float32 or float64, with a room halves as they are stored; labels in int64."""
     if axes == 0:
         return np.ascontiguousarray(x, dtype=np.int64)
+    if room is not None and x.dtype.itemsize == 2 and x.dtype.isnative:
+        if x.dtype == np.float16:
+            return np.ascontiguousarray(x)
+        if (bfloat16 := _bfloat16()) is not None and dtype_of(x.dtype) == "bfloat16":
+            return np.ascontiguousarray(x).view(bfloat16)
     if dtype_of(x.dtype) == "bfloat16":  # the upper half of a float32
         bits = np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32)
     return np.ascontiguousarray(x, dtype=np.float64 if x.dtype.itemsize == 8 else np.float32)
+
+
+@functools.cache
+def _bfloat16() -> Any:
+    """NumPy's dtype of it, None where ml_dtypes is not installed."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import Stamp, chosen, picked, reading, reason, stamp, widened
+from .rows import Room, Stamp, chosen, picked, reading, reason, stamp, widened
 
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool"}
 _NAMES |= {f"{sign}{bits}": f"{word}{bits}" for sign, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
@@ -22,12 +22,12 @@ class SafetensorsRows:
     stamps: tuple[Stamp, ...]
     held_bytes: int = 0
 
-    def read(self, start: int, stop: int) -> Any:
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes."""
         safe_open = _safe_open(self.name)
         with reading(self.name), safe_open(self.path, framework="numpy") as file:
             x = picked(file.get_slice(self.key), self.shape, self.axes, start, stop)
-        return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
+        return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes, room)
 
 
 def open_safetensors(name: str, path: str, key: str | None, axes: int) -> SafetensorsRows:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .rows import Stamp, chosen, dtype_of, files_below, picked, reading, reason, stamp, widened
+from .rows import Room, Stamp, chosen, dtype_of, files_below, picked, reading, reason, stamp, widened
 
 _one_at_a_time = threading.Lock()
 
@@ -34,7 +34,7 @@ class ZarrRows:
         """A band, as it is kept, as Zarr unpacks it, and as it is stored."""
         return 3 * self.band.size
 
-    def read(self, start: int, stop: int) -> Any:
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes."""
         zarr = _library(self.name)
         with reading(self.name):
@@ -43,7 +43,7 @@ class ZarrRows:
                 x = picked(array, self.shape, self.axes, start, stop)
             else:
                 x = np.concatenate([self._of_band(*each) for each in self.band.parts(start, stop)])
-        return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes)
+        return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes, room)
 
     def _of_band(self, first: int, last: int, start: int, stop: int) -> Any:
         with _one_at_a_time:
