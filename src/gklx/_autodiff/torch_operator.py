@@ -34,9 +34,7 @@ def attach(call: Call) -> torch.Tensor:
     # Autograd refuses to save a tensor made under inference_mode.
     arrays = [x.clone() if x is not None and x.is_inference() else x for x in call.arrays]
     ahead = [_differentiated(x) and x.dtype == call.dtype for x in call.arrays[:2]]
-    value: torch.Tensor = _in_graph(
-        tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, True, *ahead
-    )[0]
+    value: torch.Tensor = _in_graph(tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, True, *ahead)[0]
     return value
 
 
