@@ -31,10 +31,10 @@ def _transformed() -> bool:
 
 def attach(call: Call) -> torch.Tensor:
     """The loss; its derivatives are the analytic ones."""
+    # Autograd refuses to save a tensor made under inference_mode.
+    arrays = [x.clone() if x is not None and x.is_inference() else x for x in call.arrays]
     ahead = [_differentiated(x) and x.dtype == call.dtype for x in call.arrays[:2]]
-    value: torch.Tensor = _in_graph(
-        tuple(call.formula), tuple(call.numbers), call.reduction, *call.arrays, True, *ahead
-    )[0]
+    value: torch.Tensor = _in_graph(tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, True, *ahead)[0]
     return value
 
 
