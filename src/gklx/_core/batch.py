@@ -4,6 +4,7 @@ The mean divides by the sum of the sample weights v, and GKL by the sum of v W^2
 that neither leaves the dtype's range where v or the class weights are very small or large.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,10 +118,7 @@ def _or_one(call: Call, x: Array) -> Array:
 
 def _largest(call: Call, x: Array) -> Array:
     """The maximum of numbers >= 0; 0 of none."""
-    xp = call.xp
-    flat = x if x.ndim == 1 else xp.reshape(x, (-1,))
-    zero = xp.reshape(xp.sum(xp.zeros_like(flat)), (1,))
-    return xp.max(xp.concat([flat, zero]))
+    return call.xp.sum(x) if math.prod(x.shape) == 0 else call.xp.max(x)
 
 
 def _power_of_two(call: Call, x: Array) -> Array:

@@ -48,4 +48,4 @@ def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None
 
 
 def _extreme_of_chunk(name: str, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-    return getattr(x, name)(axis=axis, keepdims=keepdims)
+    return getattr(x, name)(axis=axis, keepdims=keepdims, initial=-np.inf if name == "max" else np.inf)

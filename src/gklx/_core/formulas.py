@@ -170,7 +170,7 @@ def is_class(labels: Array, classes: int) -> Array:
 def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     """The differences d about their weighted mean mu."""
     xp, d = call.xp, rows.d
-    total = xp.where(weights.total == 0, 1.0, weights.total)[..., None]
+    u = weights.relative / xp.where(weights.total == 0, 1.0, weights.total)[..., None]
     weighs = weights.relative != 0
     infinite = weighs & xp.isinf(d)
     upwards = xp.any(infinite & (d > 0), axis=-1, keepdims=True)
@@ -178,16 +178,16 @@ def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     summed = weighs & ~infinite
 
     def less_mean(x: Array) -> Array:
-        return xp.where(summed, x - xp.sum(weights.relative * x, axis=-1, keepdims=True) / total, 0.0)
+        return xp.where(summed, x - xp.sum(u * x, axis=-1, keepdims=True), 0.0)
 
     # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d is
     # as large as the differences that matter.
     centred = less_mean(less_mean(xp.where(summed, d, 0.0)))
-    shift = xp.where(downwards, xp.inf, xp.zeros_like(total))
+    shift = xp.where(downwards, xp.inf, xp.zeros_like(upwards, dtype=call.dtype))
     shift = xp.where(upwards, -xp.inf, shift)
     shift = xp.where(upwards & downwards, xp.nan, shift)  # between opposite infinities there is no mean
     centred = xp.where(infinite, d, centred + shift)
-    return Deviations(weights.relative / total, xp.where(weighs, centred, 0.0), (upwards | downwards)[..., 0])
+    return Deviations(u, xp.where(weighs, centred, 0.0), (upwards | downwards)[..., 0])
 
 
 def energy(call: Call, rows: Rows, weights: ClassWeights, around: Deviations) -> Array:
