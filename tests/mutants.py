@@ -248,7 +248,7 @@ def main() -> int:
     return bool(unexplained)
 
 
-# Mutants that compute the same, or differ where any outcome is right.
+# Mutants that compute the same, differ where any outcome is right, or where NumPy does not come: another test is named.
 EQUIVALENT: dict[str, str] = {
     "formulas.rows_of: False  ->  True  in  "
     "s, t = (xp.astype(x, call.dtype, copy=False) for x in (arrays.student, arrays.teacher))": "a copy is the same",
@@ -269,6 +269,16 @@ EQUIVALENT: dict[str, str] = {
     ),
     "formulas.difference: 0.0  ->  1.0  in  known_t, known_s = xp.where(finite, t, 0.0), xp.where(finite, s, 0.0)": (
         "stands for a logit that is not finite, whose difference is put back afterwards"
+    ),
+    "formulas.deviations: 0.0  ->  1.0  in  return xp.where(summed, x - "
+    "xp.sum(weights.relative * x, axis=-1, keepdims=True) / total, 0.0)": (
+        "stands where the weight is 0, or the difference is put back afterwards"
+    ),
+    "formulas.class_weights: ~rows.has_valid  ->  ~~rows.has_valid": (
+        "NumPy's labels are read and refused; test_what_nobody_read_is_nan_and_no_plausible_number"
+    ),
+    "batch.factors_of: share * upstream  ->  share / upstream": (
+        "NumPy has no upstream gradient; test_compiled_without_a_graph_break"
     ),
     "batch.batch_of: 0.0  ->  1.0  in  mass = xp.where(v == 0, 0.0, _mass(call, weights, base_scale))": (
         "its square is multiplied by v, which is 0"
