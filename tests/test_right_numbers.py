@@ -324,7 +324,7 @@ def test_the_least_temperature(backend):
 def test_kl_is_not_negative(backend, dtype):
     """Rows one rounding apart. KL is at most an eighth of the square of the largest less the least difference."""
     rng = np.random.default_rng(7)
-    rows = 20_000 if backend.name in OWN_KERNEL else 2_000
+    rows = 20_000 if backend.execution == "kernel" else 2_000
     unit, _ = exact.LAST[dtype]
     t = backend.rounded(3.0 * rng.standard_normal((rows, 10)), dtype)
     s = backend.rounded(t * (1 + unit * rng.integers(-1, 2, t.shape)), dtype)
