@@ -328,7 +328,7 @@ def test_nested_batches_and_threads():
     """The innermost counts; another thread has none."""
     import threading
 
-    from gklx.distributed import _entered
+    from gklx._core.ranks import entered as _entered
 
     inner, outer, seen = gklx.global_batch(axis_name="inner"), gklx.global_batch(axis_name="outer"), []
     with outer, inner:
