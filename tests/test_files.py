@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import gklx
 from gklx._scoring.file_formats import npz
-from gklx._scoring.file_formats.rows import picked, stamp
+from gklx._scoring.file_formats.rows import Room, picked, stamp
 from gklx._scoring.files import check_together, open_labels, open_logits
 
 pytestmark = pytest.mark.library_independent
@@ -139,6 +139,52 @@ def test_labels(tmp_path, kind, dtype):
         assert (rows.shape, rows.dtype) == (shape, np.dtype(dtype).name)
         for start, stop in WINDOWS:
             assert_read(rows.read(start, stop), y, start, stop, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_read_as_they_are_into_a_room(tmp_path, kind, dtype):
+    """Halves are not copied into float32 then; all values are the same."""
+    if kind == "safetensors" and dtype.startswith(">"):
+        pytest.skip("little-endian by definition")
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = of_dtype(rng.standard_normal((4, 6, 5)), dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if (kind, dtype) == ("zarr 3", "bfloat16") else "error")
+        rows, room = open_logits(save(kind, tmp_path / "x", x)), Room()
+        as_they_are = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}.get(dtype)
+        for start, stop in WINDOWS:
+            got = rows.read(start, stop, room)
+            if as_they_are is not None:
+                assert got.dtype == as_they_are
+                assert got.flags.c_contiguous
+            if got.dtype.itemsize == 2:  # so may what Zarr has turned to the machine's byte order
+                got = got.astype(np.float32)
+            assert_read(got, x, start, stop, 1)
+
+
+def test_a_room_is_used_again(tmp_path):
+    x = rng.standard_normal((24, 5)).astype(np.float16)
+    rows, room = open_logits(save("npy", tmp_path / "x", x)), Room()
+    first, second = rows.read(3, 21, room), rows.read(0, 7, room)
+    assert np.shares_memory(first, second)
+    assert (second == x[:7]).all()
+    assert not np.shares_memory(rows.read(0, 7), rows.read(0, 7))
+    larger = rows.read(0, 24, room)
+    assert (larger == x).all()
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "bfloat16"), ("bfloat16", "float64")])
+def test_shards_in_a_room(tmp_path, dtypes):
+    pytest.importorskip("ml_dtypes")
+    parts = [of_dtype(rng.standard_normal((12, 5)), dtype) for dtype in dtypes]
+    for i, part in enumerate(parts):
+        save("npy", tmp_path / f"x{i}", part)
+    rows, room = open_logits(str(tmp_path / "x*.npy")), Room()
+    whole = np.concatenate([value(part) for part in parts])
+    for start, stop in WINDOWS:
+        got = rows.read(start, stop, room)
+        assert (got.astype(np.float64) == whole[start:stop]).all()
 
 
 def test_bfloat16_by_ml_dtypes(tmp_path):

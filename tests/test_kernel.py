@@ -106,6 +106,8 @@ def run(
         "totals_out": np.float64,
         "has_valid": bool,
         "undefined": bool,
+        "student_class": np.int64,
+        "teacher_class": np.int64,
     }
     found = {key: np.full(shapes.get(key, rows), 7, dtypes.get(key, real)) for key in asked}
     given = {"student": s, "teacher": t, "prior": prior}
@@ -232,6 +234,8 @@ def definition(
             found["mse"][i] = 0.5 * W * (w * c**2).sum() * (per_square if name == "dkl" else 1)
         difference[i, keep] = np.where(w > 0, W * w * np.where(w > 0, c, 0), 0)
     found["has_valid"], found["undefined"] = has_valid, undefined
+    read = np.ones(rows) if sample_weight is None else np.asarray(sample_weight) != 0
+    found["student_class"], found["teacher_class"] = (np.where(read, x.argmax(-1), 0) for x in (s, t))
     total, squared = v.sum(), (v[has_valid] * found["mass"][has_valid] ** 2).sum()
     factor = (total / squared if squared else 1) if batch and mse_weight else 1
     share = v / total if reduction == "mean" and total else v
@@ -256,7 +260,7 @@ def definition(
 
 EVERYTHING = (
     "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid",
-    "undefined",
+    "undefined", "student_class", "teacher_class",
 )  # fmt: skip
 
 
@@ -269,7 +273,7 @@ def compare(kernel, name, s, t, *, ulps=32, threads=1, asked=EVERYTHING, value_s
     with np.errstate(all="ignore"):
         exact = definition(name, s, t, **settings)
     for key in asked:
-        if key in ("has_valid", "undefined"):
+        if key in ("has_valid", "undefined", "student_class", "teacher_class"):
             assert found[key].tolist() == exact[key].tolist(), key
             continue
         if name == "kl" and key in ("mse", "mass"):  # of KL's own weights, p
@@ -610,6 +614,27 @@ def test_results_do_not_depend_on_threads(kernel, loss, dtype):
         several = run(kernel, name, s, t, asked=EVERYTHING, threads=threads, **settings)
         for key, x in alone.items():
             assert x.tobytes() == several[key].tobytes(), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 1000])
+def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes):
+    """The first of several, of a NaN the first NaN, as NumPy has it; whatever else is asked for."""
+    s, t = logits(3, 9, classes, dtype)
+    at = np.arange(0, 9) * classes // 9
+    t[np.arange(9), at], t[:, -1] = 50, 50
+    s[1:] = 0
+    s[2, -1], s[3, classes // 2 :], s[4], s[5], t[5], s[6, -1], t[6, 0] = INF, NAN, -INF, -INF, -INF, -0.0, NAN
+    s[7], s[7, classes // 3] = -INF, -7
+    asked = ("student_class", "teacher_class")
+    found = run(kernel, "gkl", s, t, asked=asked)
+    for key, x in zip(asked, (s, t), strict=True):
+        assert found[key].tolist() == x.astype(np.float64).argmax(-1).tolist()
+        assert run(kernel, "kl", s, t, asked=(key, "value"))[key].tolist() == found[key].tolist()
+    masked = run(kernel, "gkl", s, t, asked=asked, where=np.zeros((9, classes), dtype=bool))
+    assert masked["teacher_class"].tolist() == found["teacher_class"].tolist()
+    unweighted = run(kernel, "gkl", s, t, asked=asked, sample_weight=np.zeros(9))
+    assert not any(unweighted["teacher_class"])
 
 
 @ALL

@@ -9,7 +9,9 @@ import pytest
 
 import backends
 import gklx
+from gklx._run import cpu
 from gklx._scoring import pools
+from gklx._scoring.backend import backend as backend_of
 
 CLASSES = 6
 rng = np.random.default_rng(7)
@@ -56,6 +58,56 @@ def test_batches_of_any_size(labelled):
     assert means(gklx.score(lambda: iter(batches), **NUMBERS, batch_size=4)) == wanted
     apart = [list(each) for each in zip(*batches, strict=True)]
     assert means(gklx.score(*apart, **NUMBERS)) == wanted
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("halves", ["float16", "bfloat16"])
+def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
+    """To the last bit, in files and in arrays, though they are not copied into float32."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[halves]
+    x = [rng.standard_normal((70, 501)).astype(dtype) * dtype(4) for _ in range(2)]
+    for one in x:
+        one[3, 5], one[4, :400], one[5], one[6, 7] = -np.inf, -np.inf, -np.inf, np.nan
+    labels = rng.integers(0, 501, 70) if labelled else None
+    wide = [one.astype(np.float32) for one in x]
+    files = []
+    for i, one in enumerate(x):
+        files.append(tmp_path / f"{i}.npy")
+        np.save(files[-1], one)
+    settings = {"per_sample": str(tmp_path / "out.npy"), "batch_size": 16, "temperature": 1.5, "gamma": 0.5}
+
+    def samples(*pair):
+        gklx.score(*pair, labels, **settings)
+        return np.load(tmp_path / "out.npy").tobytes()
+
+    wanted = samples(*wide)
+    assert samples(*x) == wanted
+    assert samples(*files) == samples(*(one.astype(np.float32) for one in x)) == wanted
+    assert samples(x[0], wide[1]) == wanted
+
+
+def test_one_pass_over_the_logits_where_the_losses_weigh_classes_alike(monkeypatch):
+    if cpu.instruction_set() is None:
+        pytest.skip("the kernel is not in use")
+    passes, run = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda call: (passes.append(call.threads), run(call)))
+    s, t = (x.astype(np.float32) for x in (STUDENT, TEACHER))
+    gklx.score(s, t)
+    assert len(passes) == 1
+    gklx.score(s, t, losses=("kl", "gkl"), gamma=0.5)
+    assert len(passes) == 2
+    gklx.score(s, t, losses=("kl",))
+    assert len(passes) == 3
+    gklx.score(s, t, gamma=0.5, temperature=2.0)  # dkl, ikl and gkl each have other weights or another scale
+    assert len(passes) == 6
+
+
+@pytest.mark.parametrize(("own", "blocks"), [(8, 2), (3, 2), (1, 4)])
+def test_blocks_at_once_share_the_threads(monkeypatch, own, blocks):
+    monkeypatch.setattr(pools, "own_threads", lambda: own)
+    with backend_of("numpy", None) as place, pools.threads(place, blocks) as pool:
+        assert pool.place.kernel_threads == max(1, own // blocks)
 
 
 def test_iterators_of_batches():

@@ -211,10 +211,17 @@ template <class R> struct Rower {
     x.t_reference = x.t_top;
     x.s_total = x.t_total = 1;
     const bool own = !x.w;
-    if (own && spread) exponentials<R, Careful, true>(x);
-    else if (needs_softmax()) exponentials<R, Careful, false>(x);
-    if (own) x.w = x.et;
-    else if (spread && x.w_total > 0) find_reference(x, largest_weight);
+    if ((own && spread) || needs_softmax()) {
+      if (temperature == R(1)) exponentials<R, Careful, false>(x);
+      else exponentials<R, Careful, true>(x);
+    }
+    if (own) {  // the teacher's own softmax weighs most at its top; of several tops any one does
+      x.w = x.et;
+      x.w_total = x.t_total;
+      if (spread) x.s_reference = x.s[top_class(x.t, x.n, x.t_top, true)];
+    } else if (spread && x.w_total > 0) {
+      find_reference(x, largest_weight);
+    }
     if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
       x.s_reference = x.s_top;
       x.t_reference = x.t_top;

@@ -81,21 +81,20 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
   return begin;
 }
 
-// Fills es, et and their sums, and finds the part of CE. With `Own`, where the teacher's own softmax weighs the classes,
-// also the reference: the largest of several does, as any number between their differences would.
-template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
+// Fills es, et and their sums, and finds the part of CE.
+template <class R, bool Careful, bool Tempered> APART void exponentials(Line<R> &x) {
   const R *s = x.s, *t = x.t;
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
   double s_total = 0, t_total = 0, z_student = 0;
-  R s_reference = -Real<R>::inf;
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
     R a = 0, b = 0, c = 0;
-    SIMD(reduction(+ : a, b, c) reduction(max : s_reference))
+    SIMD(reduction(+ : a, b, c))
     for (int64_t j = begin; j < end; ++j) {
-      R z_s = s[j] - s_top;
-      R of_s = exponential(z_s * per_temperature), of_t = exponential((t[j] - t_top) * per_temperature);
+      R z_s = s[j] - s_top, z_t = t[j] - t_top;
+      R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
+      R of_t = exponential(Tempered ? z_t * per_temperature : z_t);
       es[j] = of_s;
       et[j] = of_t;
       a += of_s;
@@ -103,10 +102,6 @@ template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
       // By a part of z, so that no sum of finite logits overflows; what it underflows is nothing beside log(s_total).
       if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));
       else c += of_t * z_s;
-      if (Own) {
-        R at_top = t[j] == t_top ? s[j] : -Real<R>::inf;
-        s_reference = at_top > s_reference ? at_top : s_reference;
-      }
     }
     s_total += double(a);
     t_total += double(b);
@@ -115,9 +110,6 @@ template <class R, bool Careful, bool Own> APART void exponentials(Line<R> &x) {
   x.s_total = s_total;
   x.t_total = t_total;
   x.z_student = Careful ? z_student * 0x1p30 : z_student;
-  if (!Own) return;
-  x.w_total = t_total;
-  x.s_reference = s_reference;
 }
 
 // The reference where a prior or a power of the teacher's softmax weighs the classes.
@@ -145,7 +137,8 @@ struct Sums {
 
 template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
-  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore
+  const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   const R scale = R(difference_scale<Careful>) * x.per_temperature;
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);

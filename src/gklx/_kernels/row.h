@@ -140,9 +140,10 @@ GKLX_BOTH double logarithm(double x) { return log(x); }
 // exp(x) for x <= 80, 0 below the normal numbers.
 template <class R> GKLX_BOTH R exponential(R x) {
   using Word = typename Real<R>::Word;
-  R n = x * R(1.44269504088896340736) + Real<R>::rounder;
-  R two_to_n = real_of(Word((bits_of(n) + Word(Real<R>::bias)) << Real<R>::fraction));
-  n -= Real<R>::rounder;
+  constexpr R rounder = Real<R>::rounder + R(Real<R>::bias);  // so that n comes with the bias of an exponent
+  R n = x * R(1.44269504088896340736) + rounder;
+  R two_to_n = real_of(Word(bits_of(n) << Real<R>::fraction));
+  n -= rounder;
   R r = x - n * Real<R>::ln2_high;
   r = r - n * Real<R>::ln2_low;
   R r2 = r * r, y = (exponential_tail(r, r2) * r2 + r) + R(1);

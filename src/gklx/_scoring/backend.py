@@ -16,7 +16,7 @@ from .._core.libraries import LIBRARIES, Library, library_of
 from .._run.cpu import instruction_set
 from .._run.cpu import threads as threads
 
-_BLOCK_ON_CPU, _BLOCK_OF_COMPILER, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
+_BLOCK_ON_CPU, _BLOCK_OF_COMPILED, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,21 @@ class Backend:
     """How many threads the row kernel may use for a block."""
 
     @property
-    def takes_halves(self) -> bool:
-        """Whether float16 and bfloat16 arrays of NumPy are computed on as they are, without a copy in float32."""
+    def runs_kernel(self) -> bool:
+        """Whether NumPy's arrays go to the row kernel, halves as they are."""
         return self.library.backend == "numpy" and instruction_set() is not None
 
     @property
     def block_bytes(self) -> int:
-        """How many bytes of one logits array a block should hold: what stays in the cache, or keeps a GPU busy."""
+        """How many bytes of one logits array a block should hold.
+
+        Where each step goes over all of it, what stays in the cache; where compiled code goes row by row, more, so that
+        calls cost little; on a GPU what keeps it busy.
+        """
         if self.on_gpu:
             return _BLOCK_ON_GPU
-        return _BLOCK_OF_COMPILER if self.library.backend in ("jax", "torch") else _BLOCK_ON_CPU
+        compiled = self.runs_kernel or self.library.backend in ("jax", "torch")
+        return _BLOCK_OF_COMPILED if compiled else _BLOCK_ON_CPU
 
     @property
     def threads(self) -> int:

@@ -138,11 +138,12 @@ _threads = threading.local()
 
 def _read(chunk: Chunk, place: Backend) -> RowsOfBlock:
     labels = None if chunk.labels is None else _labels(chunk)
-    if place.takes_halves and not hasattr(_threads, "rooms"):
+    if place.runs_kernel and not hasattr(_threads, "rooms"):
         _threads.rooms = Room(), Room()
-    rooms = _threads.rooms if place.takes_halves else (None, None)
-    sides = zip((chunk.student, chunk.teacher), rooms, strict=True)
-    return RowsOfBlock(*(x.read(chunk.start, chunk.stop, room) for x, room in sides), labels)
+    of_student, of_teacher = _threads.rooms if place.runs_kernel else (None, None)
+    student = chunk.student.read(chunk.start, chunk.stop, of_student)
+    teacher = chunk.teacher.read(chunk.start, chunk.stop, of_teacher)
+    return RowsOfBlock(student, teacher, labels)
 
 
 def _labels(chunk: Chunk) -> Any:

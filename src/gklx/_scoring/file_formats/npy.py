@@ -45,7 +45,7 @@ class NpyRows:
         # Not mapped: a file that another process cuts short meanwhile would kill this one.
         with reading(self.name), open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * math.prod(shape[1:]) * self.stored.itemsize)
-            rest = memoryview(x.reshape(-1).view(np.uint8))
+            rest = x.reshape(-1).view(np.uint8).data
             while rest:
                 count = file.readinto(rest)
                 if not count:
