@@ -39,7 +39,7 @@ def serves(call: Call) -> bool:
         return False
     if not all(isinstance(x, float) for x in call.numbers):
         return False
-    return library.backend == "numpy" or _plain_torch(call)
+    return _native(call) if library.backend == "numpy" else _plain_torch(call)
 
 
 def evaluate(
@@ -178,6 +178,12 @@ def _numpy_contiguous(x: Any, dtype: Any) -> Any:
 def _torch_contiguous(x: Any, dtype: Any) -> Any:
     x = x.detach()
     return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
+
+
+def _native(call: Call) -> bool:
+    """Whether the arrays that go to the kernel as they are have the machine's byte order."""
+    arrays = call.arrays
+    return all(x is None or x.dtype.isnative for x in (arrays.student, arrays.teacher, arrays.prior))
 
 
 def _plain_torch(call: Call) -> bool:
