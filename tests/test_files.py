@@ -849,12 +849,13 @@ def test_no_room_to_unpack(tmp_path, monkeypatch):
         rows.read(0, 1)
 
 
-def test_memory_errors_stay(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["npy", "fortran"])
+def test_memory_errors_stay(tmp_path, monkeypatch, kind):
     def too_much(*args, **kwargs):
         raise MemoryError("8 GiB")
 
-    rows = open_logits(save("npy", tmp_path / "x", np.zeros((2, 2))))
-    monkeypatch.setattr(np, "fromfile", too_much)
+    rows = open_logits(save(kind, tmp_path / "x", np.zeros((2, 2))))
+    monkeypatch.setattr(np, "empty", too_much)
     with pytest.raises(MemoryError, match=r"^8 GiB$"):
         rows.read(0, 1)
 

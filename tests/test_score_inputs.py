@@ -60,6 +60,20 @@ def test_batches_of_any_size(labelled):
     assert means(gklx.score(*apart, **NUMBERS)) == wanted
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_the_byte_order_is_no_matter(dtype):
+    """Neither to a score nor to a loss."""
+    s, t = (x.astype(f"<{dtype}") for x in (STUDENT, TEACHER))
+    prior = rng.dirichlet(np.ones(CLASSES), 50)
+    swapped = [x.astype(f">{dtype}") for x in (s, t)]
+    settings = {"rel": 1e-12 if dtype == "f8" else 1e-6}
+    assert means(gklx.score(*swapped, LABELS)) == pytest.approx(means(gklx.score(s, t, LABELS)), **settings)
+    assert float(gklx.kl(*swapped)) == pytest.approx(float(gklx.kl(s, t)), **settings)
+    other = float(gklx.gkl(s, t, prior=prior.astype(">f8")))
+    assert other == pytest.approx(float(gklx.gkl(s, t, prior=prior)), **settings)
+    assert float(gklx.kl(swapped[0], t)) == pytest.approx(float(gklx.kl(s, t)), **settings)
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("halves", ["float16", "bfloat16"])
 def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled):

@@ -40,6 +40,8 @@ def serves(call: Call) -> bool:
     # PyTorch's compiler, which follows this, must not come to where the library is looked for.
     if library.backend == "torch" and not are_plain_tensors(call, "cpu"):
         return False
+    if library.backend == "numpy" and not _are_native(call):
+        return False
     return cpu.instruction_set() is not None and all(isinstance(x, float) for x in call.numbers)
 
 
@@ -179,6 +181,12 @@ def _numpy_contiguous(x: Any, dtype: Any) -> Any:
 def _torch_contiguous(x: Any, dtype: Any) -> Any:
     x = x.detach()
     return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
+
+
+def _are_native(call: Call) -> bool:
+    """Whether the arrays that go to the kernel as they are have the machine's byte order."""
+    arrays = call.arrays
+    return all(x is None or x.dtype.isnative for x in (arrays.student, arrays.teacher, arrays.prior))
 
 
 def are_plain_tensors(call: Call, device: str) -> bool:
