@@ -572,6 +572,27 @@ def test_interrupt_during_imports(tmp_path, module):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("command", "status"), [(["gklx", "--version"], -signal.SIGINT), (["script.py"], 1)])
+def test_interrupt_while_the_package_itself_is_imported(command, status):
+    """The command ends without a word; a script of somebody's gets its exception."""
+    code = (
+        "import os, signal, sys\n"
+        f"sys.argv = {command!r}\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "try:\n"
+        "    import gklx\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_interrupt(tmp_path):
     code = (
         "import os, signal, sys\n"

@@ -6,12 +6,15 @@ parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of 
 `show_config` says what the losses run on here.
 """
 
-from ._config import show_config
-from .distributed import global_batch
-from .losses import dkl, gkl, ikl, kl
-from .prior import ClassPrior, ClassPriorState, class_sums
-from .scoring import score
-from .transforms import Terms, grad, terms, value_and_grad
+from ._scoring.streams import ended_by_interrupts, is_command
+
+with ended_by_interrupts(is_command()):  # NumPy's import takes the time in which people press Ctrl-C
+    from ._config import show_config
+    from .distributed import global_batch
+    from .losses import dkl, gkl, ikl, kl
+    from .prior import ClassPrior, ClassPriorState, class_sums
+    from .scoring import score
+    from .transforms import Terms, grad, terms, value_and_grad
 
 __all__ = [
     "ClassPrior",
