@@ -242,7 +242,9 @@ def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks(monkeypatch, execu
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert math.isfinite(value)
-    assert to_student.nbytes < most < to_student.nbytes + 16 * VOCABULARY * 4
+    # A row at a time: by the formulas each array of theirs that is alive, by the kernel what a thread works on.
+    rows = 20 if execution == "formulas" else 16
+    assert to_student.nbytes < most < to_student.nbytes + rows * VOCABULARY * 4
 
 
 def test_jax_vocabulary_size_bfloat16_takes_what_the_page_says(monkeypatch):

@@ -90,7 +90,7 @@ def test_a_restored_prior_stays_in_its_library_and_on_its_device():
 
 
 def test_a_library_is_restored_as_itself():
-    from gklx._libraries import LIBRARIES
+    from gklx._core.libraries import LIBRARIES
 
     for library in LIBRARIES:
         for way in COPIES.values():

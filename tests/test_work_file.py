@@ -80,7 +80,9 @@ def test_what_was_planted_is_not_followed_and_costs_the_progress_alone(files, tm
     work = tmp_path / "work"
     work.mkdir()
     try:
-        monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
+        import gklx._scoring.score  # noqa: F401, a name that monkeypatch looks up
+
+    monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
         planted(work / "kept", aim)
     except PermissionError:
         pytest.skip("only root makes another user's folder")
