@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gklx
+import gklx._scoring.score
 from dumps import command
 from gklx._scoring import work_file
 from gklx._scoring.work_file import WorkFile, job_folder
@@ -80,9 +81,7 @@ def test_what_was_planted_is_not_followed_and_costs_the_progress_alone(files, tm
     work = tmp_path / "work"
     work.mkdir()
     try:
-        import gklx._scoring.score  # noqa: F401, a name that monkeypatch looks up
-
-    monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
+        monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
         planted(work / "kept", aim)
     except PermissionError:
         pytest.skip("only root makes another user's folder")
