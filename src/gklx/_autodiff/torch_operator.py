@@ -31,9 +31,12 @@ def _transformed() -> bool:
 
 def attach(call: Call) -> torch.Tensor:
     """The loss; its derivatives are the analytic ones."""
-    # Autograd refuses to save a tensor made under inference_mode.
-    arrays = [x.clone() if x is not None and x.is_inference() else x for x in call.arrays]
-    ahead = [_differentiated(x) and x.dtype == call.dtype for x in call.arrays[:2]]
+    arrays, recorded = call.arrays, [_differentiated(x) for x in call.arrays[:2]]
+    ahead = [wanted and x.dtype == call.dtype for x, wanted in zip(arrays[:2], recorded, strict=True)]
+    if ahead != recorded:
+        # The backward pass then needs the inputs, and autograd refuses to save a tensor made under inference_mode, of
+        # which the compiler cannot tell: constants are copied, by an operator that it does not take back.
+        arrays = Arrays(*(x if x is None or _differentiated(x) else torch.ops.gklx.copy(x) for x in arrays))
     value: torch.Tensor = _in_graph(tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, True, *ahead)[0]
     return value
 
@@ -143,4 +146,7 @@ _LIBRARY = torch.library.Library("gklx", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("loss" + torch.library.infer_schema(_loss, mutates_args=()))  # type: ignore[no-untyped-call]
 _LIBRARY.impl("loss", _loss, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("gklx::loss", _shapes, lib=_LIBRARY)
+_LIBRARY.define("copy(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("copy", torch.clone, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("gklx::copy", torch.clone, lib=_LIBRARY)
 torch.library.register_autograd("gklx::loss", _backward, setup_context=_keep, lib=_LIBRARY)
