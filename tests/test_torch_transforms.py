@@ -158,9 +158,11 @@ def test_vmap_with_and_around_grad(case):
     same(torch.func.vmap(loss, (0, None))(batches, t), torch.stack([loss(x, t) for x in batches]))
     per_batch = torch.func.vmap(torch.func.grad(loss, (0, 1)), (0, None))(batches, t)
     around = torch.func.grad(lambda x: torch.func.vmap(loss, (0, None))(x, t).sum())(batches)
+    # One row is the same in both networks. Its gradient is 0 but for PyTorch's exponential, which rounds by an entry's
+    # place in a vector register.
     for i in (0, 1):
-        same(per_batch[i], torch.stack([each[i] for each in exact]))
-    same(around, torch.stack([each[0] for each in exact]))
+        same(per_batch[i], torch.stack([each[i] for each in exact]), scale=0.1)
+    same(around, torch.stack([each[0] for each in exact]), scale=0.1)
 
 
 @supports("vmap")

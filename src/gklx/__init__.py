@@ -6,7 +6,7 @@ parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of 
 `show_config` says what the losses run on here.
 """
 
-from ._scoring.streams import ended_by_interrupts, is_command
+from ._interrupts import ended_by_interrupts, is_command
 
 with ended_by_interrupts(is_command()):  # NumPy's import takes the time in which people press Ctrl-C
     from ._config import show_config

@@ -27,7 +27,11 @@ def attach(call: Call) -> torch.Tensor:
 
         if torch_operator.serves(call):
             return torch_operator.attach(call)
-        found = _Loss.apply(_plan(call, ahead=False), *call.arrays)[0]  # type: ignore[no-untyped-call]
+        # Inductor confuses layouts that differ between inputs of one sum (pytorch/pytorch#185702).
+        arrays = call.arrays._replace(
+            student=call.arrays.student.contiguous(), teacher=call.arrays.teacher.contiguous()
+        )
+        found = _Loss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
     elif _transformed() or forward_ad._current_level >= 0:
         found = _TransformableLoss.apply(_plan(call, ahead=False), *call.arrays)[0]  # type: ignore[no-untyped-call]
     else:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .._scoring.streams import drop, ended_by_interrupts, fill_closed, say
+from .._interrupts import ended_by_interrupts
+from .._scoring.streams import drop, fill_closed, say
 
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 

@@ -121,7 +121,8 @@ def with_losses_joined(argv: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
-    from .._scoring.streams import ended_by_interrupts, say
+    from .._interrupts import ended_by_interrupts
+    from .._scoring.streams import say
 
     with ended_by_interrupts():
         from .._scoring.atomic import replacing

@@ -70,6 +70,7 @@ def _evaluated(
     if value:
         of = formulas.samples(call, rows, weights, around)
         loss = formulas.value_of(call, of, batches.factors_of(call, v, weights, shared))
+        loss = xp.astype(loss, call.dtype, copy=False)  # NumPy 1 widens a single sample's numbers
     factors = batches.factors_of(call, v, weights, shared, upstream)
     if student:
         to_student = formulas.student_gradient(call, rows, around, factors)

@@ -2,10 +2,7 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from typing import TextIO
 
 _LONGEST = 2000
@@ -27,33 +24,6 @@ def printable(text: str) -> str:
     line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}"
-
-
-def is_command() -> bool:
-    """Whether this process is the command `gklx`, or `python -m gklx`."""
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    started = getattr(sys, "orig_argv", [])
-    return os.path.splitext(os.path.basename(program))[0] == "gklx" or (program == "-m" and "gklx" in started)
-
-
-@contextlib.contextmanager
-def ended_by_interrupts(wanted: bool = True) -> Iterator[None]:
-    """Lets Ctrl-C end the process at once: an exception in the middle of an import is a traceback of its own.
-
-    For the command alone; a handler that somebody else has set stays.
-    """
-    if (
-        not wanted
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def drop(stream: TextIO | None) -> None:
