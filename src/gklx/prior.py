@@ -9,7 +9,7 @@ import numpy as np
 
 from ._core.call import Array
 from ._core.checks import class_count, computed_in, known_library, labelled_logits, positive_number
-from ._core.formulas import is_class, softmax, valid_mask
+from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
 
@@ -68,9 +68,7 @@ def class_sums(
     valid = valid_mask(xp, (x,), None, sample_weight)
     has_valid = xp.any(valid, axis=-1)
     p = softmax(xp, x, valid, has_valid, temperature).probabilities
-    v = xp.astype(has_valid, dtype)
-    if sample_weight is not None:
-        v = xp.where(has_valid, xp.where(sample_weight >= 0, sample_weight, xp.nan), 0.0)
+    v = sample_weights(xp, sample_weight, has_valid, dtype)
     v = xp.where(is_class(labels, num_classes) | ~has_valid, v, xp.nan)
     weighted = p * v[..., None]
     if labels.ndim != 1:

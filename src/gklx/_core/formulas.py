@@ -23,7 +23,7 @@ mathematically infinite is infinite and never inf - inf.
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .call import Array, Call, Number, is_static
 
@@ -264,12 +264,11 @@ class Factors(NamedTuple):
     """Of E."""
 
 
-def sample_weights(call: Call, rows: Rows) -> Array:
-    """v, [...]: 0 in a sample without a valid class, NaN where negative."""
-    xp, v = call.xp, call.arrays.sample_weight
+def sample_weights(xp: ModuleType, v: Array | None, has_valid: Array, dtype: Any) -> Array:
+    """v, [...], 1 where not given: 0 in a sample without a valid class, NaN where negative."""
     if v is None:
-        return xp.astype(rows.has_valid, call.dtype)
-    return xp.where(rows.has_valid, xp.where(v >= 0, v, xp.nan), 0.0)
+        return xp.astype(has_valid, dtype)
+    return xp.where(has_valid, xp.where(v >= 0, v, xp.nan), 0.0)
 
 
 def samples(call: Call, rows: Rows, weights: ClassWeights | None, around: Deviations | None) -> Samples:

@@ -52,7 +52,8 @@ def evaluate(
 def _batch_of(call: Call) -> Batch:
     rows = formulas.rows_of(call)
     weights = formulas.class_weights(call, rows) if batches.uses_batch_mass(call) else None
-    return batches.batch_of(call, formulas.sample_weights(call, rows), weights)
+    v = formulas.sample_weights(call.xp, call.arrays.sample_weight, rows.has_valid, call.dtype)
+    return batches.batch_of(call, v, weights)
 
 
 def _evaluated(
@@ -65,7 +66,7 @@ def _evaluated(
     if formulas.uses_energy(call, value=value, student=student, teacher=teacher):
         weights = formulas.class_weights(call, rows)
         around = formulas.deviations(call, rows, weights)
-    v = formulas.sample_weights(call, rows)
+    v = formulas.sample_weights(call.xp, call.arrays.sample_weight, rows.has_valid, call.dtype)
     loss = to_student = to_teacher = None
     if value:
         of = formulas.samples(call, rows, weights, around)
