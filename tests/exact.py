@@ -202,17 +202,20 @@ class _Evaluation:
     def value(self, row, share):
         """A row's part of the value, and its bound."""
         part, off = ZERO, self.tiny
-        if self.kl or self.ce_weight != 0:
-            if row.undefined:
+        if row.undefined and (self.kl or self.ce_weight != 0):
+            return NOTHING, ZERO
+        if not self.kl and self.mse_weight != 0:
+            if self.spoiled or row.w_nan:
                 return NOTHING, ZERO
+            if row.undefined:
+                return self.spread(row, share)
+        if self.kl or self.ce_weight != 0:
             found, found_off = (row.kl, row.kl_off) if self.kl else (row.ce, row.ce_off + self.unit * row.ce)
             by = share * self.ce_weight
             if max(by, found) > self.largest / 64 and not row.unreachable:
                 return ZERO, Decimal(INF)
             part, off = (Decimal(INF), off) if row.unreachable else (by * found, off + by * found_off)
         if not self.kl and self.mse_weight != 0:
-            if row.undefined or self.spoiled or row.w_nan:
-                return NOTHING, ZERO
             by = self.energy_factor(row, share)
             if row.vague:
                 return NOTHING, NOTHING
@@ -223,11 +226,23 @@ class _Evaluation:
             off += self.tiny * row.size**2
         return part, off
 
+    def spread(self, row, share, u=ONE):
+        """NaN times what E, or the gradient of a class of weight u, is multiplied by: 0 where that is 0."""
+        by = self.energy_factor(row, share)
+        if by * u == 0:
+            return ZERO, ZERO
+        return NOTHING, NOTHING if min(by, u) < 8 * self.tiny else ZERO  # which may underflow
+
     def gradient(self, row, share):
         """For each class, to the student, to the teacher, and their bounds."""
         for j in range(row.classes):
             if row.undefined:
-                yield NOTHING, NOTHING, NOTHING, NOTHING
+                pull = (ZERO, ZERO)
+                if self.mse_weight != 0:
+                    nothing = row.w_nan or self.spoiled
+                    pull = (NOTHING, ZERO) if nothing else self.spread(row, share, ONE if not self.gamma else row.u[j])
+                gap = (NOTHING, ZERO) if self.ce_weight != 0 else pull if self.symmetric else (ZERO, ZERO)
+                yield gap[0], pull[0], gap[1], pull[1]
                 continue
             by = share * self.ce_weight / self.temperature
             gap = by * row.gap[j]

@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     """What the samples of a batch share, 0-d arrays."""
 
     weight_scale: Array
-    """The largest v, rounded down to a power of two."""
+    """A power of two about the largest v."""
     base_scale: Array
     """The largest class weight before gamma, likewise; 1 where the loss is not normalised by the batch."""
     weight: Array
@@ -122,7 +122,11 @@ def _largest(call: Call, x: Array) -> Array:
 
 
 def _power_of_two(call: Call, x: Array) -> Array:
-    """The largest power of two that is not above x, of 0 the smallest there is. Its derivative is 0."""
+    """The largest power of two that is not above x, as far as it and its reciprocal are normal. Its derivative is 0.
+
+    A compiler may multiply by the reciprocal where it is written to divide, and take subnormal numbers for 0.
+    """
     xp = call.xp
     smallest = float(xp.finfo(call.dtype).smallest_normal)
-    return 2.0 ** xp.floor(xp.log2(xp.where(x < smallest, smallest, x)))
+    x = xp.where(x < smallest, smallest, xp.where(x > 1.0 / smallest, 1.0 / smallest, x))
+    return 2.0 ** xp.floor(xp.log2(x))

@@ -349,7 +349,7 @@ def _values(xp: ModuleType, arrays: Arrays, prior: Array, given_labels: Array | 
     if labels is not None:
         _label_values(xp, labels, given_labels, classes, logits, arrays.where, arrays.sample_weight)
         if math.prod(labels.shape) < classes:  # of a table with more rows than samples those that are used
-            used = xp.astype(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), xp.int64)
+            used = xp.astype(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), xp.int32)
             read = xp.take(prior, xp.reshape(used, (-1,)), axis=0)
     if not _all_weights(xp, read):
         bad = ~((read >= 0) & (read < xp.inf))

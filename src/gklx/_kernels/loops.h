@@ -46,12 +46,12 @@ template <class R> struct Line {
 
 template <class R> struct Inspected {
   R s_top, t_top;
-  bool moderate;  // all logits are finite, and so are sums of their differences
+  bool moderate;  // all logits are finite, and so are a chunk's sums of squares of their differences
 };
 
 template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   using Word = typename Real<R>::Word;
-  constexpr R limit = Real<R>::largest / R(1ull << 50);
+  constexpr R limit = Real<R>::moderate;
   R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
   Word beyond = 0;
   SIMD(reduction(max : s_top, t_top) reduction(| : beyond))
@@ -135,10 +135,15 @@ struct Sums {
   double kl;
 };
 
+// What sums of products with differences are made in: in rows that need care they may be beyond a float.
+template <class R, bool Careful> struct Widest { using Type = R; };
+template <> struct Widest<float, true> { using Type = double; };
+
 template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore
   const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  using Product = typename Widest<R, Careful>::Type;
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   const R scale = R(difference_scale<Careful>) * x.per_temperature;
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
@@ -146,7 +151,8 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums
   Sums found = {0, 0, 0, 0};
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
-    R a = 0, b = 0, g = 0, k = 0;
+    Product a = 0, b = 0;
+    R g = 0, k = 0;
     SIMD(reduction(+ : a, b, g, k))
     for (int64_t j = begin; j < end; ++j) {
       const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
@@ -154,9 +160,9 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums
       if (Spread) {
         R deviation = ((d.high - reference.high) + (d.low - reference.low)) - mean;
         if (Careful) deviation = infinite ? R(0) : deviation;
-        R weighted = w[j] * deviation;
+        Product weighted = Product(w[j]) * Product(deviation);
         a += weighted;
-        b += weighted * deviation;
+        b += weighted * Product(deviation);
       }
       if (Gap || Kl) {
         R p = et[j] * of_t, q = es[j] * of_s;
@@ -239,8 +245,9 @@ APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_t
   return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
 }
 
-// Whether sums of numbers up to this neither overflow nor lose digits.
-bool is_ordinary(double base) { return base > 1e-18 && base < 1e18; }
+// Whether weights up to this, as they are, neither overflow in products with differences nor lose digits: the same of a
+// number and of the power of two below it.
+bool is_ordinary(double largest) { return largest >= 0x1p-60 && largest < 2; }
 
 template <class R> struct PriorSeen {
   R largest;

@@ -35,6 +35,7 @@ template <> struct Real<float> {
   using Word = uint32_t;
   static constexpr float inf = float(GKLX_INFINITY), largest = 3.402823466e38f;
   static constexpr float smallest_normal = 1.17549435e-38f, two_to_fraction = 8388608.0f;
+  static constexpr float moderate = 0x1p56f;  // sums of 2^12 squares of four times as much are finite
   static constexpr int fraction = 23, bias = 127;
   // Adding it rounds to an integer, which then stands in the low bits.
   static constexpr float rounder = 12582912.0f;
@@ -46,6 +47,7 @@ template <> struct Real<double> {
   using Word = uint64_t;
   static constexpr double inf = GKLX_INFINITY, largest = 1.7976931348623157e308;
   static constexpr double smallest_normal = 2.2250738585072014e-308, two_to_fraction = 4503599627370496.0;
+  static constexpr double moderate = 0x1p504;
   static constexpr int fraction = 52, bias = 1023;
   static constexpr double rounder = 6755399441055744.0;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
