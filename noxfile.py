@@ -86,6 +86,10 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
 def _pytest(session: nox.Session, marked: str, backends: str) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
     environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
+    # Two processes, several sessions and the next run share what JAX has compiled.
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.resolve() / "jax")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     session.run("pytest", "-n", "2", "-m", marked, *session.posargs, env=environment)
 
 

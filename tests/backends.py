@@ -36,9 +36,9 @@ class Backend:
     """The dtypes that stand for all where compiling every case for each would take minutes."""
     execution: Literal["kernel", "formulas"] | None = None
     """None where the library has no kernel to choose."""
-    cases: tuple[str, ...] = ()
-    """Likewise for the calls of cases.py and their masks: these alone, where any are named."""
-    masks: tuple[str, ...] = ()
+    thorough: tuple[str, ...] | None = None
+    """Likewise the dtypes in which all calls of cases.py are made, None for every one; the others make `FEW_CASES`
+    under `FEW_MASKS`."""
 
     @property
     def xp(self) -> ModuleType:
@@ -147,13 +147,16 @@ def _cupy(x: np.ndarray) -> Any:
     return cupy.asarray(x)
 
 
+FEW_CASES = ("kl-T", "ikl-tau", "gkl-prior", "gkl-asymmetric")
+FEW_MASKS = ("none", "elements", "samples")
+
 BACKENDS = (
     Backend("numpy", BY_BACKEND["numpy"], _numpy_read_only, execution="kernel"),
     Backend("numpy-formulas", BY_BACKEND["numpy"], _numpy_read_only, execution="formulas"),
     Backend("torch", BY_BACKEND["torch"], _torch, execution="kernel"),
     Backend("torch-formulas", BY_BACKEND["torch"], _torch, execution="formulas"),
-    Backend("jax", BY_BACKEND["jax"], _jax),
-    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel"),
+    Backend("jax", BY_BACKEND["jax"], _jax, thorough=("float32",)),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=("float32",)),
     # Two seconds a program.
     Backend(
         "jax-jit-formulas",
@@ -162,10 +165,9 @@ BACKENDS = (
         _jax_jit,
         only=("float32",),
         execution="formulas",
-        cases=("kl-T", "ikl-tau", "gkl-prior", "gkl-asymmetric"),
-        masks=("none", "elements", "samples"),
+        thorough=(),
     ),
-    Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16")),
+    Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16"), thorough=("float32",)),
     Backend("strict", BY_BACKEND["array_api_strict"], _strict),
     Backend("strict-device1", BY_BACKEND["array_api_strict"], lambda x: _strict(x, "device1")),
     Backend("cupy", BY_BACKEND["cupy"], _cupy),

@@ -37,11 +37,14 @@ def pytest_collection_modifyitems(config, items):
 
     def left_out(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        backend, case, mask = (given.get(name) for name in ("backend", "case", "mask"))
-        if not isinstance(backend, backends.Backend):
+        backend, dtype, case, mask = (given.get(name) for name in ("backend", "dtype", "case", "mask"))
+        if not isinstance(backend, backends.Backend) or backend.thorough is None or dtype in backend.thorough:
             return False
-        out = isinstance(case, Case) and backend.cases and case.id not in backend.cases
-        return bool(out or (mask is not None and backend.masks and mask not in backend.masks))
+        if item.get_closest_marker("many_programs") and dtype in ("float16", "bfloat16"):
+            return True
+        return (isinstance(case, Case) and case.id not in backends.FEW_CASES) or (
+            isinstance(mask, str) and mask not in backends.FEW_MASKS
+        )
 
     out = [item for item in items if left_out(item)]
     if out:

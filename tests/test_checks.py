@@ -431,7 +431,7 @@ def test_labels_without_a_sign_under_torch_compile():
 # --- JAX, told to promote no ranks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_losses_promote_no_ranks(loss, shape):
     needs("jax")

@@ -13,7 +13,10 @@ from cases import LOSSES
 from closeness import assert_close
 
 # NumPy says so where a result is beyond the float's range.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.many_programs,
+]
 
 INF, NAN = np.inf, np.nan
 PLAIN = [
@@ -226,7 +229,7 @@ def test_scales_of_the_prior(backend, dtype, scale, normalize):
     prior = rng.dirichlet(np.ones(5), 4)
     prior[0] *= 1e-3
     problems = []
-    for gamma in (0.0, 0.3, 1.0, 2.0, 8.0):
+    for gamma in (0.3, 2.0) if backend.traced else (0.0, 0.3, 1.0, 2.0, 8.0):
         settings = {"gamma": gamma, "normalize": normalize, "mse_weight": 4.0}
         problems += [("gkl", settings, s, t, {"prior": scale * prior})]
     check(backend, dtype, *problems)
@@ -382,20 +385,18 @@ def test_a_traced_number_of_zero(jax, execution, name, zero):
     def run(s, t, number):
         return jax.value_and_grad(lambda s, t: LOSSES[name](s, t, **{zero: number}), (0, 1))(s, t)
 
-    for dtype in ("float32", "float64"):
-        given = jax.numpy.asarray(s, dtype), jax.numpy.asarray(t, dtype)
-        for number in (0.0, 0.5):
-            value, gradients = run(*given, number)
-            found = [jax.jit(run)(*given, number)]
-            for several in (jax.vmap(run, (None, None, 0)), jax.jit(jax.vmap(run, (None, None, 0)))):
-                found += [jax.tree.map(lambda x: x[0], several(*given, jax.numpy.asarray([number, 1.0])))]
-            for one, of_one in found:
-                np.testing.assert_allclose(one, value, rtol=1e-5)
-                for x, y in zip(of_one, gradients, strict=True):
-                    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-            if number == 0.0 and zero == "mse_weight":
-                assert not np.isnan(gradients[0]).any()
-                assert (np.asarray(gradients[1]) == 0).all()
+    given = jax.numpy.asarray(s), jax.numpy.asarray(t)
+    alone, several = jax.jit(run), jax.jit(jax.vmap(run, (None, None, 0)))
+    of_several = several(*given, jax.numpy.asarray([0.0, 0.5]))
+    for at, number in enumerate((0.0, 0.5)):
+        value, gradients = run(*given, number)
+        for one, of_one in (alone(*given, number), jax.tree.map(lambda x, at=at: x[at], of_several)):
+            np.testing.assert_allclose(one, value, rtol=1e-12)
+            for x, y in zip(of_one, gradients, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-12)
+        if number == 0.0 and zero == "mse_weight":
+            assert not np.isnan(gradients[0]).any()
+            assert (np.asarray(gradients[1]) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -405,7 +406,7 @@ def test_programs_of_many_rows_with_x64(jax, execution, dtype, name):
     rng = np.random.default_rng(9)
     s, t = rng.standard_normal((2, 2_000, 600))
     prior = rng.dirichlet(np.ones(600), len(s))
-    for gamma in (0.0, 0.5, 2.0) if name == "gkl" else (None,):
+    for gamma in (1.0, 0.5) if name == "gkl" else (None,):
         loss = LOSSES[name] if gamma is None else partial(gklx.gkl, gamma=gamma)
         for arrays in ({}, {"prior": prior.astype(dtype)}) if name in ("ikl", "gkl") else ({},):
             value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(s.astype(dtype), t.astype(dtype), **arrays)
