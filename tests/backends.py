@@ -155,9 +155,10 @@ BACKENDS = (
     Backend("numpy-formulas", BY_BACKEND["numpy"], _numpy_read_only, execution="formulas"),
     Backend("torch", BY_BACKEND["torch"], _torch, execution="kernel"),
     Backend("torch-formulas", BY_BACKEND["torch"], _torch, execution="formulas"),
-    Backend("jax", BY_BACKEND["jax"], _jax, thorough=("float32",)),
-    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=("float32",)),
+    Backend("jax", BY_BACKEND["jax"], _jax, execution="kernel"),
     # Two seconds a program.
+    Backend("jax-formulas", BY_BACKEND["jax"], _jax, only=("float32", "float64"), execution="formulas", thorough=()),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=("float32",)),
     Backend(
         "jax-jit-formulas",
         BY_BACKEND["jax"],

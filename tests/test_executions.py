@@ -9,8 +9,8 @@ from backends import BACKENDS, BY_NAME
 from cases import CASES, call, loss_of, on
 from gklx._run import blocks, cpu
 
-EAGER = [each.name for each in BACKENDS if each.execution and not each.name.startswith("jax")]
-COMPILED = [each.name for each in BACKENDS if each.execution and each.name.startswith("jax")]
+EAGER = [each.name for each in BACKENDS if each.execution and each.library.backend != "jax"]
+COMPILED = [each.name for each in BACKENDS if each.execution and each.traced]
 
 
 @pytest.fixture
@@ -65,6 +65,17 @@ def test_compiled_jax(chosen, function):
     s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
     program = chosen.wrap(function).lower(s, t).as_text()
     assert ("@gklx_rows" in program) == (chosen.execution == "kernel")
+
+
+@pytest.mark.parametrize("chosen", ["jax", "jax-formulas"], indirect=True)
+def test_eager_jax_compiles_for_shapes_alone(chosen):
+    from gklx._run import xla
+
+    s, t, _ = on(chosen, "float32", *np.random.default_rng(0).standard_normal((2, 3, 11)), {})
+    before = xla._compiled._cache_size()
+    found = {float(gklx.gkl(s, t, mse_weight=weight, gamma=weight)) for weight in (0.25, 0.5, 0.75)}
+    assert xla._compiled._cache_size() == before + 1
+    assert len(found) == 3
 
 
 def test_without_the_library_its_tests_skip_or_fail(monkeypatch):

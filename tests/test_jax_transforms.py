@@ -44,10 +44,11 @@ def test_vmap_with_and_around_grad(case):
     exact = [gklx.grad(loss, (0, 1))(x, t) for x in batches]
     same(jax.vmap(loss, (0, None))(batches, t), [loss(x, t) for x in batches])
     per_batch = jax.vmap(jax.grad(loss, (0, 1)), (0, None))(batches, t)
+    # One row is the same in both networks. Its gradient is 0 on the kernel, and within rounding by the formulas.
     for i in (0, 1):
-        same(per_batch[i], [np.asarray(each[i]) for each in exact])
+        same(per_batch[i], [np.asarray(each[i]) for each in exact], scale=0.1)
     around = jax.grad(lambda x: jax.vmap(loss, (0, None))(x, t).sum())(batches)
-    same(around, [np.asarray(each[0]) for each in exact])
+    same(around, [np.asarray(each[0]) for each in exact], scale=0.1)
 
 
 @supports("vmap")

@@ -76,12 +76,12 @@ def _found() -> dict[str, Any]:
 def _executions(backend: str) -> dict[str, str]:
     """What runs the losses of a library, by the way in which they are called."""
     eager = _FORMULAS if cpu.instruction_set() is None else f"kernel ({cpu.instruction_set()})"
-    jitted = eager if cpu.serves_jax() else _FORMULAS
+    compiled = eager if cpu.serves_jax() else _FORMULAS
     on_gpu = "kernels (cuda)" if cpu.kernel_allowed() and cuda_launch.installed(backend) else _FORMULAS
     return {
         "numpy": {"eager": eager},
         "torch": {"eager": eager, "torch.compile": eager, "gpu": on_gpu},
-        "jax": {"eager": _FORMULAS, "jax.jit": jitted, "gpu": _FORMULAS},
+        "jax": {"eager": compiled, "jax.jit": compiled, "gpu": _FORMULAS},
         "cupy": {"gpu": on_gpu},
     }.get(backend, {"eager": _FORMULAS})
 

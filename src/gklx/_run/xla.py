@@ -1,7 +1,9 @@
-"""A call on the CPU's row kernel within a program that JAX compiles: one primitive, lowered to a call by `jax.ffi`.
+"""A call as one primitive of a program that JAX compiles, lowered to the CPU's row kernel by `jax.ffi`.
 
-It is lowered to the formulas wherever the kernel cannot serve: on other platforms, over several devices, in a program
-that is exported to run where gklx is not, and under `vmap`.
+An eager call is a program of its own, compiled for the shapes and not for the hyper-parameters: JAX takes many times as
+long for the formulas one operation at a time. The primitive is lowered to the formulas wherever the kernel cannot
+serve: on other platforms, over several devices, in a program that is exported to run where gklx is not, and under
+`vmap`.
 """
 
 from functools import cache, partial
@@ -30,17 +32,20 @@ class _Plan(NamedTuple):
     present: tuple[str, ...]
     asked: tuple[str, ...]
     threads: int
+    """How many the kernel may use; 0 where the formulas run."""
 
 
 def serves(call: Call) -> bool:
-    """Whether the kernel was built with JAX's interface, and the call is traced with known shapes, on one rank."""
-    return (
-        cpu.serves_jax()
-        and call.ranks is None
-        and isinstance(call.arrays.student, jax.core.Tracer)
-        and all(isinstance(n, int) for n in call.arrays.student.shape)
-        and _registered()
-    )
+    """Whether the call can be one primitive: an eager one, or one for which there is a kernel with JAX's interface."""
+    if call.ranks is not None:
+        return False
+    shape_known = all(isinstance(n, int) for n in call.arrays.student.shape)
+    return not is_traced(call) or (cpu.serves_jax() and shape_known and _registered())
+
+
+def is_traced(call: Call) -> bool:
+    """Whether JAX traces any part of the call."""
+    return any(isinstance(x, jax.core.Tracer) for x in (*call.arrays, *call.numbers))
 
 
 def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
@@ -49,20 +54,37 @@ def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher:
     if not asked:
         return Result(None, None, None)
     given = call.arrays
-    if given.labels is not None and given.labels.dtype not in (jnp.int32, jnp.int64):
-        given = given._replace(labels=jnp.where(given.labels < 2**31, given.labels, 2**31 - 1).astype(jnp.int32))
-    if given.where is not None:
-        given = given._replace(where=jnp.broadcast_to(given.where, given.student.shape))
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
-    plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), cpu.threads())
-    found = _rows.bind(  # type: ignore[no-untyped-call]
-        given.student.astype(call.dtype),
-        given.teacher.astype(call.dtype),
-        jnp.stack([jnp.asarray(x, call.dtype) for x in call.numbers]),
-        *(getattr(given, name) for name in present),
-        plan=plan,
-    )
+    threads = cpu.threads() if cpu.serves_jax() and _registered() else 0
+    plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), threads)
+    numbers = np.asarray(call.numbers, call.dtype) if _are_floats(call.numbers) else _stacked(call)
+    run = _run if is_traced(call) else _compiled
+    found = run(plan, given.student, given.teacher, numbers, *(getattr(given, name) for name in present))
     return Result(**({"value": None, "student": None, "teacher": None} | dict(zip(asked, found, strict=True))))
+
+
+def _are_floats(numbers: Numbers) -> bool:
+    return all(isinstance(x, float) for x in numbers)
+
+
+def _stacked(call: Call) -> Array:
+    return jnp.stack([jnp.asarray(x, call.dtype) for x in call.numbers])
+
+
+def _run(plan: _Plan, student: Array, teacher: Array, numbers: Array, *optional: Array) -> list[Array]:
+    """The primitive, on arrays of the dtypes and shapes that jax_ffi.cpp expects."""
+    given = dict(zip(plan.present, optional, strict=True))
+    labels, where = given.get("labels"), given.get("where")
+    if labels is not None and labels.dtype not in (jnp.int32, jnp.int64):
+        given["labels"] = jnp.where(labels < 2**31, labels, 2**31 - 1).astype(jnp.int32)
+    if where is not None:
+        given["where"] = jnp.broadcast_to(where, student.shape)
+    logits = student.astype(numbers.dtype), teacher.astype(numbers.dtype)
+    found: list[Array] = _rows.bind(*logits, jnp.asarray(numbers), *given.values(), plan=plan)  # type: ignore[no-untyped-call]
+    return found
+
+
+_compiled = jax.jit(_run, static_argnums=0)
 
 
 def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Array, plan: _Plan) -> list[Array]:
@@ -84,7 +106,7 @@ def _shapes(student: Any, teacher: Any, numbers: Any, *_: Any, plan: _Plan) -> l
 def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
     module = ctx.module_context
     alone = getattr(module.axis_context, "num_devices", None) == 1
-    if not alone or module.lowering_parameters.for_export:
+    if plan.threads == 0 or not alone or module.lowering_parameters.for_export:
         return _lowered(ctx, *operands, plan=plan)
     attributes = {
         **plan.formula._asdict(),

@@ -70,20 +70,22 @@ def _is_compared(one: Execution, other: Execution) -> bool:
 
 
 def _at(place: Place) -> Iterator[Execution]:
+    backend, on_cpu = place.library.backend, None if place.on_gpu else cpu.instruction_set()
     kernel = _kernel(place)
     if kernel is not None:
         yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
-    backend, on_cpu = place.library.backend, None if place.on_gpu else cpu.instruction_set()
     if backend == "torch" and on_cpu is not None:
         # Each program takes its compiler a second: one dtype stands for all.
         yield Execution(f"torch.compile (kernel: {on_cpu})", place, on_cpu, _torch_compiled, ("float32",))
-    if backend == "jax" and on_cpu is not None and cpu.serves_jax():
-        yield Execution(f"jax.jit (kernel: {on_cpu})", place, on_cpu, sys.modules["jax"].jit)
+    if backend == "jax" and kernel is not None:
+        yield Execution(f"jax.jit (kernel: {kernel})", place, kernel, sys.modules["jax"].jit)
     yield Execution(f"{place.name} (formulas)", place, None)
 
 
 def _kernel(place: Place) -> str | None:
     """What runs an eager call there."""
+    if place.library.backend == "jax":
+        return None if place.on_gpu or not cpu.serves_jax() else cpu.instruction_set()
     logits = place.array(np.zeros((1, 2)), "float32")
     return dispatch.kernel_of(call_builder(kl)(logits, logits))
 
