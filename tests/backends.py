@@ -82,6 +82,11 @@ class Backend:
         """Whether a wrapped function sees shapes and no values."""
         return self.wrap is _jax_jit
 
+    @property
+    def costly(self) -> bool:
+        """Whether a call takes a second, since it is compiled or made a graph first."""
+        return self.thorough is not None
+
     def owns(self, x: Any) -> bool:
         """Whether an array is of this library; NumPy reductions give scalars, which count."""
         return self.library.recognises(x)
@@ -158,7 +163,7 @@ BACKENDS = (
     Backend("jax", BY_BACKEND["jax"], _jax, execution="kernel"),
     # Two seconds a program.
     Backend("jax-formulas", BY_BACKEND["jax"], _jax, only=("float32", "float64"), execution="formulas", thorough=()),
-    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=("float32",)),
+    Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=()),
     Backend(
         "jax-jit-formulas",
         BY_BACKEND["jax"],
