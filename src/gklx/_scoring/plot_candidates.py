@@ -7,7 +7,7 @@ from typing import Any
 from .atomic import replacing
 from .plot import altair_for, rendered
 from .statistics import Score, Scores
-from .streams import printable
+from .streams import short_names
 
 _COLOUR, _SECOND = "#0072B2", "#E69F00"
 _HEIGHT, _STEP = 320, 64
@@ -24,7 +24,7 @@ def draw_candidates(found: Scores, path: str) -> None:
 def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
     """The picture in Vega-Lite's words."""
     alt = altair_for(path)
-    names = _short_names(list(found.students))
+    names = short_names(list(found.students))
     scores = dict(zip(names, found.students.values(), strict=True))
     loss = next(iter(next(iter(scores.values())).losses))
     panels = [_loss_panel(alt, scores, loss)]
@@ -32,7 +32,7 @@ def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
     panels.append(_delta_panel(alt, scores) if targeted else _agreement_panel(alt, scores))
     one = next(iter(scores.values()))
     title = alt.TitleParams(
-        f"{len(scores)} candidates against {found.teacher}",
+        f"{len(scores)} candidates against {short_names([found.teacher])[0]}",
         subtitle=f"{one.samples:,} samples · {one.classes:,} classes · temperature {one.parameters.temperature:g}",
         anchor="start",
         fontSize=18,
@@ -151,9 +151,3 @@ def _agreement_panel(alt: Any, scores: dict[str, Score]) -> Any:
 
 def _error(of: dict[str, Any]) -> float:
     return float(of["stderr"]) if math.isfinite(of["stderr"]) else 0.0
-
-
-def _short_names(names: list[str]) -> list[str]:
-    """The files' names without their folders, where that tells them apart."""
-    short = [printable(Path(name).name) for name in names]
-    return short if len(set(short)) == len(names) else [printable(name) for name in names]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .samples import WITHOUT_PARTS
 from .statistics import DeltaP, Estimate, Perplexity, Score, Scores
-from .streams import printable
+from .streams import short_names
 
 _ROWS = (
     ("mean", "mean"),
@@ -176,9 +176,10 @@ def _of_several(found: Scores) -> list[Table | Text]:
     scores = list(found.students.values())
     first = scores[0]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"against {printable(found.teacher)}", no_wrap=True)
-    for name in found.students:
-        table.add_column(Text(printable(name), overflow="fold"), justify="right", no_wrap=True)
+    table.add_column(f"against {short_names([found.teacher])[0]}", no_wrap=True)
+    names = short_names(list(found.students))
+    for name in names:
+        table.add_column(Text(name), justify="right", no_wrap=True)
     table.add_row("samples", *(f"{x.samples:,}" for x in scores))
     for title, values in (
         ("skipped (every class -inf)", [x.skipped for x in scores]),
@@ -219,8 +220,8 @@ def _of_several(found: Scores) -> list[Table | Text]:
         table.add_row("  root mean square", *(_with_error(x.rms, _share) for x in changes))
         for title, key in _DELTA_P:
             table.add_row(f"  {title}", *(_share(getattr(x, key)) for x in changes))
-    readings = {name: x.reading for name, x in found.students.items() if x.reading}
-    said = f"{_BY_TOOL}: {', '.join(printable(x) for x in readings)}\n" if readings else ""
+    by_tool = [name for name, x in zip(names, scores, strict=True) if x.reading]
+    said = f"{_BY_TOOL}: {', '.join(by_tool)}\n" if by_tool else ""
     about = f"{first.classes:,} classes · {first.backend} on {first.device}\n{_settings(first)}\n{said}"
     return [Text(about), table]
 

@@ -150,7 +150,7 @@ def _found(request: Request, inputs: Inputs, job: Job, pool: Pool, work: WorkFil
         name: {loss: difference(values, first, loss) for loss in job.names}
         for name, values in zip(job.candidates[1:], others, strict=True)
     }
-    found = Scores(_short(request.teacher), dict(zip(job.candidates, scores, strict=True)), differences)
+    found = Scores(_named(request.teacher), dict(zip(job.candidates, scores, strict=True)), differences)
     if request.plot is not None:
         draw_candidates(found, request.plot)
     return found
@@ -289,6 +289,12 @@ def _title(request: Request) -> str:
     if request.teacher is None or library_of(request.student) is not None:
         return "Student against teacher"
     return f"{_short(request.student)} against {_short(request.teacher)}"
+
+
+def _named(teacher: Any) -> str:
+    if isinstance(teacher, (str, os.PathLike)):
+        return os.fspath(teacher)
+    return "teacher" if library_of(teacher) is not None else _short(teacher)
 
 
 def _short(x: Any) -> str:
