@@ -107,10 +107,10 @@ def _bands(
     layers.append(base.mark_rule(color=_SECOND, strokeWidth=2).encode(x=x, y="low:Q", y2="high:Q"))
     tooltip = ["candidate:N", *(alt.Tooltip(f"{key}:Q", format=".4~g") for key in ("mean", "stderr", "median"))]
     layers.append(
-        base.mark_point(filled=True, size=70, opacity=1, color=_SECOND).encode(x=x, y="mean:Q", tooltip=tooltip)
+        base.mark_point(filled=True, size=36, opacity=1, color=_SECOND).encode(x=x, y="mean:Q", tooltip=tooltip)
     )
     return alt.layer(*layers).properties(
-        width=max(240, _STEP * len(names)),
+        width=max(300, _STEP * len(names)),
         height=_HEIGHT,
         title=alt.TitleParams(
             title,
@@ -136,7 +136,7 @@ def _agreement_panel(alt: Any, scores: dict[str, Score]) -> Any:
             tooltip=["candidate:N", alt.Tooltip("agreement:Q", format=".2%")],
         )
         .properties(
-            width=max(240, _STEP * len(scores)),
+            width=max(300, _STEP * len(scores)),
             height=_HEIGHT,
             title=alt.TitleParams(
                 "Top-1 agreement",
