@@ -161,7 +161,7 @@ def test_overlap_of_the_largest_classes(classes, dtype):
     t[3] = s[3] = 0
     t[4, 1:] = -np.inf
     s, t = s.astype(dtype), t.astype(dtype)
-    top_k = (2, 3) if classes == 3 else (10, 5, 1)
+    top_k = (2, 3) if classes == 3 else (10, 5, 1, classes)
     for k, found in zip(top_k, overlaps(s, t, top_k), strict=True):
         assert found.tolist() == plain_overlap(s, t, k).tolist()
 
@@ -228,6 +228,14 @@ def test_quantiles_of_very_many_are_sketched(monkeypatch):
     assert found.quantiles == "t-digest"
     assert found.delta_p.p90 == pytest.approx(np.quantile(d, 0.9), abs=0.01)
     assert found.delta_p.min == pytest.approx(d.min(), rel=1e-10)
+
+
+def test_values_of_every_sample_have_the_targets(tmp_path):
+    gklx.score(S, T, targets=TARGETS, losses=["reverse_kl"], per_sample=tmp_path / "x.npy")
+    found = np.load(tmp_path / "x.npy")
+    np.testing.assert_allclose(found["reverse_kl"], reverse(S, T), rtol=1e-9)
+    for name, x in (("student", S), ("teacher", T)):
+        np.testing.assert_allclose(found[f"{name}_surprisal"], -log_softmax(x)[np.arange(N), TARGETS], rtol=1e-9)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,9 @@ def overlaps(student: Any, teacher: Any, top_k: tuple[int, ...]) -> list[Any]:
         window = slice(start, start + rows)
         s, t = (_largest(x[window], most) for x in (student, teacher))
         for counts, k in zip(found, top_k, strict=True):
-            counts[window] = (s[:, :k, None] == t[:, None, :k]).sum(axis=(1, 2))
+            among = np.zeros((len(s), classes), np.bool_)
+            np.put_along_axis(among, s[:, :k], True, axis=-1)
+            counts[window] = np.take_along_axis(among, t[:, :k], axis=-1).sum(axis=-1)
     return found
 
 
