@@ -139,7 +139,7 @@ def open_llama(name: str, path: str) -> LlamaRows:
 
 
 def divergence(student: Any, teacher: Any) -> Any:
-    """KL of each row as the tool computes it, [n] float64, from log-probabilities as they are stored, [n, C].
+    """KL of each row as the tool computes it, [n], from log-probabilities as they are stored, [n, C].
 
     The teacher's are taken as they are, and a class of at most e^-16 is left out. The student's are normalised, since
     the tool has its logits.
@@ -149,11 +149,16 @@ def divergence(student: Any, teacher: Any) -> Any:
     with np.errstate(all="ignore"):
         for start in range(0, len(teacher), rows):
             s, t = student[start : start + rows], teacher[start : start + rows]
-            s = s - s.max(axis=-1, keepdims=True)
-            s -= np.log(np.exp(s).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-            terms = np.exp(t) * (t - s)
-            terms[t <= _LOWEST] = 0
-            found[start : start + rows] = terms.sum(axis=-1, dtype=np.float64)
+            largest = s.max(axis=-1, keepdims=True)
+            p = np.exp(s - largest)
+            # Added up in float64: of a peaked softmax the logarithm is as small as the other classes are.
+            total = largest + np.log(p.sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+            ratios = t - s
+            ratios += total
+            np.exp(t, out=p)
+            p *= t > _LOWEST
+            p *= ratios
+            found[start : start + rows] = p.sum(axis=-1)
     return found
 
 
