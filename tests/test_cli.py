@@ -129,6 +129,7 @@ def test_json(run):
     }
     assert list(losses) == ["kl", "dkl", "ikl", "gkl"]
     keys = ["mean", "stderr", "median", "p90", "p95", "p99", "max", "mse", "ce", "infinite"]
+    keys += ["p99_9", "p10", "p5", "p1", "p0_1", "min"]
     assert [list(each) for each in losses.values()] == [keys] * 4
     assert (losses["kl"]["mse"], losses["kl"]["ce"]) == (None, None)
     for name in ("dkl", "ikl", "gkl"):
@@ -300,15 +301,15 @@ def test_bad_labels(fails, save, change, message):
         (["--mse-weight", "inf"], "argument --mse-weight: must be a finite number, got inf"),
         (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1, got 0"),
         (["--batch-size", "1.5"], "must be a whole number"),
-        (["--loss", "mse"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'mse'"),
-        (["--loss", "kl,"], "argument --loss: must be of kl, dkl, ikl, gkl, with commas between, got 'kl,'"),
+        (["--loss", "mse"], "--loss: must be of kl, dkl, ikl, gkl, reverse_kl, with commas between, got 'mse'"),
+        (["--loss", "kl,"], "--loss: must be of kl, dkl, ikl, gkl, reverse_kl, with commas between, got 'kl,'"),
         (["--loss", "kl", "mse"], "unrecognized arguments: mse"),
         (["--loss"], "argument --loss: expected one argument"),
         (["--backend", "tensorflow"], "argument --backend: invalid choice"),
         (["--format", "xml"], "argument --format: invalid choice"),
         (["--device", "nowhere"], "device nowhere: NumPy cannot compute there"),
         (["--temp", "1"], "unrecognized arguments: --temp"),
-        (["more"], "unrecognized arguments: more"),
+        (["--labels", LABELS, "more"], "unrecognized arguments: more"),
     ],
 )
 def test_bad_arguments(fails, argv, message):

@@ -537,7 +537,7 @@ def header(descr="<f4", shape=(2, 3), order=False):
     ("content", "message"),
     [
         (b"", r"the file is empty$"),
-        (b"hello, world", r"not a NumPy \.npy or \.npz file, nor \.safetensors or \.zarr by its name$"),
+        (b"hello, world", r"not a NumPy \.npy or \.npz file nor a llama\.cpp dump, nor \.safetensors or \.zarr by"),
         (b"\x93NUM", r"not a NumPy \.npy"),
         (b"\x93NUMPY\x01\x00\x10\x00{'descr'", r"the \.npy file is damaged or cut short \("),
         (b"\x93NUMPY\x07\x00\x10\x00{'descr'", r"the \.npy file is damaged or cut short \("),

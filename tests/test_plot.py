@@ -29,7 +29,7 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(*args, **kwargs):
         specs = []
-        monkeypatch.setattr(plot, "_rendered", lambda spec, suffix: specs.append(spec) or b"")
+        monkeypatch.setattr(plot, "rendered", lambda spec, suffix: specs.append(spec) or b"")
         found = gklx.score(*args, plot=tmp_path / "x.svg", **kwargs)
         return specs[0], found
 

@@ -345,7 +345,8 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
         else:
             np.save(paths[-1], x)
     np.save(tmp_path / "labels.npy", np.arange(shape[0]) % shape[1])
-    options = ["--loss", "gkl", "--labels", tmp_path / "labels.npy"] if kind == "prior" else ["--loss", "kl"]
+    by_prior = ["--loss", "gkl", "--labels", tmp_path / "labels.npy", "--weights", "prior"]
+    options = by_prior if kind == "prior" else ["--loss", "kl"]
     bound = {"zarr": 560, "prior": 640}.get(kind, 200)
     code = (  # not ru_maxrss, which begins with that of the parent
         "import re, sys; from gklx._cli import main; status = main();"
@@ -382,12 +383,15 @@ def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (3, 10**6))
     np.save(tmp_path / "y.npy", np.arange(3))
     argv = [*(tmp_path / f"{name}.npy" for name in "st"), "--labels", tmp_path / "y.npy", "--backend", on]
-    done = command(*argv)
+    done = command(*argv, "--weights", "prior")
     assert (done.returncode, done.stdout) == (2, "")
     what = r"32,000 GB of it for the class prior of 1,000,000 classes \(losses kl and dkl need none\)"
     line = rf"gklx: error: memory must be at least 32,\d\d\d GB for 1,000,000 classes here, {what}; "
     assert re.fullmatch(line + r"half of the free memory leaves [\d,]+ [MG]B\n", done.stderr)
     assert command(*argv[:-2], "--loss", "kl").returncode == 0
+    done = command(*argv, "--loss", "gkl", "--format", "json")
+    assert done.stderr.startswith("gklx: ikl and gkl are weighed by the teacher: memory must be at least 32,")
+    assert json.loads(done.stdout)["parameters"]["weights"] == "teacher"
 
 
 def test_folder_of_progress_that_cannot_be_made(files):
@@ -410,10 +414,12 @@ def test_sketched_quantiles_are_close(monkeypatch):
     assert (exact.quantiles, sketched.quantiles) == ("exact", "t-digest")
     for name, own in sketched.losses.items():
         values = np.sort(getattr(gklx, name)(s, t, reduction="none"))
-        for key, q in (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+        quantiles = {key: q for key, q in statistics.QUANTILES.items() if key in own._fields}
+        assert len(quantiles) == 9
+        for key, q in quantiles.items():
             rank = np.searchsorted(values, getattr(own, key)) / values.size
             assert abs(rank - q) < 0.001, (name, key)
-        same = own._replace(**{key: getattr(exact.losses[name], key) for key in ("median", "p90", "p95", "p99")})
+        same = own._replace(**{key: getattr(exact.losses[name], key) for key in quantiles})
         assert same == exact.losses[name]
 
 

@@ -2,7 +2,8 @@
 
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
 parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL;
-`global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches.
+`global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches,
+`score_candidates` several students' with one teacher's.
 `show_config` says what the losses run on here.
 """
 
@@ -13,7 +14,7 @@ with ended_by_interrupts(is_command()):  # NumPy's import takes the time in whic
     from .distributed import global_batch
     from .losses import dkl, gkl, ikl, kl
     from .prior import ClassPrior, ClassPriorState, class_sums
-    from .scoring import score
+    from .scoring import score, score_candidates
     from .transforms import Terms, grad, terms, value_and_grad
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ikl",
     "kl",
     "score",
+    "score_candidates",
     "show_config",
     "terms",
     "value_and_grad",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from ._scoring.statistics import Score
+    from ._scoring.statistics import Score, Scores
 
-__all__ = ["score"]
+__all__ = ["score", "score_candidates"]
 
 
 def score(
@@ -33,6 +33,11 @@ def score(
     progress: bool = False,
     per_sample: str | os.PathLike[str] | None = None,
     plot: str | os.PathLike[str] | None = None,
+    targets: Any = None,
+    sample_weight: Any = None,
+    where_label: int | None = None,
+    top_k: Sequence[int] = (),
+    weights: str | None = None,
 ) -> Score:
     """Statistics of the losses over samples: mean and its error, quantiles, parts, top-1 agreement.
 
@@ -45,12 +50,13 @@ def score(
     student, teacher : path, sequence of paths, array or iterable of arrays
         Logits [samples, classes] or with more leading axes, of one shape. A path is a `.npy` file, `FILE.npz::key`,
         `FILE.safetensors::tensor`, a Zarr array, or a pattern such as ``logits-*.npy``, whose matches are joined in
-        natural order. Arrays are of any supported library. With ``teacher=None`` `student` is an iterable of batches
-        (student, teacher) or (student, teacher, labels), or a function that returns one.
+        natural order, or a dump of llama.cpp's. Arrays are of any supported library. With
+        ``teacher=None`` `student` is an iterable of batches (student, teacher) or (student, teacher, labels), or a
+        function that returns one.
     labels : as above, optional
-        Integers in [0, classes), one a sample. With them the weights of ikl and gkl are the class prior, without them
-        each sample's softmax(teacher / weight_temperature).
-    losses : sequence of {"kl", "dkl", "ikl", "gkl"}
+        Integers in [0, classes), one a sample. With them the weights of ikl and gkl are the class prior, where it fits
+        the memory; without them each sample's softmax(teacher / weight_temperature).
+    losses : sequence of {"kl", "dkl", "ikl", "gkl", "reverse_kl"}
         The first orders the worst classes.
     temperature, weight_temperature, gamma, mse_weight, ce_weight : float
         As in the losses.
@@ -75,13 +81,25 @@ def score(
         A `.npy` or `.parquet` file for the values of every sample.
     plot : path, optional
         An `.svg`, `.png` or `.html` file for a picture of them.
+    targets : path or array, optional
+        The true next class of each sample, integers in [0, classes): for the perplexities and the differences of its
+        probability. By default those that the files carry.
+    sample_weight : path or array, optional
+        A mask, 1 or True for a sample that counts, 0 or False for one that does not, whatever its logits hold.
+    where_label : int, optional
+        Samples of this label or target do not count, as -100 of padding.
+    top_k : sequence of int
+        For each k the share of the teacher's k largest classes that are among the student's.
+    weights : {"prior", "teacher"}, optional
+        Of ikl and gkl. "prior" needs labels, and raises where the class prior does not fit the memory.
 
     Returns
     -------
     Score
         A named tuple: samples, skipped, undefined, top1_agreement, losses[name].mean, .stderr, .median, .p99 and so
-        on, worst_classes. Values are sums over samples in float64 of what the library computed in the logits' dtype,
-        float32 at least. Quantiles are exact up to 4,194,304 samples and by a t-digest beyond.
+        on, worst_classes; with targets perplexity and delta_p. Values are sums over samples in float64 of what the
+        library computed in the logits' dtype, float32 at least. Quantiles are exact up to 4,194,304 samples and by a
+        t-digest beyond.
 
     Raises
     ------
@@ -110,7 +128,7 @@ def score(
             f"gklx.score needs {error.name}, which is not installed (pip install 'gklx[cli]')", name=error.name
         ) from None
 
-    return score(
+    found = score(
         Request(
             student=student,
             teacher=teacher,
@@ -127,5 +145,44 @@ def score(
             progress=progress,
             per_sample=None if per_sample is None else os.fspath(per_sample),
             plot=None if plot is None else os.fspath(plot),
+            targets=targets,
+            sample_weight=sample_weight,
+            where_label=where_label,
+            top_k=tuple(top_k),
+            weights=weights,
         )
     )
+    return cast("Score", found)
+
+
+def score_candidates(students: Mapping[str, Any], teacher: Any, labels: Any = None, **options: Any) -> Scores:
+    """Statistics of several candidates against one teacher, in one pass over the teacher.
+
+    Parameters
+    ----------
+    students : mapping of str to path, sequence of paths or array
+        The candidates by name; at least one. They hold the same samples and classes as the teacher.
+    teacher, labels
+        As in `score`.
+    **options
+        As in `score`, without `per_sample`.
+
+    Returns
+    -------
+    Scores
+        A named tuple: teacher, its name; students[name], a `Score` each; differences[name][loss], the mean of each
+        candidate but the first less that of the first, with the standard error of a paired comparison.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gklx
+    >>> teacher = np.random.default_rng(0).normal(size=(100, 10))
+    >>> found = gklx.score_candidates({"fine": teacher.round(2), "coarse": teacher.round()}, teacher, losses=["kl"])
+    >>> value, stderr = found.differences["coarse"]["kl"]
+    >>> found.students["fine"].losses["kl"].mean + value == found.students["coarse"].losses["kl"].mean
+    True
+    """
+    if not isinstance(students, Mapping):
+        raise TypeError(f"students must be a mapping of names to logits, got {type(students).__name__}")
+    return cast("Scores", score(students, teacher, labels, **options))

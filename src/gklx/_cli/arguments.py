@@ -34,3 +34,19 @@ def whole(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
     return int(text)
+
+
+def any_whole(text: str) -> int:
+    """A whole number, of either sign."""
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
+    return int(text)
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """Different whole numbers of at least 1, with commas between."""
+    parts = text.split(",")
+    if not all(each.isascii() and each.isdigit() and int(each) > 0 for each in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"must be different whole numbers with commas between, got {text}")
+    return tuple(int(each) for each in parts)

@@ -85,6 +85,14 @@ def label_rows(name: str, x: Any) -> ArrayRows:
     return found
 
 
+def mask_rows(name: str, x: Any) -> ArrayRows:
+    """An array that says which samples count [...], checked; TypeError otherwise."""
+    found = ArrayRows(name, _known(name, x), 0)
+    if not found.dtype.startswith(("bool", "int", "uint")):
+        raise TypeError(f"{name} must be booleans, or integers 0 and 1, got {found.dtype}")
+    return found
+
+
 def _known(name: str, x: Any) -> Any:
     if library_of(x) is None:
         raise TypeError(

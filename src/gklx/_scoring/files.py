@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .file_formats.llama import MAGIC as LLAMA
+from .file_formats.llama import LlamaRows, open_llama
 from .file_formats.npy import MAGIC, open_npy
 from .file_formats.npz import open_npz
 from .file_formats.rows import Room, Rows, Stamp, text
@@ -72,17 +74,41 @@ def open_labels(what: What) -> Rows:
     return _joined(what, 0, _check_labels)
 
 
-def check_together(student: Rows, teacher: Rows, labels: Rows | None) -> None:
+def open_mask(what: What) -> Rows:
+    """What says which samples count [...], likewise."""
+    return _joined(what, 0, _check_mask)
+
+
+def carried_targets(rows: Rows) -> Rows | None:
+    """The true next class of each sample where the files of these logits carry it, as llama.cpp's dumps do."""
+    if not is_of_llama(rows):
+        return None
+    if isinstance(rows, LlamaRows):
+        return rows.targets
+    assert isinstance(rows, Shards)
+    parts = tuple(part.targets for part in rows.parts if isinstance(part, LlamaRows))
+    return Shards(rows.name, parts, rows.ends, rows.shape[:-1], parts[0].dtype)
+
+
+def is_of_llama(rows: Rows) -> bool:
+    """Whether these logits are llama.cpp's dumps."""
+    return all(isinstance(part, LlamaRows) for part in (rows.parts if isinstance(rows, Shards) else (rows,)))
+
+
+def check_together(
+    student: Rows, teacher: Rows, labels: Rows | None, targets: Rows | None = None, weights: Rows | None = None
+) -> None:
     """ValueError where they do not hold the same samples or classes."""
     s, t = student.shape, teacher.shape
     if s != t:
         what = "vocabulary mismatch" if s[-1] != t[-1] else "they do not hold the same samples"
         raise ValueError(f"{what}: {student.name} has shape {text(s)} and {teacher.name} has shape {text(t)}")
-    if labels is not None and labels.shape != s[:-1]:
-        raise ValueError(
-            f"{labels.name}: labels must have one label a sample, shape {text(s[:-1])} as in {student.name}, "
-            f"got {text(labels.shape)}"
-        )
+    for what, rows in (("labels", labels), ("targets", targets), ("weights", weights)):
+        if rows is not None and rows.shape != s[:-1]:
+            raise ValueError(
+                f"{rows.name}: {what} must have one {what[:-1]} a sample, shape {text(s[:-1])} as in {student.name}, "
+                f"got {text(rows.shape)}"
+            )
 
 
 def _joined(what: What, axes: int, check: Any) -> Rows:
@@ -141,13 +167,20 @@ def _opened(path: str, key: str | None, axes: int) -> Rows:
         if path.endswith(".safetensors") and os.path.exists(path):
             return open_safetensors(name, full, key, axes)
         with Path(path).open("rb") as file:
-            start = file.read(len(MAGIC))
+            start = file.read(len(LLAMA))
         if not start:
             raise ValueError(f"{name}: the file is empty")
         if start.startswith(b"PK"):
             return open_npz(name, full, key, axes)
-        if start != MAGIC:
-            raise ValueError(f"{name}: not a NumPy .npy or .npz file, nor .safetensors or .zarr by its name")
+        if start == LLAMA:
+            if key is not None or axes == 0:
+                what = f"got the key {key!r}" if key is not None else "and none that could be read as labels"
+                raise ValueError(f"{name}: a llama.cpp dump holds log-probabilities without a name, {what}")
+            return open_llama(name, full)
+        if not start.startswith(MAGIC):
+            raise ValueError(
+                f"{name}: not a NumPy .npy or .npz file nor a llama.cpp dump, nor .safetensors or .zarr by its name"
+            )
         if key is not None:
             raise ValueError(f"{name}: an .npy file holds one array without a name, got the key {key!r}")
         return open_npy(name, full, axes)
@@ -167,3 +200,10 @@ def _check_labels(rows: Rows) -> None:
         raise ValueError(f"{rows.name}: labels must be integers, got {rows.dtype}")
     if not rows.shape:
         raise ValueError(f"{rows.name}: labels must have one label a sample, got a single number")
+
+
+def _check_mask(rows: Rows) -> None:
+    if not rows.dtype.startswith(("bool", "int", "uint")):
+        raise ValueError(f"{rows.name}: a mask must hold booleans, or integers 0 and 1, got {rows.dtype}")
+    if not rows.shape:
+        raise ValueError(f"{rows.name}: a mask must have one value a sample, got a single number")

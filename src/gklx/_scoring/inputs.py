@@ -2,24 +2,29 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from .._core.libraries import library_of
-from .arrays import label_rows, logits_rows
+from .arrays import label_rows, logits_rows, mask_rows
 from .file_formats.rows import Rows, Stamp
-from .files import check_together, open_labels, open_logits
+from .files import carried_targets, check_together, is_of_llama, open_labels, open_logits, open_mask
 
 _MOST_CLASSES = 2**31 - 1
 """A record holds a class in 32 bits."""
+_TARGETS_AT_ONCE = 2**18
 
 
 class Chunk(NamedTuple):
     """Consecutive rows, still to be read."""
 
-    student: Rows
+    students: tuple[Rows, ...]
+    """One, or several candidates."""
     teacher: Rows
     labels: Rows | None
+    targets: Rows | None
+    mask: Rows | None
+    """0 for a sample that does not count, 1 for one that does."""
     start: int
     stop: int
     first: int
@@ -35,6 +40,13 @@ class Inputs(Protocol):
     samples: int | None
     """None where only the end will tell."""
     labelled: bool
+    targeted: bool
+    masked: bool
+    """Whether a mask says which samples count."""
+    candidates: tuple[str, ...]
+    """The names of several students, none where there is one."""
+    by_tool: tuple[bool, ...]
+    """Of each student: whether its dump and the teacher's are llama.cpp's, which has a reading of its own."""
     repeatable: bool
     """Whether the chunks can be gone through twice."""
 
@@ -52,23 +64,35 @@ class Inputs(Protocol):
         """The files as they were opened; None where other things are scored, which a later run cannot recognise."""
 
 
-def inputs_of(student: Any, teacher: Any, labels: Any) -> Inputs:
+def inputs_of(student: Any, teacher: Any, labels: Any, targets: Any = None, mask: Any = None) -> Inputs:
     """The inputs behind the arguments of `gklx.score`; TypeError or ValueError for anything else."""
+    several = isinstance(student, Mapping)
     if teacher is None:
         if labels is not None:
             raise TypeError("labels must come with the batches where teacher is None: (student, teacher, labels)")
+        if several or targets is not None or mask is not None:
+            raise TypeError(
+                "several students, targets and sample_weight need a teacher of files or arrays, got batches"
+            )
         return Batches(student)
     given = [x for x in (student, teacher, labels) if x is not None]
-    if any(_is_batches(x) for x in given):
+    if not several and any(_is_batches(x) for x in given):
         if not all(_is_batches(x) for x in given):
             raise TypeError("student, teacher and labels must all be batches where one of them is")
+        if targets is not None or mask is not None:
+            raise TypeError("targets and sample_weight need students and a teacher of files or arrays, got batches")
         return Batches(_Zipped(given))
-    rows = (
-        _logits("student", student),
+    if several and not student:
+        raise ValueError("student must hold at least one candidate, got an empty mapping")
+    students = student if several else {"": student}
+    return Whole(
+        tuple(_logits(f"student {name}" if several else "student", x) for name, x in students.items()),
         _logits("teacher", teacher),
         None if labels is None else _labels("labels", labels),
+        None if targets is None else _labels("targets", targets),
+        None if mask is None else _mask("sample_weight", mask),
+        tuple(str(name) for name in students) if several else (),
     )
-    return Whole(*rows)
 
 
 class Whole:
@@ -76,31 +100,57 @@ class Whole:
 
     repeatable = True
 
-    def __init__(self, student: Rows, teacher: Rows, labels: Rows | None) -> None:
-        check_together(student, teacher, labels)
-        if 0 in student.shape:
-            raise ValueError(f"{student.name}: there are no logits in it, its shape is {list(student.shape)}")
-        if student.shape[-1] > _MOST_CLASSES:
-            raise ValueError(f"{student.name}: must have at most {_MOST_CLASSES:,} classes, got {student.shape[-1]:,}")
-        self._rows = student, teacher, labels
-        self.like = getattr(student, "array", None)
-        self.classes = student.shape[-1]
-        self.samples: int | None = _product(student.shape[:-1])
-        self.labelled = labels is not None
-        self.computed_in = _computed_in(student, teacher)
-        holding = [x for x in self._rows if x is not None and x.held_bytes]
+    def __init__(
+        self,
+        students: tuple[Rows, ...],
+        teacher: Rows,
+        labels: Rows | None,
+        targets: Rows | None,
+        mask: Rows | None,
+        candidates: tuple[str, ...],
+    ) -> None:
+        for student in students:
+            check_together(student, teacher, labels, targets, mask)
+        shape, name = students[0].shape, students[0].name
+        if 0 in shape:
+            raise ValueError(f"{name}: there are no logits in it, its shape is {list(shape)}")
+        if shape[-1] > _MOST_CLASSES:
+            raise ValueError(f"{name}: must have at most {_MOST_CLASSES:,} classes, got {shape[-1]:,}")
+        if targets is None:
+            targets = _carried((*students, teacher))
+        self._students, self._teacher, self._labels, self._targets, self._mask = (
+            students,
+            teacher,
+            labels,
+            targets,
+            mask,
+        )
+        self.like = getattr(students[0], "array", None)
+        self.classes = shape[-1]
+        self.samples: int | None = _product(shape[:-1])
+        self.labelled, self.targeted, self.masked = (x is not None for x in (labels, targets, mask))
+        self.candidates = candidates
+        of_tool = is_of_llama(teacher)
+        self.by_tool = tuple(of_tool and is_of_llama(student) for student in students)
+        self.computed_in = _computed_in(*students, teacher)
+        holding = [x for x in self._all() if x.held_bytes]
         self.held_bytes = sum(x.held_bytes for x in holding)
         self.held_by = ", ".join(x.name for x in holding)
+
+    def _all(self) -> list[Rows]:
+        every = (*self._students, self._teacher, self._labels, self._targets, self._mask)
+        return [x for x in every if x is not None]
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
         """Windows of the same sources."""
         count = self.samples or 0
         for at in range(start, count, rows):
-            yield Chunk(*self._rows, at, min(at + rows, count), at)
+            given = self._students, self._teacher, self._labels, self._targets, self._mask
+            yield Chunk(*given, at, min(at + rows, count), at)
 
     def stamps(self) -> tuple[tuple[str, tuple[Stamp, ...]], ...] | None:
         """Of all files, each after the name it was asked for by, which may choose an array inside."""
-        found = [(x.name, x.stamps) for x in self._rows if x is not None]
+        found = [(x.name, x.stamps) for x in self._all()]
         return None if not all(stamps for _, stamps in found) else tuple(found)
 
 
@@ -110,6 +160,9 @@ class Batches:
     samples: int | None = None
     computed_in = "float64"  # of the records: a later batch may be of another dtype than the first
     held_bytes, held_by = 0, ""
+    targeted = masked = False
+    candidates: tuple[str, ...] = ()
+    by_tool: tuple[bool, ...] = (False,)
 
     def __init__(self, batches: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
         if not (callable(batches) or isinstance(batches, Iterable)):
@@ -126,8 +179,8 @@ class Batches:
         if first is None:
             raise ValueError("student must hold at least one batch, got none")
         chunk = self._chunk(first, 0)
-        self.classes, self.labelled = chunk.student.shape[-1], chunk.labels is not None
-        self.like = getattr(chunk.student, "array", None)
+        self.classes, self.labelled = chunk.teacher.shape[-1], chunk.labels is not None
+        self.like = getattr(chunk.students[0], "array", None)
         self._started: Iterable[Any] | None = itertools.chain([first], started)
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
@@ -135,10 +188,10 @@ class Batches:
         batches, self._started, seen = self._started or self._again(), None, 0
         for batch in batches:
             whole = self._chunk(batch, seen)
-            if whole.student.shape[-1] != self.classes or (whole.labels is not None) != self.labelled:
+            if whole.teacher.shape[-1] != self.classes or (whole.labels is not None) != self.labelled:
                 raise ValueError(
                     f"the batch from sample {seen} on must have {self.classes} classes and labels as the first, "
-                    f"got shape {list(whole.student.shape)} and {'no ' if whole.labels is None else ''}labels"
+                    f"got shape {list(whole.teacher.shape)} and {'no ' if whole.labels is None else ''}labels"
                 )
             for at in range(0, whole.stop, rows):
                 yield whole._replace(start=at, stop=min(at + rows, whole.stop), first=seen + at)
@@ -156,7 +209,7 @@ class Batches:
         student, teacher = logits_rows("student", batch[0]), logits_rows("teacher", batch[1])
         labels = label_rows("labels", batch[2]) if len(batch) == 3 and batch[2] is not None else None
         check_together(student, teacher, labels)
-        return Chunk(student, teacher, labels, 0, _product(student.shape[:-1]), first)
+        return Chunk((student,), teacher, labels, None, None, 0, _product(student.shape[:-1]), first)
 
 
 class _Zipped:
@@ -189,6 +242,29 @@ def _logits(name: str, x: Any) -> Rows:
 
 def _labels(name: str, x: Any) -> Rows:
     return open_labels(x) if _is_path(x) else label_rows(name, x)
+
+
+def _mask(name: str, x: Any) -> Rows:
+    return open_mask(x) if _is_path(x) else mask_rows(name, x)
+
+
+def _carried(rows: tuple[Rows, ...]) -> Rows | None:
+    """The targets that files of logits carry; ValueError where two of them carry different ones."""
+    found = [(x, own) for x in rows if (own := carried_targets(x)) is not None]
+    if not found:
+        return None
+    *others, (last, targets) = found
+    count = targets.shape[0]
+    for other, own in others:
+        for start in range(0, count, _TARGETS_AT_ONCE):
+            stop = min(start + _TARGETS_AT_ONCE, count)
+            differ = own.read(start, stop) != targets.read(start, stop)
+            if differ.any():
+                raise ValueError(
+                    f"{other.name} and {last.name} must be dumps of the same text, "
+                    f"got different tokens at sample {start + int(differ.argmax())}"
+                )
+    return targets
 
 
 def _computed_in(*rows: Rows) -> str:

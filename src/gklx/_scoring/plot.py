@@ -14,11 +14,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .atomic import check_writable, replacing
+from .samples import WITHOUT_PARTS
 from .statistics import Score
 from .values import SampleValues
 
 _SUFFIXES = (".svg", ".png", ".html")
-_COLOURS = {"kl": "#0072B2", "dkl": "#E69F00", "ikl": "#009E73", "gkl": "#CC79A7"}  # Okabe and Ito's
+_COLOURS = {
+    "kl": "#0072B2",
+    "dkl": "#E69F00",
+    "ikl": "#009E73",
+    "gkl": "#CC79A7",
+    "reverse_kl": "#56B4E9",
+}  # Okabe and Ito's
 _SHADES = ["#b5d3ed", "#4a90c2", "#08306b"]
 _BINS, _CELLS = 60, 40
 _DECADES = 9
@@ -58,7 +65,7 @@ def check_plot(path: str) -> None:
     suffix = Path(path).suffix
     if suffix not in _SUFFIXES:
         raise ValueError(f"{path}: a plot must go to a .svg, .png or .html file, got {suffix or 'no suffix'}")
-    _altair(path)
+    altair_for(path)
     check_writable(path)
 
 
@@ -67,12 +74,12 @@ def draw(values: SampleValues, found: Score, path: str, title: str) -> None:
     spec = specification(values, found, title, path)
     suffix = Path(path).suffix
     with replacing(path) as part, open(part, "wb") as file:
-        file.write(_rendered(spec, suffix))
+        file.write(rendered(spec, suffix))
 
 
 def specification(values: SampleValues, found: Score, title: str, path: str = "plot") -> dict[str, Any]:
     """The picture in Vega-Lite's words."""
-    alt = _altair(path)
+    alt = altair_for(path)
     counts = _counted(values)
     by = "label" if found.worst_classes is not None else "teacher's top class"
     panels = [
@@ -209,7 +216,8 @@ def _spread_panel(alt: Any, counts: _Counts, found: Score) -> Any:
         scale=alt.Scale(domain=names, range=[_COLOURS[name] for name in names]),
         legend=alt.Legend(title=None, orient="bottom", symbolType="stroke", symbolStrokeWidth=3),
     )
-    dashes = _DASHES[:1] * ("kl" in names) + _DASHES[: len(names) - ("kl" in names)]
+    with_parts = iter(_DASHES)
+    dashes = [_DASHES[0] if name in WITHOUT_PARTS else next(with_parts) for name in names]
     domain = [float(10 ** counts.edges[0]), float(10 ** counts.edges[-1])]
     x = alt.X(
         "from:Q",
@@ -379,7 +387,8 @@ def _confidence_panel(alt: Any, counts: _Counts) -> Any:
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
-def _rendered(spec: dict[str, Any], suffix: str) -> bytes:
+def rendered(spec: dict[str, Any], suffix: str) -> bytes:
+    """A specification as the content of a file of that suffix."""
     import vl_convert
 
     if suffix == ".png":
@@ -394,7 +403,8 @@ def _rendered(spec: dict[str, Any], suffix: str) -> bytes:
     return f"{library}{script}{page.replace(_STAND_IN, _LESS_THAN)}".encode()
 
 
-def _altair(path: str) -> Any:
+def altair_for(path: str) -> Any:
+    """Altair; ValueError where it, or what draws for it, is not here."""
     try:
         import altair
         import vl_convert  # noqa: F401

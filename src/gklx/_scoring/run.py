@@ -7,12 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .._core.libraries import library_of
 from .backend import Backend
+from .file_formats import llama
 from .file_formats.rows import Room, Stamp, stamp
 from .inputs import Chunk, Inputs
+from .overlap import overlaps
 from .pools import Pool, working
-from .samples import UNDEFINED, Parameters, RowsOfBlock, prior_sums, scored
+from .samples import MASKED, UNDEFINED, Parameters, RowsOfBlock, prior_sums, record_dtype, scored
 from .work_file import WorkFile
+
+_threads = threading.local()
 
 
 class Job(NamedTuple):
@@ -23,10 +28,27 @@ class Job(NamedTuple):
     rows: int
     """A chunk."""
     strict: bool
+    by_prior: bool = False
+    """Whether a pass over the teacher alone comes first, for the class prior."""
+    top_k: tuple[int, ...] = ()
+    where_label: int | None = None
+    """The label or target of a sample that does not count."""
+    candidates: tuple[str, ...] = ()
+    by_tool: tuple[bool, ...] = (False,)
+    """Of each student, whether llama.cpp's reading is followed."""
 
-    def takes_prior(self, inputs: Inputs) -> bool:
-        """Whether a pass over the teacher alone comes first."""
-        return inputs.labelled and not {"ikl", "gkl"}.isdisjoint(self.names)
+    def record_dtype(self, computed_in: Any, *, targeted: bool) -> Any:
+        """The fields of one sample's record; of several candidates one after another, by their numbers."""
+        of_one = record_dtype(self.names, computed_in, targeted=targeted, top_k=self.top_k)
+        if not self.candidates:
+            return of_one
+        return np.dtype([(str(at), of_one) for at in range(len(self.candidates))])
+
+
+def of_each(records: Any) -> list[Any]:
+    """The records of each candidate."""
+    names = records.dtype.names
+    return [records[name] for name in names] if records.dtype[0].names else [records]
 
 
 class ChangedError(ValueError):
@@ -75,7 +97,7 @@ def _run(
             _check_strict(records, at)
             at += len(records)
     prior = None
-    if job.takes_prior(inputs):
+    if job.by_prior:
         prior = _class_prior(job, inputs, pool, work, watch, progress)
     progress("scoring", work.records)
     calls = ((job, chunk, prior) for chunk in inputs.chunks(work.records, job.rows))
@@ -88,23 +110,66 @@ def _run(
 
 
 def _check_strict(records: Any, first: int) -> None:
-    bad = records["state"] == UNDEFINED
-    if bad.any():
-        raise ValueError(f"strict: sample {first + int(bad.argmax())} has a NaN among its logits, or no finite one")
+    for own in of_each(records):
+        bad = own["state"] == UNDEFINED
+        if bad.any():
+            raise ValueError(f"strict: sample {first + int(bad.argmax())} has a NaN among its logits, or no finite one")
 
 
 def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> Any:
     """The records of a chunk; on whatever thread or machine."""
     with working(place) as here:
-        return scored(here, job.names, job.parameters, _read(chunk, here), prior)
+        beside = _beside(job, chunk)
+        if here.runs_kernel and not hasattr(_threads, "rooms"):
+            _threads.rooms = Room(), Room()
+        of_student, of_teacher = _threads.rooms if here.runs_kernel else (None, None)
+        teacher = chunk.teacher.read(chunk.start, chunk.stop, of_teacher)
+        on_device = here.put(teacher)
+        found = []
+        for rows, by_tool in zip(chunk.students, job.by_tool, strict=True):
+            student = rows.read(chunk.start, chunk.stop, of_student)
+            block = RowsOfBlock(student, on_device, beside.labels, beside.targets)
+            records = scored(here, job.names, job.parameters, block, prior, job.top_k)
+            if job.top_k:
+                counts = overlaps(_on_host(student), _on_host(teacher), job.top_k)
+                for k, count in zip(job.top_k, counts, strict=True):
+                    records[f"top_{k}"] = count
+            if by_tool:
+                _read_as_tool(records, student, teacher, beside.targets)
+            if beside.counted is not None:
+                records["state"][~beside.counted] = MASKED
+            if beside.written_labels is not None:
+                records["label"] = beside.written_labels
+            found.append(records)
+    if not job.candidates:
+        return found[0]
+    joined = np.empty(len(found[0]), [(str(at), own.dtype) for at, own in enumerate(found)])
+    for at, own in enumerate(found):
+        joined[str(at)] = own
+    return joined
+
+
+def _on_host(x: Any) -> Any:
+    library = library_of(x)
+    assert library is not None
+    return np.asarray(library.to_numpy(x))
+
+
+def _read_as_tool(records: Any, student: Any, teacher: Any, targets: Any) -> None:
+    """Puts in what llama.cpp's own tool makes of two of its dumps."""
+    if "kl" in (records.dtype.names or ()):
+        records["kl"] = llama.divergence(student, teacher)
+    if targets is not None:
+        records["teacher_surprisal"] = -np.take_along_axis(teacher, targets[:, None], axis=-1)[:, 0]
 
 
 def sum_chunk(place: Backend | None, job: Job, chunk: Chunk) -> tuple[Any, int]:
     """The class sums of a chunk and how many samples they are of."""
     with working(place) as here:
-        labels = _labels(chunk)
+        beside = _beside(job, chunk)
         teacher = chunk.teacher.read(chunk.start, chunk.stop)
-        return prior_sums(here, job.parameters.weight_temperature, teacher, labels), len(labels)
+        sums = prior_sums(here, job.parameters.weight_temperature, teacher, beside.labels, beside.counted)
+        return sums, chunk.stop - chunk.start
 
 
 def _class_prior(
@@ -133,26 +198,49 @@ def _class_prior(
     return pool.share(sums.astype(inputs.computed_in, copy=False))
 
 
-_threads = threading.local()
+class _Beside(NamedTuple):
+    """What is known of the samples of a chunk beside their logits, [n] each or None."""
+
+    labels: Any | None
+    """In [0, C)."""
+    targets: Any | None
+    written_labels: Any | None
+    """As they stand in the input: those of samples that do not count may be anything."""
+    counted: Any | None
+    """Booleans: which samples count; None for all."""
 
 
-def _read(chunk: Chunk, place: Backend) -> RowsOfBlock:
-    labels = None if chunk.labels is None else _labels(chunk)
-    if place.runs_kernel and not hasattr(_threads, "rooms"):
-        _threads.rooms = Room(), Room()
-    of_student, of_teacher = _threads.rooms if place.runs_kernel else (None, None)
-    student = chunk.student.read(chunk.start, chunk.stop, of_student)
-    teacher = chunk.teacher.read(chunk.start, chunk.stop, of_teacher)
-    return RowsOfBlock(student, teacher, labels)
-
-
-def _labels(chunk: Chunk) -> Any:
-    assert chunk.labels is not None
-    classes, labels = chunk.student.shape[-1], chunk.labels.read(chunk.start, chunk.stop)
-    bad = (labels < 0) | (labels >= classes)
-    if bad.any():
-        at = int(bad.argmax())
-        raise ValueError(
-            f"{chunk.labels.name}: labels must lie in [0, {classes}), got {labels[at]} at sample {chunk.first + at}"
-        )
-    return labels
+def _beside(job: Job, chunk: Chunk) -> _Beside:
+    labels, targets = (
+        None if rows is None else rows.read(chunk.start, chunk.stop) for rows in (chunk.labels, chunk.targets)
+    )
+    counted = None
+    if chunk.mask is not None:
+        mask = chunk.mask.read(chunk.start, chunk.stop)
+        bad = (mask != 0) & (mask != 1)
+        if bad.any():
+            at = int(bad.argmax())
+            raise ValueError(
+                f"{chunk.mask.name}: a mask must hold 0 and 1 alone, got {mask[at]} at sample {chunk.first + at}"
+            )
+        counted = mask == 1
+    if job.where_label is not None:
+        for x in (labels, targets):
+            if x is not None:
+                counted = (x != job.where_label) if counted is None else counted & (x != job.where_label)
+    classes = chunk.teacher.shape[-1]
+    given: list[Any] = []
+    for what, rows, x in (("labels", chunk.labels, labels), ("targets", chunk.targets, targets)):
+        if rows is None or x is None:
+            given.append(None)
+            continue
+        inside = (x >= 0) & (x < classes)
+        bad = ~inside if counted is None else counted & ~inside
+        if bad.any():
+            at = int(bad.argmax())
+            padding = " (--where-label leaves the samples of one label out)" if x[at] < 0 else ""
+            raise ValueError(
+                f"{rows.name}: {what} must lie in [0, {classes}), got {x[at]} at sample {chunk.first + at}{padding}"
+            )
+        given.append(np.where(inside, x, 0))
+    return _Beside(given[0], given[1], labels, counted)

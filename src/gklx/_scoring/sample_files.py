@@ -27,7 +27,8 @@ def write_samples(values: SampleValues, path: str) -> None:
     """Writes a record a sample, in the order of the input.
 
     The columns are each loss's ``NAME`` and, where it has parts, ``NAME_mse`` and ``NAME_ce``; ``student_class``,
-    ``teacher_class``, ``student_confidence``, ``teacher_confidence``, ``label`` where there are labels, and ``scored``.
+    ``teacher_class``, ``student_confidence``, ``teacher_confidence``, ``label`` where there are labels, with targets
+    ``student_surprisal`` and ``teacher_surprisal``, -log of their probabilities, and ``scored``.
     Of a sample not scored the numbers are NaN and the classes -1; in Parquet null.
     """
     with replacing(path) as part:
@@ -78,6 +79,8 @@ def _columns(block: ValueBlock) -> dict[str, Any]:
             else dict(zip((name, f"{name}_mse", f"{name}_ce"), parts, strict=True))
         )
     found |= {"student_confidence": block.student_confidence, "teacher_confidence": block.teacher_confidence}
+    if block.student_surprisal is not None:
+        found |= {"student_surprisal": block.student_surprisal, "teacher_surprisal": block.teacher_surprisal}
     found = {name: np.where(block.scored, x, np.nan) for name, x in found.items()}
     for name in ("student_class", "teacher_class"):
         found[name] = np.where(block.scored, getattr(block, name), -1)

@@ -10,16 +10,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._core.call import Array
-from .._core.libraries import Library, library_of
+from .._core.libraries import Library, device_like, library_of
 from .._run.dispatch import sample_losses
 from ..losses import call_builder, dkl, gkl, ikl, kl
 from ..prior import class_sums
 from .backend import Backend
 
 LOSSES: dict[str, Callable[..., Array]] = {"kl": kl, "dkl": dkl, "ikl": ikl, "gkl": gkl}
+REVERSE = "reverse_kl"
+"""KL with student and teacher exchanged: it may be asked for beside the losses."""
+CHOICES = (*LOSSES, REVERSE)
+WITHOUT_PARTS = ("kl", REVERSE)
 
-SKIPPED, SCORED, UNDEFINED = range(3)
-"""A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit."""
+SKIPPED, SCORED, UNDEFINED, MASKED = range(4)
+"""A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit; not to be counted."""
+
+SURPRISALS = ("student_surprisal", "teacher_surprisal")
+"""The fields of -log q(target) and -log p(target)."""
 
 _DIGIT = 2**16
 
@@ -42,21 +49,28 @@ class RowsOfBlock(NamedTuple):
     teacher: Any
     labels: Any | None
     """[n], int64 in [0, C)."""
+    targets: Any | None = None
+    """The true class of each sample, likewise."""
 
 
 def checked(names: tuple[str, ...], parameters: Parameters) -> None:
     """TypeError or ValueError, in the losses' own words, for hyper-parameters that they do not take."""
     tiny = np.zeros((1, 1), dtype=np.float32)
     for name in names:
-        weights = {} if name == "kl" else {key: getattr(parameters, key) for key in ("mse_weight", "ce_weight")}
-        call_builder(LOSSES[name])(tiny, tiny, **_takes(name, parameters), **weights)
+        weights = (
+            {} if name in WITHOUT_PARTS else {key: getattr(parameters, key) for key in ("mse_weight", "ce_weight")}
+        )
+        call_builder(LOSSES.get(name, kl))(tiny, tiny, **_takes(name, parameters), **weights)
 
 
-def record_dtype(names: tuple[str, ...], computed_in: Any) -> np.dtype[Any]:
+def record_dtype(
+    names: tuple[str, ...], computed_in: Any, *, targeted: bool = False, top_k: tuple[int, ...] = ()
+) -> np.dtype[Any]:
     """The fields of one sample's record, `label` -1 where there is none."""
     real = np.dtype(computed_in).newbyteorder("<").str
-    fields = [*_reals(names), "student_confidence", "teacher_confidence"]
-    whole = [("student_class", "<i4"), ("teacher_class", "<i4"), ("label", "<i4"), ("state", "u1")]
+    fields = [*_reals(names), "student_confidence", "teacher_confidence", *(SURPRISALS if targeted else ())]
+    whole = [(f"top_{k}", "<i4") for k in top_k]
+    whole += [("student_class", "<i4"), ("teacher_class", "<i4"), ("label", "<i4"), ("state", "u1")]
     return np.dtype([(field, real) for field in fields] + whole)
 
 
@@ -66,14 +80,16 @@ def scored(
     parameters: Parameters,
     rows: RowsOfBlock,
     prior: Array | None,
+    top_k: tuple[int, ...] = (),
 ) -> Any:
-    """The records of some rows; `prior` [C, C] may be on the device already."""
-    given = [place.put(rows.student), place.put(rows.teacher)]
-    if prior is not None:
-        given += [place.put(prior), place.put(rows.labels)]
+    """The records of some rows, but for their `top_k`; `prior` [C, C] may be on the device already."""
+    of_prior = (None, None) if prior is None else (place.put(prior), place.put(rows.labels))
+    targets = None if rows.targets is None else place.put(rows.targets)
+    given = (place.put(rows.student), place.put(rows.teacher), *of_prior, targets)
     found = place.get(place.compiled(_raw, names, parameters, place.kernel_threads)(*given))
-    records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype))
-    fields = [*_reals(names), "student_confidence", "teacher_confidence", "state"]
+    targeted = targets is not None
+    records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype, targeted=targeted, top_k=top_k))
+    fields = [*_reals(names), *(SURPRISALS if targeted else ()), "student_confidence", "teacher_confidence", "state"]
     *values, student_high, student_low, teacher_high, teacher_low = found
     for field, column in zip(fields, values, strict=True):
         records[field] = column
@@ -86,22 +102,25 @@ def scored(
     return records
 
 
-def prior_sums(place: Backend, temperature: float, teacher: Any, labels: Any) -> Any:
+def prior_sums(place: Backend, temperature: float, teacher: Any, labels: Any, counted: Any = None) -> Any:
     """`class_sums` of some rows in float64, [C, C] on the host: logits [n, C], labels [n].
 
     A sample without a softmax (NaN or +inf in the teacher's row) is left out: it spoils its own loss, not its class's.
+    So is one that is not `counted`, [n] booleans.
     """
     t = place.put(teacher)
     xp = _library(t).namespace()
     t = xp.astype(t, xp.float64)
     usable = xp.max(t, axis=-1) < xp.inf
+    if counted is not None:
+        usable = usable & place.put(counted)
     return place.get(class_sums(t, place.put(labels), t.shape[-1], temperature=temperature, sample_weight=usable))
 
 
 def _reals(names: tuple[str, ...]) -> list[str]:
     """The fields that hold a loss's raw parts: CE is common to the three that have one."""
-    found = ["kl"] if "kl" in names else []
-    with_parts = [name for name in names if name != "kl"]
+    found = [name for name in WITHOUT_PARTS if name in names]
+    with_parts = [name for name in names if name not in WITHOUT_PARTS]
     found += ["ce"] if with_parts else []
     found += [f"{name}_mse" for name in with_parts]
     return found + (["gkl_mass"] if "gkl" in names else [])
@@ -115,32 +134,50 @@ def _raw(
     t: Array,
     prior: Array = None,
     labels: Array = None,
+    targets: Array = None,
 ) -> Array:
     """All numbers of some samples as one array, hence one transfer.
 
     float32 holds whole numbers to 16 million, and there may be more classes: their numbers are two digits each.
     """
-    weights: dict[str, dict[str, Array]] = {name: {} for name in names}
+    # KL comes at no cost beside the numbers that every run needs.
+    forward = [name for name in names if name != REVERSE] or ["kl"]
+    weights: dict[str, dict[str, Array]] = {name: {} for name in forward}
     if prior is not None:
         # A row a sample: cheaper to check than the whole table.
         own = _library(s).namespace().take(prior, labels, axis=0)
-        weights |= {name: {"prior": own} for name in names if name in ("ikl", "gkl")}
+        weights |= {name: {"prior": own} for name in forward if name in ("ikl", "gkl")}
     problems = {}
-    for name in names:
+    for name in forward:
         problems[name] = call_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
     xp, found = first.xp, sample_losses(list(problems.values()), threads)
-    mse, mass = (dict(zip(names, of_names, strict=True)) for of_names in (found.mse, found.mass))
+    mse, mass = (dict(zip(forward, of_names, strict=True)) for of_names in (found.mse, found.mass))
     columns = [found.kl] if "kl" in names else []
-    with_parts = [name for name in names if name != "kl"]
+    if REVERSE in names:
+        columns.append(sample_losses([call_builder(kl)(t, s, **_takes("kl", parameters))], threads).kl)
+    with_parts = [name for name in names if name not in WITHOUT_PARTS]
     columns += [found.ce] if with_parts else []
     columns += [mse[name] for name in with_parts]
     columns += [mass["gkl"]] if "gkl" in names else []
+    if targets is not None:
+        for x, peak, top in (
+            (s, found.student_peak, found.student_class),
+            (t, found.teacher_peak, found.teacher_class),
+        ):
+            below = xp.astype(_at(xp, x, top), first.dtype) - xp.astype(_at(xp, x, targets), first.dtype)
+            columns.append(below / parameters.temperature - xp.log(peak))
     columns += [found.student_peak, found.teacher_peak]
     columns.append(xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype))
     for top in (found.student_class, found.teacher_class):
         columns += [xp.astype(digit, first.dtype) for digit in (top // _DIGIT, top % _DIGIT)]
     return xp.stack(columns)
+
+
+def _at(xp: Any, x: Array, classes: Array) -> Array:
+    """x[i, classes[i]] of each row."""
+    rows = xp.arange(x.shape[0], dtype=xp.int64, device=device_like(_library(x), x))
+    return xp.take(xp.reshape(x, (-1,)), rows * x.shape[-1] + xp.astype(classes, xp.int64), axis=0)
 
 
 def _library(x: Array) -> Library:

@@ -14,14 +14,16 @@ from . import memory
 from .atomic import check_apart, check_writable
 from .backend import backend
 from .file_formats import npz, zarr
+from .gates import Gate, check_gates
 from .inputs import Inputs, inputs_of
 from .plot import check_plot, draw
+from .plot_candidates import draw_candidates
 from .pools import Pool, cluster, threads
 from .progress import Progress
 from .run import ChangedError, Job, run
 from .sample_files import check_sample_file, write_samples
-from .samples import LOSSES, Parameters, checked, record_dtype
-from .statistics import EXACT_QUANTILES, Score, Values, digest, score_of
+from .samples import CHOICES, Parameters, checked
+from .statistics import EXACT_QUANTILES, Score, Scores, Values, difference, digest, score_of
 from .streams import printable
 from .work_file import WorkFile, job_folder
 
@@ -46,18 +48,25 @@ class Request(NamedTuple):
     plot: str | None
     output: str | None = None
     """Where `report` of `score` writes to, if that is a file."""
+    targets: Any = None
+    sample_weight: Any = None
+    where_label: int | None = None
+    top_k: tuple[int, ...] = ()
+    weights: str | None = None
+    gates: tuple[Gate, ...] = ()
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a word on how far the run came."""
 
 
-def score(request: Request, report: Callable[[Score], None] = lambda found: None) -> Score:
+def score(request: Request, report: Callable[[Score | Scores], None] = lambda found: None) -> Score | Scores:
     """The score; files are written once everything is known, then `report` is called, then the progress is dropped."""
     names, parameters = _checked(request)
     if request.output is not None:
         check_writable(request.output)
-    inputs = inputs_of(request.student, request.teacher, request.labels)
+    inputs = inputs_of(request.student, request.teacher, request.labels, request.targets, request.sample_weight)
+    _check_against(request, inputs, names)
     if request.per_sample is not None:
         check_sample_file(request.per_sample)
     if request.plot is not None:
@@ -72,23 +81,30 @@ def score(request: Request, report: Callable[[Score], None] = lambda found: None
     with contextlib.ExitStack() as stack:
         stack.callback(zarr.forget)
         stack.callback(npz.forget)
-        pool, rows = stack.enter_context(_pool(request, inputs, names))
-        job = Job(names, parameters, rows, request.strict)
+        by_prior = inputs.labelled and request.weights != "teacher" and not {"ikl", "gkl"}.isdisjoint(names)
+        note = None
+        try:
+            pool, rows = stack.enter_context(_pool(request, inputs, by_prior=by_prior))
+        except _NoRoomForPriorError as error:
+            if request.weights == "prior":
+                raise ValueError(str(error)) from None
+            note, by_prior = f"ikl and gkl are weighed by the teacher: {error}", False
+            pool, rows = stack.enter_context(_pool(request, inputs, by_prior=by_prior))
+        # The tool knows the temperature 1 alone.
+        by_tool = tuple(each and parameters.temperature == 1 for each in inputs.by_tool)
+        asked = (request.top_k, request.where_label, inputs.candidates, by_tool)
+        job = Job(names, parameters, rows, request.strict, by_prior, *asked)
         progress = stack.enter_context(Progress(inputs.samples, shown=request.progress))
         work = _work_file(request, inputs, job, pool)
         done = False
         try:
-            if work.note is not None:
-                progress.note(work.note)
+            for each in (note, work.note):
+                if each is not None:
+                    progress.note(each)
             if work.resumed_at:
                 progress.note(f"going on after {work.resumed_at:,} of {inputs.samples:,} samples")
             run(job, inputs, pool, work, progress.at)
-            values = Values(work, names, parameters, inputs.classes, inputs.labelled)
-            found = score_of(values, parameters, pool.name, pool.device)
-            if request.per_sample is not None:
-                write_samples(values, request.per_sample)
-            if request.plot is not None:
-                draw(values, found, request.plot, _title(request))
+            found = _found(request, inputs, job, pool, work)
             progress.end()
             report(found)
             done = True
@@ -102,10 +118,48 @@ def score(request: Request, report: Callable[[Score], None] = lambda found: None
     return found
 
 
+def _found(request: Request, inputs: Inputs, job: Job, pool: Pool, work: WorkFile) -> Score | Scores:
+    """What the records of all samples say, and the files that hold more of it."""
+    masking = inputs.masked or job.where_label is not None
+    every, scores = [], []
+    for at, by_tool in enumerate(job.by_tool):
+        candidate = at if job.candidates else None
+        values = Values(
+            work,
+            job.names,
+            job.parameters,
+            inputs.classes,
+            labelled=inputs.labelled,
+            by_prior=job.by_prior,
+            candidate=candidate,
+        )
+        reading = "llama.cpp" if by_tool else None
+        every.append(values)
+        try:
+            scores.append(score_of(values, job.parameters, pool.name, pool.device, masking=masking, reading=reading))
+        except ValueError as error:
+            raise ValueError(f"{job.candidates[at]}: {error}" if job.candidates else str(error)) from None
+    if not job.candidates:
+        if request.per_sample is not None:
+            write_samples(every[0], request.per_sample)
+        if request.plot is not None:
+            draw(every[0], scores[0], request.plot, _title(request))
+        return scores[0]
+    first, *others = every
+    differences = {
+        name: {loss: difference(values, first, loss) for loss in job.names}
+        for name, values in zip(job.candidates[1:], others, strict=True)
+    }
+    found = Scores(_named(request.teacher), dict(zip(job.candidates, scores, strict=True)), differences)
+    if request.plot is not None:
+        draw_candidates(found, request.plot)
+    return found
+
+
 def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
     names = tuple(dict.fromkeys(request.losses))
-    if not names or any(name not in LOSSES for name in names):
-        raise ValueError(f"losses must be among {', '.join(LOSSES)}, got {list(request.losses)}")
+    if not names or any(name not in CHOICES for name in names):
+        raise ValueError(f"losses must be among {', '.join(CHOICES)}, got {list(request.losses)}")
     parameters = Parameters(*request.parameters)
     checked(names, parameters)
     parameters = Parameters(*(float(x) for x in parameters))
@@ -115,20 +169,50 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
         if request.backend == "dask" and (given := getattr(request, name)) is not None:
             raise ValueError(f'{name} must be left to the workers with backend "dask", got {given!r}')
     size = request.batch_size
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    if size is not None and not _is_whole(size):
         raise ValueError(f"batch_size must be a whole number, at least 1, got {size!r}")
+    if not all(_is_whole(k) for k in request.top_k) or len(set(request.top_k)) < len(request.top_k):
+        raise ValueError(f"top_k must be different whole numbers, at least 1, got {list(request.top_k)}")
+    where = request.where_label
+    if where is not None and (isinstance(where, bool) or not isinstance(where, int)):
+        raise ValueError(f"where_label must be a whole number, got {where!r}")
+    if request.weights not in (None, "prior", "teacher"):
+        raise ValueError(f'weights must be "prior" or "teacher", got {request.weights!r}')
     return names, parameters
 
 
+def _check_against(request: Request, inputs: Inputs, names: tuple[str, ...]) -> None:
+    """ValueError where what was asked for does not go with the inputs."""
+    if request.top_k and max(request.top_k) > inputs.classes:
+        raise ValueError(f"top_k must be at most the {inputs.classes:,} classes, got {max(request.top_k):,}")
+    if request.where_label is not None and not (inputs.labelled or inputs.targeted):
+        raise ValueError("where_label needs labels or targets, got neither")
+    if request.weights == "prior" and not inputs.labelled:
+        raise ValueError('weights "prior" needs labels, by which the class prior is made, got none')
+    if request.weights == "prior" and {"ikl", "gkl"}.isdisjoint(names):
+        raise ValueError(f'weights "prior" needs the loss ikl or gkl, got {", ".join(names)}')
+    if request.per_sample is not None and inputs.candidates:
+        raise ValueError("per_sample needs a single student, got several candidates")
+    check_gates(request.gates, names, targeted=inputs.targeted, top_k=request.top_k)
+
+
+def _is_whole(x: Any) -> bool:
+    return not isinstance(x, bool) and isinstance(x, int) and x >= 1
+
+
+class _NoRoomForPriorError(ValueError):
+    """The run would fit into the memory without a class prior."""
+
+
 @contextlib.contextmanager
-def _pool(request: Request, inputs: Inputs, names: tuple[str, ...]) -> Iterator[tuple[Pool, int]]:
+def _pool(request: Request, inputs: Inputs, *, by_prior: bool) -> Iterator[tuple[Pool, int]]:
     """The workers, and the rows of a chunk for each."""
     itemsize = np.dtype(inputs.computed_in).itemsize
     with contextlib.ExitStack() as stack:
         if request.backend == "dask":
             if inputs.stamps() is None:
                 raise ValueError('backend "dask" needs files that its workers can open, got arrays')
-            memory.rows_and_threads(inputs.classes, itemsize, 0, 1, None, _needs(inputs, names))
+            _rows_and_threads(inputs, itemsize, 0, 1, None, by_prior=by_prior)
             pool = stack.enter_context(cluster(request.scheduler))
             rows = max(1, 2**22 // (inputs.classes * itemsize))
         else:
@@ -136,17 +220,31 @@ def _pool(request: Request, inputs: Inputs, names: tuple[str, ...]) -> Iterator[
             name = request.backend or ("numpy" if own is None or own.lazy else own.backend)
             place = stack.enter_context(backend(name, request.device, inputs.like))
             bound = memory.parse_size(request.memory) if isinstance(request.memory, str) else request.memory
-            rows, count = memory.rows_and_threads(
-                inputs.classes, itemsize, place.block_bytes, place.threads, bound, _needs(inputs, names)
+            rows, count = _rows_and_threads(
+                inputs, itemsize, place.block_bytes, place.threads, bound, by_prior=by_prior
             )
             pool = stack.enter_context(threads(place, count))
         yield pool, request.batch_size or rows
 
 
-def _needs(inputs: Inputs, names: tuple[str, ...]) -> memory.Needs:
+def _rows_and_threads(
+    inputs: Inputs, itemsize: int, block_bytes: int, threads: int, bound: int | None, *, by_prior: bool
+) -> tuple[int, int]:
+    """As `memory.rows_and_threads`; `_NoRoomForPriorError` where the class prior alone is too much."""
+    sizes = inputs.classes, itemsize, block_bytes, threads, bound
+    try:
+        return memory.rows_and_threads(*sizes, _needs(inputs, by_prior=by_prior))
+    except ValueError as error:
+        if by_prior:
+            memory.rows_and_threads(*sizes, _needs(inputs, by_prior=False))
+            raise _NoRoomForPriorError(str(error)) from None
+        raise
+
+
+def _needs(inputs: Inputs, *, by_prior: bool) -> memory.Needs:
     """What is held beside the blocks: the class prior and the sums for it, and what reading keeps."""
     held, a_thread, what = inputs.held_bytes, 0, []
-    if inputs.labelled and not {"ikl", "gkl"}.isdisjoint(names):
+    if by_prior:
         table = 8 * inputs.classes**2
         held, a_thread = held + 2 * table, 2 * table
         what.append(f"the class prior of {inputs.classes:,} classes (losses kl and dkl need none)")
@@ -156,7 +254,7 @@ def _needs(inputs: Inputs, names: tuple[str, ...]) -> memory.Needs:
 
 
 def _work_file(request: Request, inputs: Inputs, job: Job, pool: Pool) -> WorkFile:
-    dtype = record_dtype(job.names, inputs.computed_in)
+    dtype = job.record_dtype(inputs.computed_in, targeted=inputs.targeted)
     stamps = inputs.stamps()
     if request.work_dir is None or stamps is None:
         return WorkFile(dtype, None)
@@ -165,6 +263,13 @@ def _work_file(request: Request, inputs: Inputs, job: Job, pool: Pool) -> WorkFi
     known = {
         "inputs": stamps,
         "labelled": inputs.labelled,
+        "targeted": inputs.targeted,
+        "masked": inputs.masked,
+        "candidates": job.candidates,
+        "where_label": job.where_label,
+        "top_k": job.top_k,
+        "by_prior": job.by_prior,
+        "by_tool": job.by_tool,
         "losses": job.names,
         "parameters": {key: numbers[key] for key in ("temperature", "weight_temperature", "gamma")},
         "backend": pool.name,
@@ -184,6 +289,12 @@ def _title(request: Request) -> str:
     if request.teacher is None or library_of(request.student) is not None:
         return "Student against teacher"
     return f"{_short(request.student)} against {_short(request.teacher)}"
+
+
+def _named(teacher: Any) -> str:
+    if isinstance(teacher, (str, os.PathLike)):
+        return os.fspath(teacher)
+    return "teacher" if library_of(teacher) is not None else _short(teacher)
 
 
 def _short(x: Any) -> str:

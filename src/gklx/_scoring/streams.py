@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 _LONGEST = 2000
@@ -24,6 +25,12 @@ def printable(text: str) -> str:
     line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
     half = _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}"
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Paths without their folders, where that tells them apart; printable."""
+    short = [printable(Path(name).name) for name in names]
+    return short if len(set(short)) == len(names) else [printable(name) for name in names]
 
 
 def drop(stream: TextIO | None) -> None:

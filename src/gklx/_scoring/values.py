@@ -26,8 +26,13 @@ class ValueBlock(NamedTuple):
     label: Any | None
     """int64; None where no labels were given."""
     scored: Any
-    """bool: False for a sample left out (every class -inf), or undefined (NaN among its logits). The other
+    """bool: False for a sample left out (every class -inf, or masked), or undefined (NaN among its logits). The other
     fields of such a sample mean nothing."""
+    student_surprisal: Any | None = None
+    """float64, -log of the student's probability of the target; None where there are no targets."""
+    teacher_surprisal: Any | None = None
+    overlaps: dict[int, Any] | None = None
+    """By k: how many of the teacher's k largest classes are among the student's."""
 
 
 class SampleValues(Protocol):

@@ -1,0 +1,94 @@
+"""Bounds on the numbers of a score, such as `kl.p99 > 0.1`: what a build may be failed by."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from .samples import WITHOUT_PARTS
+from .statistics import DeltaP, Estimate, Perplexity, Score, Scores, Summary
+
+_GATE = re.compile(r"\s*([A-Za-z0-9_.]+)\s*([<>])\s*(\S+)\s*")
+_COUNTS = ("samples", "skipped", "undefined", "top1_agreement")
+
+
+class Gate(NamedTuple):
+    """A number's name, and where it must not lie."""
+
+    name: str
+    above: bool
+    """Whether it is broken by what is above the bound, or by what is below."""
+    bound: float
+    text: str
+    """As it was asked for."""
+
+
+def parsed_gate(text: str) -> Gate:
+    """The gate of an expression; ValueError where it is none."""
+    found = _GATE.fullmatch(text)
+    try:
+        bound = float(found[3]) if found else math.nan
+    except ValueError:
+        bound = math.nan
+    if found is None or not math.isfinite(bound):
+        raise ValueError(f"must be NAME > NUMBER or NAME < NUMBER, such as 'kl.p99 > 0.1', got {text!r}")
+    return Gate(found[1], found[2] == ">", bound, " ".join(text.split()))
+
+
+def check_gates(gates: Iterable[Gate], losses: tuple[str, ...], *, targeted: bool, top_k: tuple[int, ...]) -> None:
+    """ValueError for the name of a number that a run of these losses will not have."""
+    parts = {"mse", "ce"}
+    known = {*_COUNTS} | {
+        f"{loss}.{key}" for loss in losses for key in Summary._fields if not (loss in WITHOUT_PARTS and key in parts)
+    }
+    estimates = [f"top_k_overlap.{k}" for k in top_k]
+    if targeted:
+        known |= {"perplexity.correlation"} | {f"delta_p.{key}" for key in DeltaP._fields}
+        estimates += [f"perplexity.{key}" for key in Perplexity._fields if key != "correlation"]
+        estimates += ["delta_p.mean", "delta_p.rms"]
+    known |= {*estimates} | {f"{name}.stderr" for name in estimates}
+    for gate in gates:
+        if _plain(gate.name) not in known:
+            why = _why_unknown(_plain(gate.name), targeted=targeted, top_k=top_k)
+            raise ValueError(f"--fail-if {gate.text}: {gate.name} is no number of this report{why}")
+
+
+def broken(gates: Iterable[Gate], found: Score | Scores) -> Iterator[str]:
+    """A line for each gate that does not hold, of each candidate."""
+    several = isinstance(found, Scores)
+    scores: Mapping[str, Score] = found.students if isinstance(found, Scores) else {"": found}
+    for gate in gates:
+        for name, score in scores.items():
+            value = _numbers(score).get(_plain(gate.name), math.nan)
+            if math.isnan(value) or (value > gate.bound if gate.above else value < gate.bound):
+                said = "is not defined" if math.isnan(value) else f"is {value:.6g}"
+                yield f"{name + ': ' if several else ''}{gate.name} {said}: fails by {gate.text}"
+
+
+def _plain(name: str) -> str:
+    """Without what may be left out."""
+    return name.removeprefix("losses.").removesuffix(".value")
+
+
+def _why_unknown(name: str, *, targeted: bool, top_k: tuple[int, ...]) -> str:
+    if name.startswith(("perplexity.", "delta_p.")) and not targeted:
+        return " without targets"
+    if name.startswith("top_k_overlap.") and name.count(".") == 1:
+        return f": --top-k asks for {', '.join(str(k) for k in top_k) or 'none'}"
+    return ""
+
+
+def _numbers(score: Score) -> dict[str, float]:
+    """Every number of a score by its plain name."""
+    found: dict[str, Any] = {name: getattr(score, name) for name in _COUNTS}
+    parts: dict[str, Mapping[str, Any]] = {name: each._asdict() for name, each in score.losses.items()}
+    for name, part in (("perplexity", score.perplexity), ("delta_p", score.delta_p)):
+        parts |= {} if part is None else {name: part._asdict()}
+    parts["top_k_overlap"] = {str(k): each for k, each in (score.top_k_overlap or {}).items()}
+    for part_name, numbers in parts.items():
+        for key, value in numbers.items():
+            if isinstance(value, Estimate):
+                found |= {f"{part_name}.{key}": value.value, f"{part_name}.{key}.stderr": value.stderr}
+            elif value is not None:
+                found[f"{part_name}.{key}"] = value
+    return found
