@@ -90,9 +90,9 @@ if chosen b; then
   tests=(-m pytest tests -o pythonpath=tests -p xdist -p no:cacheprovider -v --tb=short --maxfail=60 --no-header
     -m "not library_independent and not evidence and not side_by_side" ${DRY:+--collect-only -q -q})
   begin=$SECONDS pids=()
-  GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 165 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy" & pids+=($!)
-  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 165 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or on_a_gpu" & pids+=($!)
-  GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 165 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or jax_on_a_gpu" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 165 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy and not torch" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 165 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 165 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
   limited 165 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
   for each in cupy torch jax verify; do
     wait "${pids[0]}"

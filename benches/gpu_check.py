@@ -31,7 +31,7 @@ import scoring
 
 import gklx
 from gklx._run import cuda_launch, dispatch
-from gklx.losses import call_builder
+from gklx.transforms import _unwrapped as call_builder
 
 Loss = Callable[..., Any]
 # Of the value, and of the row's largest entry of a gradient; float16 and bfloat16 logits are rounded before.

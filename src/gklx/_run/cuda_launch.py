@@ -171,8 +171,9 @@ def _core_kernel(options: Options, name: str, device: int) -> Any:
     from cuda.core import Device as CudaDevice
 
     on = CudaDevice(device)
-    on.set_current()
-    return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}").get_kernel(name)
+    with sys.modules["torch"].cuda.device(device):  # cuda-core leaves the device that it was told to use current
+        on.set_current()
+        return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}").get_kernel(name)
 
 
 class _Stream(NamedTuple):
