@@ -74,7 +74,7 @@ if chosen a; then
   grep -E "FAILED|Error" "$OUT/a.txt" | sort | uniq -c | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      limited 30 a.txt compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      limited $([ $tool = memcheck ] && echo 30 || echo 25) a.txt compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
         "$PYTHON" benches/gpu_check.py memory --library cupy
       part "a, $tool" $? a.txt 2
     done
@@ -90,10 +90,10 @@ if chosen b; then
   tests=(-m pytest tests -o pythonpath=tests -p xdist -p no:cacheprovider -v --tb=short --maxfail=60 --no-header
     -m "not library_independent and not evidence and not side_by_side" ${DRY:+--collect-only -q -q})
   begin=$SECONDS pids=()
-  GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 165 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy and not torch" & pids+=($!)
-  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 165 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
-  GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 165 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
-  limited 165 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 145 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy and not torch" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 145 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 145 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
+  limited 145 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
   for each in cupy torch jax verify; do
     wait "${pids[0]}"
     part "b, $each" $? "b-$each.txt" 2
@@ -104,12 +104,12 @@ if chosen b; then
 fi
 
 if chosen c; then
-  limited 75 c.txt "$PYTHON" benches/gpu_check.py score --backend cupy torch jax ${DRY:+--device cpu --gigabytes 0.01 --classes 100}
+  limited 85 c.txt "$PYTHON" benches/gpu_check.py score --backend cupy torch jax ${DRY:+--device cpu --gigabytes 0.01 --classes 100}
   part "c, gklx score" $? c.txt 12
 fi
 
 if chosen d; then
-  limited 145 d.txt "$PYTHON" benches/gpu_bench.py --seconds 125 ${DRY:+--device cpu --quick}
+  limited 130 d.txt "$PYTHON" benches/gpu_bench.py --seconds 112 ${DRY:+--device cpu --quick}
   part "d, benchmark" $? d.txt 1
   sed -n '/^# The losses/,$p' "$OUT/d.txt" | grep -E "reaches|^\|.*(gklx kl|a copy|F\.|Liger|optax)" | cut -c 1-160 | tee -a "$summary"
 fi

@@ -654,10 +654,10 @@ def test_around_the_kernels_nothing_is_moved_or_read(case, mask):
 
 
 def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
-    """Which cuda-core's `set_current` changes for PyTorch as well."""
+    """Which cuda-core's `set_current` changes for PyTorch as well. Both kernels come of one compilation."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
-    current = [0]
+    current, made = [0], []
 
     class CudaDevice:
         compute_capability = SimpleNamespace(major=9, minor=0)
@@ -676,13 +676,17 @@ def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
 
     def compiled_for(options, architecture):
         assert current == [1]
+        made.append(architecture)
         return SimpleNamespace(get_kernel=lambda name: (name, architecture))
 
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=CudaDevice))
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(cuda_launch, "cubin", compiled_for)
-    assert cuda_launch._core_kernel.__wrapped__((), "statistics", 1) == ("statistics", "sm_90")
-    assert current == [0]
+    options = (("OF", "this test"),)
+    for name in ("statistics", "gradients"):
+        assert cuda_launch._core_kernel(options, name, 1) == (name, "sm_90")
+        assert current == [0]
+    assert made == ["sm_90"]  # both at once: half the compiling
 
 
 def test_the_source_is_one_text():
