@@ -471,6 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=32_000, help="of the dump that is scored")
     options = parser.parse_args(arguments)
     if options.what == "score":
+        if not list(usable(options.library, options.device)):
+            return _SKIPPED
         return 0 if score(options.library, options.gigabytes, options.classes, options.device) else 1
     if options.what == "values":
         gklx.show_config()
