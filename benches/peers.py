@@ -32,6 +32,8 @@ class Task(NamedTuple):
     device: str = "cpu"
     compiler: str = "inductor"
     """PyTorch's."""
+    waits: bool = True
+    """Whether a call waits for what it queued on a GPU."""
 
     @property
     def size(self) -> str:
@@ -104,7 +106,7 @@ KL_STUDENT = KL._replace(both=False)
 @functools.cache
 def reference(asked: Asked, task: Task) -> list[np.ndarray]:
     """Value and gradients by the definition in float64, from the very logits of the task."""
-    if task.device == "cpu":
+    if task.device == "cpu" and task.dtype != "bfloat16":  # which NumPy has not
         xp, logits = np, [x.astype(np.float64) for x in task.inputs("numpy")]
     else:
         import torch as xp
@@ -120,7 +122,7 @@ def by_value_and_grad(library: str, loss: Loss, task: Task, both: bool) -> Call:
     """`gklx.value_and_grad`, on any library's arrays."""
     function = gklx.value_and_grad(loss, argnums=(0, 1) if both else (0,))
     student, teacher = task.inputs(library)
-    return _flat(waited(lambda: function(student, teacher), library, task.device))
+    return _flat(waited(lambda: function(student, teacher), library, task))
 
 
 def _flat(call: Callable[[], Any]) -> Call:
@@ -143,7 +145,7 @@ def by_backward(loss: Loss, task: Task, both: bool) -> Call:
         value.backward()
         return (value.detach(), student.grad, teacher.grad)[: 3 if both else 2]
 
-    return waited(call, "torch", task.device)
+    return waited(call, "torch", task)
 
 
 def by_compiled_backward(loss: Loss, task: Task, both: bool) -> Call:
@@ -160,12 +162,13 @@ def by_jit(loss: Loss, task: Task, both: bool) -> Call:
 
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1) if both else (0,)))
     student, teacher = task.inputs("jax")
-    return _flat(lambda: jax.block_until_ready(function(student, teacher)))
+    wait = jax.block_until_ready if task.waits else lambda result: result
+    return _flat(lambda: wait(function(student, teacher)))
 
 
-def waited(call: Callable[[], Any], library: str, device: str) -> Callable[[], Any]:
-    """The call and the end of what it queued on a GPU."""
-    if device == "cpu":
+def waited(call: Callable[[], Any], library: str, task: Task) -> Callable[[], Any]:
+    """The call and, where the task waits, the end of what it queued on a GPU."""
+    if task.device == "cpu" or not task.waits:
         return call
     if library == "cupy":
         import cupy
@@ -239,7 +242,7 @@ def copies(library: str, task: Task, both: bool) -> dict[str, Callable[[], Any]]
             else:
                 module.add(student, teacher, out=outputs[0])
 
-        return {"copy": waited(copy, library, task.device)}
+        return {"copy": waited(copy, library, task)}
     student, teacher = task.inputs("numpy")
     first, second = np.full_like(student, 0), np.full_like(teacher, 0)  # so that no page is met for the first time
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

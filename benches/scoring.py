@@ -79,6 +79,7 @@ def scored(
     *,
     losses: Sequence[str] = ALL,
     backend: str = "numpy",
+    device: str | None = None,
     memory: str = "1GB",
     python: str | None = None,
 ) -> Scored:
@@ -88,6 +89,7 @@ def scored(
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "score.json"
         options = ["--memory", memory, "--work-dir", folder, "--backend", backend, "--format", "json"]
+        options += ["--device", device] if device else []
         command = [python or sys.executable, "-c", _COMMAND, "score", *map(str, paths), *options]
         start = timeit.default_timer()
         # From an empty folder: Python looks for modules where it is called first.

@@ -3,6 +3,8 @@
 `GKLX_BACKENDS` (names, comma-separated) says which must be there: they fail where absent instead of skipping, and the
 others are left out. Without it every library that can be imported takes part.
 
+`GKLX_DEVICE=cuda` has PyTorch and JAX take part on a GPU alone, as CuPy does; what would wait for it raises there.
+
 Where a library has the row kernel, each execution is a backend of its own: "torch" runs on the kernel, "torch-formulas"
 on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_REQUIRED=1` says that it was installed.
 """
@@ -80,7 +82,7 @@ class Backend:
     @property
     def traced(self) -> bool:
         """Whether a wrapped function sees shapes and no values."""
-        return self.wrap is _jax_jit
+        return self.wrap in (_jax_jit, _jax_jit_without_transfers)
 
     @property
     def costly(self) -> bool:
@@ -179,7 +181,57 @@ BACKENDS = (
     Backend("cupy", BY_BACKEND["cupy"], _cupy),
 )
 
-BY_NAME = {each.name: each for each in BACKENDS}
+ON_GPU = os.environ.get("GKLX_DEVICE") == "cuda"
+
+
+def _torch_on_gpu(x: np.ndarray) -> Any:
+    import torch
+
+    return torch.tensor(x, device="cuda")
+
+
+def _torch_without_waiting(f: Callable[..., Any]) -> Callable[..., Any]:
+    """In which whatever would wait for the GPU raises."""
+
+    def never_waiting(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return f(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return never_waiting
+
+
+def _jax_jit_without_transfers(f: Callable[..., Any]) -> Callable[..., Any]:
+    jitted = _jax_jit(f)
+
+    def moving_nothing(*args: Any, **kwargs: Any) -> Any:
+        import jax
+
+        with jax.transfer_guard("disallow"):
+            return jitted(*args, **kwargs)
+
+    return moving_nothing
+
+
+# Compiling takes JAX seconds a case, on a GPU as on a CPU: three cases stand for all there.
+_JAX_CASES = {"only": ("float32", "bfloat16"), "cases": ("kl-T", "gkl-prior", "gkl-asymmetric")}
+_BY_NAME = {each.name: each for each in BACKENDS}
+if ON_GPU:
+    BACKENDS = (
+        Backend("cupy", BY_BACKEND["cupy"], _cupy),
+        Backend("torch-cuda", BY_BACKEND["torch"], _torch_on_gpu, _torch_without_waiting),
+        Backend(
+            "torch-cuda-formulas", BY_BACKEND["torch"], _torch_on_gpu, _torch_without_waiting, execution="formulas"
+        ),
+        Backend("jax-gpu", BY_BACKEND["jax"], _jax, **_JAX_CASES),
+        Backend("jax-jit-gpu", BY_BACKEND["jax"], _jax, _jax_jit_without_transfers, **_JAX_CASES),
+    )
+
+BY_NAME = _BY_NAME | {each.name: each for each in BACKENDS}
 
 REQUIRED = tuple(filter(None, os.environ.get("GKLX_BACKENDS", "").split(",")))
 KERNEL_REQUIRED = os.environ.get("GKLX_KERNEL_REQUIRED") == "1"
@@ -199,6 +251,10 @@ def absent(backend: str) -> str | None:
             cupy.zeros(1).sum().get()
         except Exception as error:
             return f"no CUDA GPU that CuPy can use ({type(error).__name__})"
+    if ON_GPU and backend == "torch" and not importlib.import_module("torch").cuda.is_available():
+        return "PyTorch sees no GPU"
+    if ON_GPU and backend == "jax" and importlib.import_module("jax").default_backend() != "gpu":
+        return "JAX sees no GPU"
     return None
 
 

@@ -214,3 +214,48 @@ def test_quick_run_writes_nothing_unasked(script, said):
     before = files(BENCHES)
     assert said in quick(script)
     assert files(BENCHES) == before
+
+
+# --- gpu.sh -----------------------------------------------------------------------------------------------------------
+
+
+def gpu_sh(tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
+    """The script's run, and the summary that it left."""
+    out = tmp_path / "out"
+    env = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
+    done = subprocess.run(
+        ["bash", str(BENCHES / "gpu.sh")], capture_output=True, text=True, timeout=300, env=env, check=False
+    )
+    return done, (out / "summary.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
+def test_gpu_script_says_what_it_skips(tmp_path):
+    done, summary = gpu_sh(tmp_path, PARTS="a d")
+    assert done.returncode == 0, done.stdout
+    assert "a, kernels: skipped" in summary
+    assert "d, benchmark: skipped" in summary
+    assert "c, " not in summary
+    said = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
+    for library in ("torch", "cupy"):
+        assert f"{library}: skipped, " in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
+@pytest.mark.skipif("torch" not in HERE, reason="PyTorch is not installed")
+def test_gpu_script_holds_a_library_to_the_definition_and_goes_on(tmp_path):
+    """A wrong loss, in a module that stands before gklx's own, fails part a and leaves part d its turn."""
+    done, summary = gpu_sh(tmp_path, PARTS="a", DRY="1")
+    assert done.returncode == 0, summary
+    assert "a, kernels: ok" in summary
+    (tmp_path / "sitecustomize.py").write_text(
+        "import functools, sys\n"
+        "if sys.argv[0:1] and 'gpu_check' in ' '.join(sys.orig_argv):\n"
+        "    import gklx\n"
+        "    gklx.kl = functools.partial(gklx.kl, temperature=1.001)\n"
+    )
+    done, summary = gpu_sh(tmp_path, PARTS="a d", DRY="1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, summary
+    assert "a, kernels: failed, status 1" in summary
+    assert "from the definition, allowed" in (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
+    assert "d, benchmark: ok" in summary

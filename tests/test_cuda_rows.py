@@ -7,8 +7,11 @@ import ctypes
 import re
 import shutil
 import subprocess
+import sys
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,7 +150,7 @@ def test_of_any_number_of_classes(on_cpu, case, classes):
     compare(on_cpu, case, "float32", *call(case, "samples", classes=classes, batch=(2,)), 64)
     options = on_cpu.start.plans[-1]
     assert options["VECTOR"] == ("4" if classes % 4 == 0 else "1")
-    assert options["GROUP"] == {1: "32", 2: "32", 32: "32", 33: "64", 600: "256", 4096: "256"}[classes]
+    assert options["GROUP"] == {1: "32", 2: "32", 32: "32", 33: "32", 600: "64", 4096: "256"}[classes]
 
 
 @pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32"), ("float32", "float64")])
@@ -468,9 +471,9 @@ def test_a_mutation_of_the_kernels_is_caught(tmp_path, on_cpu, old, new):
 @pytest.mark.parametrize(
     ("student", "teacher", "shape", "offset", "vector", "group", "blocks"),
     [
-        ("float32", "float32", (8192, 1000), 0, 4, 256, 8192),
+        ("float32", "float32", (8192, 1000), 0, 4, 64, 2048),
         ("float32", "float32", (10, 10), 0, 1, 32, 2),
-        ("float32", "float32", (9, 64), 4, 1, 64, 3),
+        ("float32", "float32", (9, 64), 4, 1, 32, 2),
         ("float16", "float16", (4, 2, 128_256), 0, 8, 256, 8),
         ("float16", "float64", (1, 6), 0, 2, 32, 1),
         ("float64", "float64", (7,), 0, 1, 32, 1),
@@ -530,6 +533,160 @@ def test_what_does_not_compile_is_said_so_once_and_left(monkeypatch):
     absent = cuda_launch._Launcher("gklx.no_such_module", works, works)
     assert cuda_launch._launcher(0, (absent,)) is None
     assert cuda_launch._launcher(0, (absent._replace(module="no_such_package.core"),)) is None
+
+
+# --- PyTorch's tensors, by a launcher ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch_on_kernels(tmp_path, monkeypatch):
+    """`cuda.evaluate` runs on PyTorch's tensors of the host: what it started: names, streams, blocks."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler here: g++ is not on the path")
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+
+    @cache
+    def library(options):
+        path = tmp_path / f"{abs(hash(options))}.so"
+        return compiled(HERE / "cuda_on_cpu.cpp", path, *(f"-D{k}={v}" for k, v in options))
+
+    def start(kernel, device, stream, blocks, given):
+        options, name = kernel
+        kinds = {np.int64: ctypes.c_longlong, np.uint64: ctypes.c_void_p}
+        kinds |= {np.float32: ctypes.c_float, np.float64: ctypes.c_double}
+        getattr(library(options), name)(*(kinds[type(x)](x.item()) for x in given))
+        started.append((name, stream, blocks))
+
+    started = []
+    launcher = cuda_launch._Launcher("json", lambda options, name, device: (options, name), start)
+    monkeypatch.setattr(cuda_launch, "_LAUNCHERS", (launcher,))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    return started
+
+
+def test_tensors_reach_the_kernels_however_they_lie(torch_on_kernels):
+    """Transposed, cut, expanded, unaligned, with a sign yet to be taken, recorded by autograd; of two dtypes."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 16, 40, generator=draw)
+    pairs = [
+        (whole[0].T, whole[1].T),
+        (whole[0, ::2, 3:35], whole[1, 1::2, :32]),
+        (whole[0, :1].expand(8, 40), whole[1, :8]),
+        (whole[0].reshape(-1)[1:321].reshape(8, 40), whole[1].reshape(-1)[:320].reshape(8, 40)),
+        (torch.view_as_complex(whole.reshape(16, 40, 2)).conj().imag, whole[1]),
+        (torch.nn.Parameter(whole[0].clone()), whole[1]),
+        (whole[0].bfloat16(), whole[1]),
+        (whole[0].half(), whole[1].half()),
+        (whole.reshape(4, 8, 40), whole.flip(0).reshape(4, 8, 40)),
+    ]
+    assert pairs[4][0].is_neg()
+    for student, teacher in pairs:
+        call = call_builder(gklx.gkl)(student, teacher, reduction="sum")
+        found = cuda.evaluate(call, value=True, student=True, teacher=True)
+        exact = gklx.value_and_grad(partial(gklx.gkl, reduction="sum"), (0, 1))(
+            student.detach().double(), teacher.detach().double()
+        )
+        assert_near(found.value.item(), exact[0].item(), "float32", ulps=64)
+        for gradient, expected, given in zip(found[1:3], exact[1], (student, teacher), strict=True):
+            assert gradient.dtype == given.dtype
+            dtype = str(given.dtype).partition(".")[2]
+            assert_near(gradient.double().numpy(), expected.numpy(), dtype, ulps=64 if dtype == "float32" else 1)
+        assert [(name, stream) for name, stream, _ in torch_on_kernels] == [("statistics", 7), ("gradients", 7)]
+        torch_on_kernels.clear()
+
+
+def test_labels_priors_and_masks_of_other_dtypes_are_converted(torch_on_kernels):
+    import torch
+
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    s, t, given = call(case, "elements")
+    own = {name: torch.tensor(x) for name, x in given.items()}
+    own |= {"labels": own["labels"].to(torch.int32), "prior": own["prior"].T.contiguous().T.double()}
+    own["sample_weight"] = torch.arange(5)
+    found = cuda.evaluate(
+        call_builder(loss_of(case))(torch.tensor(s).float(), torch.tensor(t).float(), **own),
+        value=True,
+        student=True,
+        teacher=True,
+    )
+    given["sample_weight"] = np.arange(5.0)
+    with np.errstate(all="ignore"):
+        exact = blocks.evaluate(call_of(case, s, t, given), value=True, student=True, teacher=True)
+    for one, other in zip(found[:3], exact[:3], strict=True):
+        assert_near(np.asarray(one.double()), other, "float32", ulps=64)
+
+
+@EACH
+@pytest.mark.parametrize("mask", MASKS)
+def test_around_the_kernels_nothing_is_moved_or_read(case, mask):
+    """On the meta device an array has no values; and no operator meets a tensor of the host, which it would move."""
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class NothingElsewhere(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            result = operator(*args, **(kwargs or {}))
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            assert {x.device.type for x in tensors} <= {"meta"}, operator
+            return result
+
+    started = []
+    device = cuda_launch.Device(
+        contiguous=lambda x, dtype: (x if dtype is None else x.to(dtype)).contiguous(),
+        address=lambda x: 0,
+        empty=lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device="meta"),
+        start=lambda options, blocks, name, arguments: started.append(name),
+    )
+    s, t, given = call(case, mask)
+    s, t = (torch.tensor(x, device="meta", dtype=torch.float32) for x in (s, t))
+    given = {name: torch.tensor(x, device="meta") for name, x in given.items()}
+    for reduction in ("mean", "sum", "none"):
+        with NothingElsewhere():
+            own = call_builder(loss_of(case, reduction=reduction))(s, t, **given)
+            found = cuda.evaluate(own, device=device, value=True, student=True, teacher=True)
+        assert found.value.shape == ((5,) if reduction == "none" else ())
+    assert started == ["statistics", "gradients"] * 3
+
+
+def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
+    """Which cuda-core's `set_current` changes for PyTorch as well. Both kernels come of one compilation."""
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+    current, made = [0], []
+
+    class CudaDevice:
+        compute_capability = SimpleNamespace(major=9, minor=0)
+
+        def __init__(self, index):
+            self.index = index
+
+        def set_current(self):
+            current[0] = self.index
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def compiled_for(options, architecture):
+        assert current == [1]
+        made.append(architecture)
+        return SimpleNamespace(get_kernel=lambda name: (name, architecture))
+
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=CudaDevice))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda_launch, "cubin", compiled_for)
+    options = (("OF", "this test"),)
+    for name in ("statistics", "gradients"):
+        assert cuda_launch._core_kernel(options, name, 1) == (name, "sm_90")
+        assert current == [0]
+    assert made == ["sm_90"]  # both at once: half the compiling
 
 
 def test_the_source_is_one_text():

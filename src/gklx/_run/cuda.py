@@ -25,6 +25,9 @@ _REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
 _ROW = 17  # numbers of `RowStatistics` in cuda.cu
 _PER_STUDENT_TOTAL, _PER_TEACHER_TOTAL, _HAS_VALID, _UNDEFINED = 2, 3, 13, 14  # of them
 
+_LOADS = 4
+"""Of a thread, in rows that a block's threads could take in fewer."""
+
 _Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 
 
@@ -82,8 +85,9 @@ def evaluate(
     )
     loss = None
     if value:
-        of = formulas.Samples(kl, ce, energy)
-        loss = formulas.value_of(call, of, batches.factors_of(call, run.v, of_energy, shared))
+        if factors is None or upstream is not None:
+            factors = batches.factors_of(call, run.v, of_energy, shared)
+        loss = formulas.value_of(call, formulas.Samples(kl, ce, energy), factors)
     return Result(loss, to_student, to_teacher, shared)
 
 
@@ -158,8 +162,9 @@ def plan_of(call: Call, addresses: tuple[int, ...], weighs: bool) -> Plan:
     vector = 16 // max(_SIZES[student], _SIZES[teacher])
     if classes % vector or any(address % 16 for address in addresses):
         vector = 1
+    # Where a thread takes fewer loads than this, merging the threads costs more than the loads do.
     group = 32
-    while group < THREADS and group * vector < classes:
+    while group < THREADS and group * vector * _LOADS < classes:
         group *= 2
     real = "double" if "float64" in (student, teacher) else "float"
     blocks = -(-math.prod(batch) // (THREADS // group))

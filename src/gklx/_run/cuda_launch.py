@@ -127,10 +127,16 @@ def _cupy_kernel(options: Options, name: str, device: int) -> Any:
     """Compiled for a device; CuPy keeps the result on disk as well."""
     import cupy
 
-    definitions = (f"-D{key}={value}" for key, value in options)
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=source(), options=(f"--std={_LANGUAGE}", *definitions))
-        return module.get_function(name)
+        return _cupy_module(options, device).get_function(name)
+
+
+@cache
+def _cupy_module(options: Options, device: int) -> Any:
+    import cupy
+
+    definitions = (f"-D{key}={value}" for key, value in options)
+    return cupy.RawModule(code=source(), options=(f"--std={_LANGUAGE}", *definitions))
 
 
 def _of_cupy(x: Array) -> Device:
@@ -168,11 +174,18 @@ def cubin(options: Options, architecture: str) -> Any:
 @cache
 def _core_kernel(options: Options, name: str, device: int) -> Any:
     """Compiled for a device; kept as long as the process."""
+    with sys.modules["torch"].cuda.device(device):  # cuda-core leaves the device that it was told to use current
+        return _core_module(options, device).get_kernel(name)
+
+
+@cache
+def _core_module(options: Options, device: int) -> Any:
+    """Both kernels, compiled once."""
     from cuda.core import Device as CudaDevice
 
     on = CudaDevice(device)
     on.set_current()
-    return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}").get_kernel(name)
+    return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}")
 
 
 class _Stream(NamedTuple):

@@ -1,0 +1,121 @@
+#!/bin/bash
+# What a GPU must settle, in one command of at most eight minutes: docs/devices.md says how to prepare it.
+#
+#     WHEELS=wheels OUT=found bash benches/gpu.sh       # all parts
+#     PARTS="a d" OUT=found bash benches/gpu.sh         # some of them
+#     DRY=1 OUT=found bash benches/gpu.sh               # without a GPU: on the CPU, small, tests collected and not run
+#
+# Parts run one after the other, each under time limits of its own, and none stops the others:
+#   a  versions, kernels against NumPy and the definition; once more under compute-sanitizer
+#   b  the tests of CuPy, PyTorch and JAX on the GPU, and `gklx verify`, side by side
+#   c  `gklx score` by each library, held to NumPy's
+#   d  the benchmark
+# Everything that is said goes to files in $OUT, and a summary to the standard output. The status is 1 where a part failed.
+#
+# WHEELS: a folder of wheels to install where no network is; without it what is installed is used, and gklx's sources.
+# PYTHON: the interpreter (python3). SCALE: multiplies the time limits (1).
+
+set -u
+cd "$(dirname "$0")/.." || exit 2
+OUT=${OUT:-gpu-results} PYTHON=${PYTHON:-python3} PARTS=${PARTS:-a b c d} SCALE=${SCALE:-1} DRY=${DRY:-}
+mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
+summary=$OUT/summary.txt
+: >"$summary"
+failed=0
+
+say() { echo "$(date +%T) $*" | tee -a "$summary"; }
+
+# limited SECONDS FILE COMMAND...: what the command says is added to the file. An interrupt first, so that pytest sums up.
+limited() {
+  local seconds=$(($1 * SCALE)) file=$OUT/$2
+  shift 2
+  echo "\$ $*" >>"$file"
+  timeout --signal=INT --kill-after=8 "$seconds" "$@" >>"$file" 2>&1 </dev/null
+  local status=$?
+  [ $status = 124 ] && echo "stopped after $seconds s" >>"$file"
+  return $status
+}
+
+# part NAME STATUS FILE: one line of the summary, and the end of the file.
+part() {
+  case $2 in
+    0) say "$1: ok" ;;
+    5) say "$1: nothing was run" ;; # pytest's, where no test was chosen
+    77) say "$1: skipped" ;;
+    124 | 137) say "$1: stopped by its time limit" ;;
+    *) say "$1: failed, status $2" ;;
+  esac
+  [[ $2 =~ ^(0|5|77)$ ]] || failed=1
+  tail -n "${4:-3}" "$OUT/$3" | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
+}
+
+chosen() { [[ " $PARTS " == *" $1 "* ]]; }
+
+# --- what runs --------------------------------------------------------------------------------------------------------
+
+rm -f "$OUT"/{a,b-cupy,b-torch,b-jax,b-verify,c,d}.txt
+if [ -n "${WHEELS:-}" ]; then
+  SITE=$(mktemp -d)
+  trap 'rm -rf "$SITE"' EXIT
+  $PYTHON -m pip install -q --no-index --no-deps --no-cache-dir --target "$SITE" "$WHEELS"/*.whl >>"$OUT/a.txt" 2>&1 ||
+    say "the wheels of $WHEELS cannot be installed: a.txt says why"
+else
+  SITE=$PWD/src
+fi
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
+{ nvidia-smi || echo "nvidia-smi is not here: no NVIDIA GPU"; } >>"$OUT/a.txt" 2>&1
+say "gklx is $($PYTHON -c 'import gklx; print(gklx.__version__, gklx.__file__)' 2>&1 | tail -n 1)"
+say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no NVIDIA GPU')"
+
+if chosen a; then
+  limited 60 a.txt "$PYTHON" benches/gpu_check.py values --library torch cupy ${DRY:+--device cpu}
+  part "a, kernels" $? a.txt 4
+  grep -E "FAILED|Error" "$OUT/a.txt" | sort | uniq -c | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      limited $([ $tool = memcheck ] && echo 30 || echo 25) a.txt compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$PYTHON" benches/gpu_check.py memory --library cupy
+      part "a, $tool" $? a.txt 2
+    done
+  else
+    say "a, compute-sanitizer: skipped, it is not on the path"
+  fi
+fi
+
+if chosen b; then
+  # With the tests alone on the path they import the gklx that is installed. Plugins that happen to be there are left
+  # out: a warning of theirs would be an error.
+  export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+  tests=(-m pytest tests -o pythonpath=tests -p xdist -p no:cacheprovider -v --tb=short --maxfail=60 --no-header
+    -m "not library_independent and not evidence and not side_by_side" ${DRY:+--collect-only -q -q})
+  begin=$SECONDS pids=()
+  GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 145 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy and not torch" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 145 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
+  GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 145 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
+  limited 145 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
+  for each in cupy torch jax verify; do
+    wait "${pids[0]}"
+    part "b, $each" $? "b-$each.txt" 2
+    pids=("${pids[@]:1}")
+    grep -E "^(FAILED|ERROR) " "$OUT/b-$each.txt" | head -n 10 | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
+  done
+  say "b took $((SECONDS - begin)) s"
+fi
+
+if chosen c; then
+  # In memory, where there is room: a slow disk would take the time of the last backend.
+  folder=${TMPDIR:-/tmp}
+  [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 8000000 ] 2>/dev/null && folder=/dev/shm
+  limited 85 c.txt env TMPDIR="$folder" "$PYTHON" benches/gpu_check.py score --backend cupy torch jax ${DRY:+--device cpu --gigabytes 0.01 --classes 100}
+  part "c, gklx score" $? c.txt 12
+fi
+
+if chosen d; then
+  limited 130 d.txt "$PYTHON" benches/gpu_bench.py --seconds 112 ${DRY:+--device cpu --quick}
+  part "d, benchmark" $? d.txt 1
+  sed -n '/^# The losses/,$p' "$OUT/d.txt" | grep -E "reaches|^\|.*(gklx kl|a copy|F\.|Liger|optax)" | cut -c 1-160 | tee -a "$summary"
+fi
+
+say "all of it took $SECONDS s"
+exit $failed

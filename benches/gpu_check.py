@@ -1,0 +1,491 @@
+"""What a GPU must settle before anything is timed on it. Parts a and c of benches/gpu.sh.
+
+    python benches/gpu_check.py values --library torch cupy jax      # the kernels, held to the definition in float64
+    python benches/gpu_check.py memory --library cupy                # little work, for compute-sanitizer
+    python benches/gpu_check.py score --backend cupy torch jax       # `gklx score`, held to NumPy's results
+    python benches/gpu_check.py values --library torch --device cpu  # a dry run, without a GPU
+
+Each check prints a line at once: its name and "ok", "skipped" with the reason, or what went wrong. The status is 1
+where something did, and 77 where no library could be checked.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import timeit
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import arrays
+import definitions
+import numpy as np
+import peers
+import scoring
+
+import gklx
+from gklx._run import cuda_launch, dispatch
+from gklx.transforms import _unwrapped as call_builder
+
+Loss = Callable[..., Any]
+# Of the value, and of the row's largest entry of a gradient; float16 and bfloat16 logits are rounded before.
+_TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
+
+
+_SKIPPED = 77
+
+
+class Skipped(Exception):  # noqa: N818, it is no error
+    """A check that cannot run here, and why."""
+
+
+class Here(NamedTuple):
+    """A library and the device that it is checked on."""
+
+    library: str
+    device: str
+
+    def put(self, x: np.ndarray, dtype: str) -> Any:
+        """Hand over an array."""
+        return arrays.into(self.library, x, dtype, self.device)
+
+    def wait(self) -> None:
+        """Let the GPU end what is queued, so that a fault of it shows here."""
+        if self.device == "cuda" and self.library == "torch":
+            sys.modules["torch"].cuda.synchronize()
+        elif self.library == "cupy":
+            sys.modules["cupy"].cuda.Device().synchronize()
+
+    def needs_torch(self) -> Any:
+        """PyTorch, for what is checked of it alone."""
+        if self.library != "torch":
+            raise Skipped("PyTorch's alone")
+        return sys.modules["torch"]
+
+    def needs_torch_on_cuda(self) -> Any:
+        """PyTorch on a GPU."""
+        torch = self.needs_torch()
+        if self.device != "cuda":
+            raise Skipped("needs a GPU")
+        return torch
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def drawn(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of a student and a teacher."""
+    teacher, noise = np.random.default_rng(seed).standard_normal((2, rows, classes)).astype(np.float32)
+    return 2 * teacher + noise, 2 * teacher
+
+
+def definition(name: str, student: np.ndarray, teacher: np.ndarray) -> definitions.Result:
+    """A loss by its definition in float64, the gradients of both."""
+    logits = student.astype(np.float64), teacher.astype(np.float64)
+    if name == "kl":
+        return definitions.kl(np, *logits)
+    return definitions.gkl(np, *logits, definitions.Numbers(gamma=0.5))
+
+
+LOSSES: dict[str, Loss] = {"kl": gklx.kl, "gkl": functools.partial(gklx.gkl, gamma=0.5)}
+
+
+def on_host(found: Sequence[Any]) -> list[np.ndarray]:
+    """Float64 arrays of value and gradients."""
+    value, gradients = found
+    return [definitions._to_numpy(x) for x in (value, *gradients)]
+
+
+def held(here: Here, name: str, student: Any, teacher: Any, dtype: str) -> None:
+    """AssertionError where a loss or its gradients at arrays of the library are not those of the definition."""
+    call = gklx.value_and_grad(LOSSES[name], (0, 1))
+    if here.library == "jax":
+        call = sys.modules["jax"].jit(call)
+    elif here.device == "cuda":
+        kernel = dispatch.kernel_of(call_builder(LOSSES[name])(student, teacher))
+        assert kernel == "cuda", f"the kernels do not serve the call: {kernel}"
+    found = call(student, teacher)
+    here.wait()
+    given = (definitions._to_numpy(x) for x in (student, teacher))
+    expected = [np.asarray(x) for x in definition(name, *given)]
+    apart = definitions.difference(expected, on_host(found))
+    assert apart <= _TOLERANCES[dtype], f"{apart:.1e} from the definition, allowed {_TOLERANCES[dtype]:g}"
+
+
+def dtypes_of(library: str) -> tuple[str, ...]:
+    """Those that are checked; JAX compiles each call for a second or two, and the tests try all."""
+    if library == "jax":
+        return ("float32", "bfloat16")
+    halves = ("float16",) if library == "cupy" else ("float16", "bfloat16")
+    return ("float32", *halves, "float64")
+
+
+def check_shapes(here: Here) -> None:
+    """Rows shorter and longer than a group of threads, single loads and wide ones."""
+    for rows, classes in ((1, 2), (3, 7), (9, 32), (5, 1000), (2, 50_257), (2, 128_256))[3 * (here.library == "jax") :]:
+        for dtype in dtypes_of(here.library):
+            for name in LOSSES:
+                s, t = (here.put(x, dtype) for x in drawn(rows, classes))
+                try:
+                    held(here, name, s, t, dtype)
+                except AssertionError as error:
+                    raise AssertionError(f"{name} at {rows} × {classes} {dtype}: {error}") from None
+
+
+def check_many_rows(here: Here) -> None:
+    """More rows than a grid may be high."""
+    s, t = (here.put(x, "float32") for x in drawn(70_001, 10))
+    held(here, "gkl", s, t, "float32")
+
+
+def check_layouts(here: Here) -> None:
+    """Logits that are not contiguous, and rows that begin between the multiples of 16 bytes."""
+    for dtype in dtypes_of(here.library):
+        s, t = (here.put(x, dtype) for x in drawn(64, 65))
+        held(here, "gkl", s.T, t.T, dtype)
+        held(here, "gkl", s[::2, 1:], t[1::2, :64], dtype)
+        flat_s, flat_t = s.reshape(-1)[1 : 1 + 60 * 64], t.reshape(-1)[3 : 3 + 60 * 64]
+        held(here, "gkl", flat_s.reshape(60, 64), flat_t.reshape(60, 64), dtype)
+
+
+def check_masks(here: Here) -> None:
+    """Prior by labels, sample weights and masks, against NumPy."""
+    s, t = drawn(33, 100, seed=1)
+    rng = np.random.default_rng(2)
+    given = {
+        "prior": rng.dirichlet(np.ones(100), 100).astype(np.float32),
+        "labels": rng.integers(0, 100, 33),
+        "sample_weight": rng.random(33).astype(np.float32),
+        "where": rng.random((33, 100)) < 0.7,
+    }
+    given["sample_weight"][3], s[3], t[~given["where"]] = 0.0, np.nan, -np.inf
+    s[:, 5] = t[:, 5] = -np.inf
+    loss = functools.partial(gklx.gkl, gamma=0.3, temperature=4.0)
+    wide = {name: x.astype(np.float64) if x.dtype.kind == "f" else x for name, x in given.items()}
+    with np.errstate(all="ignore"):
+        expected = gklx.value_and_grad(loss, (0, 1))(s.astype(np.float64), t.astype(np.float64), **wide)
+    own = {name: here.put(x, x.dtype.name) for name, x in given.items()}
+    found = gklx.value_and_grad(loss, (0, 1))(here.put(s, "float32"), here.put(t, "float32"), **own)
+    for x, y in zip(on_host(found), on_host(expected), strict=True):
+        assert np.isfinite(y).all()
+        assert np.max(np.abs(x - y)) <= 2e-5 * np.max(np.abs(y)), "masked results differ from NumPy's"
+
+
+def check_empty_and_infinite(here: Here) -> None:
+    """No rows, and rows that must end in NaN or infinity."""
+    s, t = (here.put(x, "float32") for x in (np.zeros((0, 5)), np.zeros((0, 5))))
+    value, gradients = gklx.value_and_grad(gklx.kl, (0, 1))(s, t)
+    assert float(value) == 0.0
+    assert [x.shape for x in gradients] == [(0, 5)] * 2
+    s, t = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
+    s[0, 1], s[1, 1] = np.nan, -np.inf
+    found = definitions._to_numpy(gklx.kl(here.put(s, "float32"), here.put(t, "float32"), reduction="none"))
+    assert np.isnan(found[0]), found
+    assert (found[1], found[2]) == (np.inf, 0), found
+
+
+def check_backward(here: Here) -> None:
+    """Autograd, the gradients in halves too."""
+    torch = here.needs_torch()
+    for dtype in dtypes_of(here.library):
+        s, t = (here.put(x, dtype).requires_grad_() for x in drawn(17, 1000))
+        gklx.gkl(s, t, gamma=0.5).backward()
+        _, to_s, to_t = definition("gkl", *(definitions._to_numpy(x) for x in (s, t)))
+        found = [definitions._to_numpy(x.grad) for x in (s, t)]
+        assert definitions.difference([to_s, to_t], found) <= _TOLERANCES[dtype], dtype
+    assert torch.is_grad_enabled()
+
+
+def check_no_transfers(here: Here) -> None:
+    """What would wait for the GPU raises; and of copies between host and GPU the profiler sees none."""
+    torch = here.needs_torch_on_cuda()
+    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
+    given = {
+        "labels": torch.arange(64, device="cuda"),
+        "prior": torch.ones(1000, 1000, device="cuda"),
+        "sample_weight": torch.ones(64, device="cuda"),
+        "where": torch.ones(1000, device="cuda", dtype=torch.bool),
+    }
+
+    def calls() -> None:
+        for loss in (gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl):
+            gklx.value_and_grad(loss, (0, 1))(s, t)
+            own = s.clone().requires_grad_()
+            loss(own, t).backward()
+        gklx.value_and_grad(functools.partial(gklx.gkl, gamma=0.3), (0, 1))(s, t, **given)
+
+    calls()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        calls()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        gklx.value_and_grad(gklx.kl, (0, 1))(s, t)
+        torch.cuda.synchronize()
+    ran = {event.key: event.count for event in profile.key_averages()}
+    kernels = {name: count for name, count in ran.items() if not name.startswith(("Mem", "cuda", "cu"))}
+    print(f"  kernels of one kl with both gradients: {sum(kernels.values())}", kernels)
+    moved = [name for name in ran if name.startswith("Memcpy") and "DtoD" not in name]
+    assert not moved, moved
+
+
+def check_streams(here: Here) -> None:
+    """On another stream than the default one, memory handed around between calls, and several threads."""
+    torch = here.needs_torch_on_cuda()
+    s, t = (here.put(x, "float32") for x in drawn(4096, 1000))
+    expected, _ = gklx.value_and_grad(gklx.gkl)(s, t)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    values = []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                own = s * 1.0  # would be read too early on any other stream
+                values.append(gklx.value_and_grad(gklx.gkl)(own, t)[0])
+                del own
+    torch.cuda.synchronize()
+    for value in values:
+        assert torch.equal(value, expected), (float(value), float(expected))
+
+
+def check_graph(here: Here) -> None:
+    """A captured call sees new logits at each replay."""
+    torch = here.needs_torch_on_cuda()
+    from gpu_bench import captured
+
+    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
+    replay = captured(lambda: gklx.value_and_grad(gklx.gkl, (0, 1))(s, t))
+    other_s, other_t = (here.put(x, "float32") for x in drawn(64, 1000, seed=9))
+    s.copy_(other_s)
+    t.copy_(other_t)
+    value, gradients = replay()
+    expected, expected_gradients = gklx.value_and_grad(gklx.gkl, (0, 1))(other_s, other_t)
+    torch.cuda.synchronize()
+    assert torch.equal(value, expected)
+    assert all(map(torch.equal, gradients, expected_gradients))
+
+
+def check_launchers(here: Here) -> None:
+    """Each way of starting the kernels, on its own; and the current device is left as it was."""
+    torch = here.needs_torch_on_cuda()
+    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
+    whole, found = cuda_launch._LAUNCHERS, {}
+    try:
+        for launcher in whole:
+            cuda_launch._LAUNCHERS = (launcher,)
+            if not cuda_launch._is_installed(launcher.module):
+                print(f"  {launcher.module}: not installed")
+                continue
+            before = torch.cuda.current_device()
+            assert cuda_launch.available(s), f"{launcher.module} does not work"
+            held(here, "gkl", s, t, "float32")
+            assert torch.cuda.current_device() == before
+            call = functools.partial(gklx.value_and_grad(gklx.kl, (0, 1)), s, t)
+            call()
+            found[launcher.module] = timeit.timeit(call, number=200) / 200
+            here.wait()
+    finally:
+        cuda_launch._LAUNCHERS = whole
+    print("  microseconds a call by:", {name: round(x * 1e6) for name, x in found.items()})
+    assert found, "there is no launcher"
+
+
+def check_devices(here: Here) -> None:
+    """A tensor on another device than the current one."""
+    torch = here.needs_torch_on_cuda()
+    if torch.cuda.device_count() < 2:
+        raise Skipped("one GPU is here")
+    s, t = (here.put(x, "float32").to("cuda:1") for x in drawn(64, 1000))
+    held(here, "gkl", s, t, "float32")
+    assert torch.cuda.current_device() == 0
+
+
+def check_more_than_2_31(here: Here) -> None:
+    """More logits than 32 bits count: the last rows are those of a call of them alone."""
+    torch = here.needs_torch_on_cuda()
+    rows, classes = 67_000, 32_768
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        raise Skipped("needs 30 GB on the GPU")
+    s = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16)
+    t = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16)
+    assert s.numel() > 2**31
+    loss = functools.partial(gklx.kl, reduction="sum")
+    to_s, to_t = gklx.grad(loss, (0, 1))(s, t)
+    last_s, last_t = gklx.grad(loss, (0, 1))(s[-3:].clone(), t[-3:].clone())
+    assert torch.equal(to_s[-3:], last_s)
+    assert torch.equal(to_t[-3:], last_t)
+
+
+VALUES = (
+    check_shapes,
+    check_layouts,
+    check_masks,
+    check_many_rows,
+    check_empty_and_infinite,
+    check_backward,
+    check_launchers,
+    check_no_transfers,
+    check_streams,
+    check_graph,
+    check_devices,
+    check_more_than_2_31,
+)
+
+
+def checked(here: Here) -> bool:
+    """Run all checks of a library; whether none failed."""
+    fine = [_ran(f"{here.library}: {check.__name__[6:]}", functools.partial(check, here)) for check in VALUES]
+    return all(fine)
+
+
+def _ran(name: str, check: Callable[[], None]) -> bool:
+    start = timeit.default_timer()
+    try:
+        check()
+    except Skipped as reason:
+        print(f"{name}: skipped, {reason}", flush=True)
+    except Exception:  # the next check may well run
+        print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
+        return False
+    else:
+        print(f"{name}: ok, {timeit.default_timer() - start:.1f} s", flush=True)
+    return True
+
+
+def memory(library: str, device: str) -> bool:
+    """Few calls of all plans, each array in an allocation of its own, so that a tool sees what lies beside it."""
+    if library == "cupy":
+        sys.modules["cupy"].cuda.set_allocator(None)
+    here = Here(library, device)
+    ends = (check_layouts, check_masks)
+    fine = [_ran(f"{library}: {check.__name__[6:]}", functools.partial(check, here)) for check in ends]
+    for rows, classes in ((3, 7), (5, 1000), (2, 5003)):
+        for name in LOSSES:
+            s, t = (here.put(x, "float32") for x in drawn(rows, classes))
+            fine.append(_ran(f"{name} {rows} × {classes}", functools.partial(held, here, name, s, t, "float32")))
+    return all(fine)
+
+
+# --- gklx score -------------------------------------------------------------------------------------------------------
+
+
+def score(backends: Sequence[str], gigabytes: float, classes: int, device: str) -> bool:
+    """`gklx score` of the digits and of a generated dump, held to NumPy's."""
+    fine = True
+    digits = [Path(__file__).parents[1] / "examples" / "digits" / f"{name}.npy" for name in ("student", "teacher")]
+    labels = digits[0].with_name("labels.npy")
+    with tempfile.TemporaryDirectory() as folder:
+        expected = table(digits, labels, "numpy", None, Path(folder))
+        for backend in backends:
+            fine &= _ran(f"score, digits, {backend}", lambda backend=backend: _scored_digits(backend, device, expected))
+        paths = scoring.dumps(Path(folder), gigabytes, classes)
+        size = sum(path.stat().st_size for path in paths)
+        found: dict[str, scoring.Scored] = {}
+
+        def dump(backend: str) -> None:
+            if backend != "numpy":
+                _needed(backend, device)
+            found[backend] = scoring.scored(paths, backend=backend, device=_device(backend, device), memory="4GB")
+            scoring.check(found["numpy"], found[backend])
+            seconds, peak = found[backend].seconds, found[backend].peak_bytes
+            print(f"  {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s, peak {peak / 1e9:.2f} GB on the host")
+
+        reading = timeit.timeit(lambda: scoring.read(paths), number=1)
+        print(f"a plain read of {size / 1e9:.2g} GB: {reading:.1f} s")
+        for backend in ("numpy", *backends):
+            fine &= _ran(f"score, {size / 1e9:.2g} GB, {backend}", functools.partial(dump, backend))
+    return fine
+
+
+def _scored_digits(backend: str, device: str, expected: dict[str, Any]) -> None:
+    _needed(backend, device)
+    digits = [Path(__file__).parents[1] / "examples" / "digits" / f"{name}.npy" for name in ("student", "teacher")]
+    with tempfile.TemporaryDirectory() as folder:
+        found = table(digits, digits[0].with_name("labels.npy"), backend, _device(backend, device), Path(folder))
+    for name, numbers in expected.items():
+        for which, x in numbers.items():
+            y = found[name][which]
+            close = x == y or abs(x - y) <= 1e-5 * max(abs(x), 1e-6)
+            assert close, f"{which} of {name}: NumPy has {x}, {backend} {y}"
+
+
+def _device(backend: str, device: str) -> str | None:
+    """PyTorch alone takes the CPU where nothing is said."""
+    return device if backend == "torch" else None
+
+
+def _needed(backend: str, device: str) -> None:
+    reason = peers.missing(backend, device)
+    if reason:
+        raise Skipped(reason)
+
+
+def table(
+    paths: Sequence[Path], labels: Path, backend: str, device: str | None, folder: Path
+) -> dict[str, dict[str, float]]:
+    """The numbers of the report, loss by loss."""
+    report = folder / f"{backend}.json"
+    command = [sys.executable, "-m", "gklx", "score", *map(str, paths), "--labels", str(labels), "--backend", backend]
+    command += ["--format", "json", "--output", str(report), "--work-dir", str(folder)]
+    command += ["--device", device] if device else []
+    env = os.environ | {"PYTHONPATH": str(Path(gklx.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1:]
+    losses = json.loads(report.read_text(encoding="utf-8"))["losses"]
+    return {
+        name: {which: x for which, x in found.items() if isinstance(x, float)}
+        for name, found in losses.items()
+        if found
+    }
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def usable(libraries: Sequence[str], device: str) -> Iterator[str]:
+    """The libraries that can run there; of the others it says why not."""
+    for library in libraries:
+        reason = peers.missing(library, device)
+        if reason:
+            print(f"{library}: skipped, {reason}", flush=True)
+        else:
+            yield library
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("values", "memory", "score"))
+    parser.add_argument("--library", "--backend", nargs="+", default=["torch", "cupy", "jax"])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the dump that is scored")
+    parser.add_argument("--classes", type=int, default=32_000, help="of the dump that is scored")
+    options = parser.parse_args(arguments)
+    if options.what == "score":
+        if not list(usable(options.library, options.device)):
+            return _SKIPPED
+        return 0 if score(options.library, options.gigabytes, options.classes, options.device) else 1
+    if options.what == "values":
+        gklx.show_config()
+    fine, libraries = True, list(usable(options.library, options.device))
+    for library in libraries:
+        with contextlib.ExitStack() as stack:
+            if library == "jax":
+                enable = sys.modules["jax"].enable_x64
+                stack.enter_context(enable(True))
+            run = memory if options.what == "memory" else lambda *given: checked(Here(*given))
+            fine &= run(library, options.device)
+    return 1 if not fine else 0 if libraries else _SKIPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

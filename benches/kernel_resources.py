@@ -1,0 +1,132 @@
+"""The CUDA kernels compiled for several architectures: registers, spills and shared memory. No GPU is needed.
+
+    pip install "nvidia-cuda-nvrtc-cu12>=12.8" "nvidia-cuda-nvcc-cu12>=12.8"
+    python benches/kernel_resources.py                        # prints the table
+    python benches/kernel_resources.py --output benches/results/cuda-kernels.txt
+
+NVRTC makes PTX of each plan, as it does on a GPU, and ptxas machine code, of whose resources it tells.
+"""
+
+import argparse
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pages
+
+from gklx._run import cuda, cuda_launch
+
+ARCHITECTURES = (75, 80, 90, 120)
+WEIGHTS = ("UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER")
+# Computed in, student, teacher, logits a load.
+KINDS = (("float", "float", "float", 4), ("float", "Brain", "Brain", 8), ("double", "double", "double", 2))
+
+
+class Resources(NamedTuple):
+    """What one kernel takes."""
+
+    registers: int
+    spilled: int
+    """Bytes stored to the memory of the thread."""
+    shared: int
+    """Bytes of a block."""
+
+
+def nvrtc_library() -> ctypes.CDLL:
+    """NVRTC of the package nvidia-cuda-nvrtc-cu12."""
+    return ctypes.CDLL(str(_packaged("lib/libnvrtc.so*")))
+
+
+def _packaged(pattern: str) -> Path:
+    import nvidia
+
+    found = [path for folder in nvidia.__path__ for path in sorted(Path(folder).glob(f"*/{pattern}"))]
+    if not found:
+        raise SystemExit(f"{pattern} is not installed: nvidia-cuda-nvrtc-cu12 and nvidia-cuda-nvcc-cu12 have it")
+    return found[0]
+
+
+def ptx_of(nvrtc: ctypes.CDLL, options: cuda_launch.Options, architecture: int) -> bytes:
+    """The kernels of a plan in NVIDIA's portable assembly."""
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    text = cuda_launch.source().encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"cuda.cu", 0, None, None) == 0
+    given = [f"--gpu-architecture=compute_{architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in options)]
+    pointers = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
+    status = nvrtc.nvrtcCompileProgram(program, len(given), pointers)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    if status != 0:
+        raise RuntimeError(log.value.decode())
+    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
+    ptx = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return ptx.value
+
+
+def resources_of(ptxas: str, ptx: bytes, architecture: int) -> dict[str, Resources]:
+    """What ptxas says of each kernel, by its name."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernels.ptx"
+        source.write_bytes(ptx)
+        command = [ptxas, f"--gpu-name=sm_{architecture}", "--verbose", "--output-file", f"{source}.cubin", str(source)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = {}
+    for part in re.split(r"Compiling entry function '", said)[1:]:
+        name = part.partition("'")[0]
+        registers, spilled = (
+            int(re.search(pattern, part)[1]) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+        )
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[name] = Resources(registers, spilled, int(shared[1]) if shared else 0)
+    return found
+
+
+def rows() -> Iterator[Sequence[str]]:
+    """The table, plan by plan."""
+    nvrtc = nvrtc_library()
+    ptxas = shutil.which("ptxas") or str(_packaged("bin/ptxas"))
+    for (real, student, teacher, vector), weights in itertools.product(KINDS, WEIGHTS):
+        plan = cuda.Plan(real, student, teacher, weights, vector, 256, 1)
+        columns = [resources_of(ptxas, ptx_of(nvrtc, plan.options, each), each) for each in ARCHITECTURES]
+        for name in ("statistics", "gradients"):
+            yield (
+                name,
+                student,
+                weights,
+                *(f"{column[name].registers} / {column[name].spilled}" for column in columns),
+                f"{columns[-1][name].shared:,}",
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    headings = ["kernel", "logits", "class weights", *(f"sm_{each}" for each in ARCHITECTURES), "shared memory"]
+    lines = [
+        "# The CUDA kernels: registers of a thread / bytes spilled, and bytes of shared memory of a block",
+        "",
+        f"NVRTC {major.value}.{minor.value}, blocks of {cuda_launch.THREADS} threads. "
+        "Made by `python benches/kernel_resources.py --output benches/results/cuda-kernels.txt`.",
+        "",
+        *pages.markdown(headings, rows(), right=(3, 4, 5, 6, 7)),
+    ]
+    print("\n".join(lines))
+    if options.output:
+        pages.write(options.output, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
