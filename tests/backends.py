@@ -217,8 +217,8 @@ def _jax_jit_without_transfers(f: Callable[..., Any]) -> Callable[..., Any]:
     return moving_nothing
 
 
-# Compiling takes JAX seconds a case, on a GPU as on a CPU: three cases stand for all there.
-_JAX_CASES = {"only": ("float32", "bfloat16"), "cases": ("kl-T", "gkl-prior", "gkl-asymmetric")}
+# Compiling takes JAX seconds a case, on a GPU as on a CPU.
+_FEW = {"only": ("float32", "bfloat16"), "thorough": ()}
 _BY_NAME = {each.name: each for each in BACKENDS}
 if ON_GPU:
     BACKENDS = (
@@ -227,8 +227,8 @@ if ON_GPU:
         Backend(
             "torch-cuda-formulas", BY_BACKEND["torch"], _torch_on_gpu, _torch_without_waiting, execution="formulas"
         ),
-        Backend("jax-gpu", BY_BACKEND["jax"], _jax, **_JAX_CASES),
-        Backend("jax-jit-gpu", BY_BACKEND["jax"], _jax, _jax_jit_without_transfers, **_JAX_CASES),
+        Backend("jax-gpu", BY_BACKEND["jax"], _jax, **_FEW),
+        Backend("jax-jit-gpu", BY_BACKEND["jax"], _jax, _jax_jit_without_transfers, **_FEW),
     )
 
 BY_NAME = _BY_NAME | {each.name: each for each in BACKENDS}
