@@ -21,7 +21,6 @@ EXEMPT = {
     "changelog.md": "is the project's changelog",
     "measurements.md": "shows the reports that the benchmarks write",
     "results.md": "shows what the experiments measured",
-    "settings.md": "shows parts of the README, whose blocks test_readme.py runs",
     "support.md": "shows parts of the README, whose blocks test_readme.py runs",
     "theory.md": "is mathematics, and names the tests that check it",
 }
@@ -122,7 +121,7 @@ def public_names(module):
 @pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
 def test_every_public_name_is_in_the_reference(module):
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
-    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.MULTILINE)
+    shown = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", reference, re.MULTILINE)
     assert sorted(set(public_names(module)) - set(shown)) == []
 
 

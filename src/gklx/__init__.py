@@ -3,7 +3,7 @@
 The losses are `kl`, `dkl`, `ikl` and `gkl`; `grad`, `value_and_grad` and `terms` turn a loss into its gradients or its
 parts; `class_sums`, `ClassPrior` and `ClassPriorState` make the class prior of IKL and GKL;
 `global_batch` spreads one batch over many devices. `score` compares logits of any size in files, arrays or batches.
-`show_config` says what the losses run on here.
+`settings` holds the published settings, and `show_config` says what the losses run on here.
 """
 
 from ._interrupts import ended_by_interrupts, is_command
@@ -13,12 +13,14 @@ with ended_by_interrupts(is_command()):  # NumPy's import takes the time in whic
     from .distributed import global_batch
     from .losses import dkl, gkl, ikl, kl
     from .prior import ClassPrior, ClassPriorState, class_sums
+    from .published import Setting, settings
     from .scoring import score
     from .transforms import Terms, grad, terms, value_and_grad
 
 __all__ = [
     "ClassPrior",
     "ClassPriorState",
+    "Setting",
     "Terms",
     "class_sums",
     "dkl",
@@ -28,6 +30,7 @@ __all__ = [
     "ikl",
     "kl",
     "score",
+    "settings",
     "show_config",
     "terms",
     "value_and_grad",
