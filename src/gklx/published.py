@@ -5,9 +5,9 @@ The numbers are those of the papers and of the authors' repository, read in Nove
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict, cast
 
-__all__ = ["AdversarialTraining", "Setting", "Source", "settings"]
+__all__ = ["AdversarialTraining", "LossArguments", "Setting", "Source", "settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,16 @@ class AdversarialTraining:
     weight_averaging: float = 0.9
     clean_cross_entropy: bool = True
     """Whether the cross-entropy of the clean images with their labels is added."""
+
+
+class LossArguments(TypedDict):
+    """The arguments of a loss that a setting holds; `gamma` for GKL alone."""
+
+    ce_weight: float
+    mse_weight: float
+    temperature: float
+    weight_temperature: float
+    gamma: NotRequired[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +90,7 @@ class Setting:
     note: str | None = None
 
     @property
-    def loss(self) -> dict[str, float]:
+    def loss(self) -> LossArguments:
         """The hyper-parameters, as arguments of `gklx.ikl` or `gklx.gkl`.
 
         Where `weights` is "class prior" give the loss ``prior=`` and ``labels=`` as well: without them it takes the
@@ -97,7 +107,7 @@ class Setting:
         unknown = [name for name in ("divergence", *names) if getattr(self, name) is None]
         if unknown:
             raise ValueError(f"the setting {self.name!r} is published in part: its {', '.join(unknown)} are not known")
-        return {name: getattr(self, name) for name in names}
+        return cast(LossArguments, {name: getattr(self, name) for name in names})
 
 
 class _Settings(Mapping[str, Setting]):
