@@ -5,7 +5,11 @@ A block is complete in itself, but in a tutorial, which is one doctest from its 
 
 import ast
 import doctest
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,8 +25,7 @@ EXEMPT = {
     "changelog.md": "is the project's changelog",
     "measurements.md": "shows the reports that the benchmarks write",
     "results.md": "shows what the experiments measured",
-    "settings.md": "shows parts of the README, whose blocks test_readme.py runs",
-    "support.md": "shows parts of the README, whose blocks test_readme.py runs",
+    "support.md": "lists what is supported; test_readme.py checks its table",
     "theory.md": "is mathematics, and names the tests that check it",
 }
 
@@ -58,6 +61,12 @@ def examples_in(page):
     return [doctest_of(whole, page, first)]
 
 
+def doctest_at(page, line):
+    """The doctest of a page that begins at a line."""
+    (found,) = (test for test in examples_in(Path(page)) if test.lineno == line)
+    return found
+
+
 def imported(test):
     """The top-level modules that a doctest imports."""
     found = set()
@@ -85,8 +94,23 @@ def test_block_prints_what_the_page_shows(test):
     backends.needs_imported(modules)
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
+    if "keras" in modules:
+        pytest.skip("Keras has one backend a process: test_keras_block_on_its_backend runs it")
     found = problems(test)
     assert not found, found
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+@pytest.mark.parametrize("test", [each for each in BLOCKS if "keras" in imported(each.values[0])])
+def test_keras_block_on_its_backend(test, library):
+    backends.needs(library)
+    if importlib.util.find_spec("keras") is None:
+        pytest.skip("Keras is not installed")
+    code = f"import test_docs; print(end=test_docs.problems(test_docs.doctest_at({test.filename!r}, {test.lineno})))"
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
+    environment = os.environ | {"KERAS_BACKEND": library, "PYTHONPATH": paths}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("test", BLOCKS)
@@ -122,7 +146,7 @@ def public_names(module):
 @pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
 def test_every_public_name_is_in_the_reference(module):
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
-    shown = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", reference, re.MULTILINE)
+    shown = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", reference, re.MULTILINE)
     assert sorted(set(public_names(module)) - set(shown)) == []
 
 

@@ -1,4 +1,4 @@
-"""The README says what is so: its support table, its commands and their output, and every Python block in it."""
+"""The README and the landing page say what is so: support table, commands and their output, every Python block."""
 
 import ast
 import re
@@ -36,8 +36,13 @@ def imported(source):
     return found
 
 
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 120
+
+
 def test_support_table():
-    _, _, rest = README.partition("<!-- support table: begin -->\n")
+    page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- support table: begin -->\n")
     found, end, _ = rest.partition("\n<!-- support table: end -->\n")
     assert end
     assert found == support_table()
@@ -62,10 +67,11 @@ def test_test_command_is_what_ci_runs():
     assert TESTS in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 
-def test_score_prints_what_the_readme_shows(capsys, monkeypatch):
+def test_score_prints_what_the_landing_page_shows(capsys, monkeypatch):
     """Word for word, but for the last digits of the numbers, which may differ from machine to machine."""
     (command,) = (each for each in COMMANDS if each.startswith(SCORE))
-    (shown,) = (body for kind, body, _ in BLOCKS if kind == "text")
+    landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (shown,) = (body for kind, body in FENCED.findall(landing) if kind == "text")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["score", *shlex.split(command.removeprefix(SCORE))]) == 0

@@ -2,25 +2,37 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal, ParamSpec
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from . import _autodiff
 from ._core.call import Array, Call, Formula, Number, Reduction
 from ._core.checks import call_of, truth
 
 _Signature = ParamSpec("_Signature")
+_Array = TypeVar("_Array")
+
+
+class _CallOn(Generic[_Array]):
+    """For type checkers: a `Call` on arrays of this type, so that the loss made from it returns one."""
+
+
+def _on_arrays(build: Callable[_Signature, Call]) -> Callable[_Signature, _CallOn[Any]]:
+    return cast(Callable[_Signature, _CallOn[Any]], build)
+
+
+_call_of = _on_arrays(call_of)
 
 _KL = Formula(decomposed=False, tempered=True, symmetric=False, batch_normalized=False)
 _DKL = Formula(decomposed=True, tempered=True, symmetric=False, batch_normalized=False)
 _IKL = Formula(decomposed=True, tempered=False, symmetric=True, batch_normalized=False)
 
 
-def _loss(build: Callable[_Signature, Call]) -> Callable[_Signature, Array]:
+def _loss(build: Callable[_Signature, _CallOn[_Array]]) -> Callable[_Signature, _Array]:
     """A public loss from the function that checks its arguments; `grad` and its kin find that function again."""
 
     @wraps(build)
-    def loss(*args: _Signature.args, **kwargs: _Signature.kwargs) -> Array:
-        return _autodiff.value(build(*args, **kwargs))
+    def loss(*args: _Signature.args, **kwargs: _Signature.kwargs) -> _Array:
+        return cast(_Array, _autodiff.value(cast(Call, build(*args, **kwargs))))
 
     loss.__annotations__["return"] = Array
     loss._gklx_call = build  # type: ignore[attr-defined]
@@ -29,14 +41,14 @@ def _loss(build: Callable[_Signature, Call]) -> Callable[_Signature, Array]:
 
 @_loss
 def kl(
-    student_logits: Array,
+    student_logits: _Array,
     teacher_logits: Array,
     *,
     temperature: Number = 1.0,
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Call:
+) -> _CallOn[_Array]:
     r"""KL(teacher ‖ student): the divergence of the student's softmax from the teacher's.
 
     With p = softmax(t/T) of the teacher and q = softmax(s/T) of the student, a sample's loss is
@@ -89,7 +101,7 @@ def kl(
     >>> print(f"{gklx.kl(student, teacher):.6f}")
     0.102420
     """
-    return call_of(
+    return _call_of(
         _KL,
         student_logits,
         teacher_logits,
@@ -102,7 +114,7 @@ def kl(
 
 @_loss
 def dkl(
-    student_logits: Array,
+    student_logits: _Array,
     teacher_logits: Array,
     *,
     mse_weight: Number = 1.0,
@@ -111,7 +123,7 @@ def dkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Call:
+) -> _CallOn[_Array]:
     r"""Decoupled KL(teacher ‖ student): a weighted MSE of logit differences plus a soft-label cross-entropy.
 
     With both weights 1 its gradients equal those of `kl`, for student and teacher, at every temperature. Its value
@@ -158,7 +170,7 @@ def dkl(
     >>> bool(abs(of_dkl - of_kl).max() < 1e-15)
     True
     """
-    return call_of(
+    return _call_of(
         _DKL,
         student_logits,
         teacher_logits,
@@ -173,7 +185,7 @@ def dkl(
 
 @_loss
 def ikl(
-    student_logits: Array,
+    student_logits: _Array,
     teacher_logits: Array,
     *,
     prior: Array | None = None,
@@ -185,7 +197,7 @@ def ikl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Call:
+) -> _CallOn[_Array]:
     r"""Improved KL(teacher ‖ student): DKL with a symmetric MSE and class-wise weights.
 
     A sample's loss is mse_weight·¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)² − ce_weight·Σ_j S(p_j) log q_j. The wMSE's gradient
@@ -233,7 +245,7 @@ def ikl(
     >>> print(f"{gklx.ikl(student, teacher, prior=prior, labels=np.asarray([2, 1])):.6f}")
     0.932217
     """
-    return call_of(
+    return _call_of(
         _IKL,
         student_logits,
         teacher_logits,
@@ -251,7 +263,7 @@ def ikl(
 
 @_loss
 def gkl(
-    student_logits: Array,
+    student_logits: _Array,
     teacher_logits: Array,
     *,
     prior: Array | None = None,
@@ -266,7 +278,7 @@ def gkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> Call:
+) -> _CallOn[_Array]:
     r"""Generalized KL(teacher ‖ student): IKL with smoother weights w^γ, normalised over the batch.
 
     The loss is mse_weight·Σ v·wMSE / Σ v W² + ce_weight·Σ v·CE / Σ v, where wMSE = ¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)²
@@ -320,7 +332,7 @@ def gkl(
         raise ValueError(f'normalize must be "batch" or "samples", got {normalize!r}')
     symmetric = truth("symmetric", symmetric)
     formula = Formula(decomposed=True, tempered=False, symmetric=symmetric, batch_normalized=normalize == "batch")
-    return call_of(
+    return _call_of(
         formula,
         student_logits,
         teacher_logits,

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
@@ -13,15 +13,17 @@ from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
 
+_Array = TypeVar("_Array")
+
 
 def class_sums(
-    logits: Array,
+    logits: _Array,
     labels: Array,
     num_classes: int,
     *,
     temperature: float = 1.0,
     sample_weight: Array | None = None,
-) -> Array:
+) -> _Array:
     """The sum of softmax(logits / temperature) over the samples of each class.
 
     Pure, and additive: the sums of two batches or shards add up to those of both together.
@@ -84,7 +86,7 @@ def class_sums(
         sums = xp.matmul(xp.matrix_transpose(xp.astype(member, dtype)), weighted)
     sums = xp.where(spoiled[:, None], xp.nan, sums)
     ranks = ranks_of(library)
-    return sums if ranks is None else ranks.total(sums)
+    return cast(_Array, sums if ranks is None else ranks.total(sums))
 
 
 class ClassPriorState(NamedTuple):

@@ -6,7 +6,7 @@ resumed run goes on where it was.
 """
 
 from types import FunctionType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -113,6 +113,44 @@ class _ClassWeightedLoss(_Loss):
         self.register_buffer("prior", prior)
         self.register_buffer("prior_sums", prior_sums)
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_settings(cls, name: str, num_classes: int | None = None, *, reduction: Reduction = "mean") -> Self:
+        """The module with a published setting of `gklx.settings`, its warm-up included.
+
+        Parameters
+        ----------
+        name : str
+            A key of `gklx.settings`, such as "imagenet-resnet34-resnet18".
+        num_classes : int, optional
+            C, where the setting has a class prior; not given where it has the teacher's own weights.
+        reduction : {"mean", "sum", "none"}
+            As in the constructor.
+
+        Returns
+        -------
+        IKLLoss or GKLLoss
+            Without a warm-up where none is known.
+
+        Raises
+        ------
+        ValueError
+            An unknown name, a setting that is published in part, `num_classes` missing or not wanted, or a setting of
+            GKL for `IKLLoss`.
+        """
+        if name not in gklx.settings:
+            raise ValueError(f"name must be one of {', '.join(gklx.settings)}, got {name!r}")
+        setting = gklx.settings[name]
+        arguments: dict[str, Any] = {**setting.loss}
+        if setting.weights == "class prior" and num_classes is None:
+            raise ValueError(f"num_classes must be given for {name!r}, which has a class prior, got None")
+        if setting.weights == "teacher" and num_classes is not None:
+            raise ValueError(
+                f"num_classes must not be given for {name!r}, which has the teacher's own weights, got {num_classes!r}"
+            )
+        if setting.divergence == "gkl" and issubclass(cls, IKLLoss):
+            raise ValueError(f"name must be a setting of IKL, got {name!r}, a setting of GKL")
+        return cls(num_classes, **arguments, warmup_epochs=setting.warmup_epochs or 0, reduction=reduction)
 
     def forward(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from . import _autodiff
 from ._core.call import Array, Call
 from ._core.checks import whole_number
 from .losses import call_builder, kl
+
+_Signature = ParamSpec("_Signature")
+_Array = TypeVar("_Array")
 
 
 class Terms(NamedTuple):
@@ -20,6 +23,18 @@ class Terms(NamedTuple):
     """mse_weight · wMSE."""
     ce: Array
     """ce_weight · CE."""
+
+
+@overload
+def value_and_grad(
+    loss: Callable[_Signature, _Array], argnums: int = 0
+) -> Callable[_Signature, tuple[_Array, _Array]]: ...
+
+
+@overload
+def value_and_grad(
+    loss: Callable[_Signature, _Array], argnums: Sequence[int]
+) -> Callable[_Signature, tuple[_Array, tuple[_Array, ...]]]: ...
 
 
 def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
@@ -59,6 +74,14 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     return _ValueAndGradient(loss, *_argnums(argnums))
 
 
+@overload
+def grad(loss: Callable[_Signature, _Array], argnums: int = 0) -> Callable[_Signature, _Array]: ...
+
+
+@overload
+def grad(loss: Callable[_Signature, _Array], argnums: Sequence[int]) -> Callable[_Signature, tuple[_Array, ...]]: ...
+
+
 def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callable[..., Any]:
     """A function that returns the analytic gradient of a loss.
 
@@ -77,7 +100,7 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     return _Gradient(loss, *_argnums(argnums))
 
 
-def terms(loss: Callable[..., Array]) -> Callable[..., Terms]:
+def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
     """A function that returns a loss as its two weighted parts, wMSE and CE.
 
     Parameters
