@@ -20,8 +20,8 @@ TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
 LIBRARIES = {
     "numpy": (["score"], ["scipy>=1.14"], "numpy"),
     "strict": (["strict"], [], "array_api_strict"),
-    "torch": (["torch"], ["scikit-learn>=1.5"], "torch"),
-    "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "jax"),
+    "torch": (["torch"], ["scikit-learn>=1.5", "keras>=3", "transformers>=4.50"], "torch"),
+    "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5", "keras>=3"], "jax"),
     "dask": (["dask"], [], "dask"),
 }
 KERNELS = pathlib.Path("src", "gklx", "_kernels")

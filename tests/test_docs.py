@@ -68,14 +68,14 @@ def doctest_at(page, line):
 
 
 def imported(test):
-    """The top-level modules that a doctest imports."""
+    """The top-level modules that a doctest imports; with `gklx.torch` comes PyTorch."""
     found = set()
     for node in ast.walk(ast.parse("".join(each.source for each in test.examples))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.partition(".")[0])
-    return found
+            found.add(node.module)
+    return {part for name in found for part in (name.partition(".")[0], name.removeprefix("gklx.").partition(".")[0])}
 
 
 def problems(test):
