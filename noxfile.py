@@ -21,7 +21,7 @@ LIBRARIES = {
     "numpy": (["score"], ["scipy>=1.14"], "numpy"),
     "strict": (["strict"], [], "array_api_strict"),
     "torch": (["torch"], ["scikit-learn>=1.5", "keras>=3", "transformers>=4.50"], "torch"),
-    "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5", "keras>=3"], "jax"),
+    "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "jax"),
     "dask": (["dask"], [], "dask"),
 }
 KERNELS = pathlib.Path("src", "gklx", "_kernels")

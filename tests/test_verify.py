@@ -176,16 +176,21 @@ def test_bounds():
 # --- planted faults ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def anew(other):
+    """JAX keeps no program of before the test, and none of the test after it."""
+    clear = sys.modules["jax"].clear_caches if other == "jax" else lambda: None
+    clear()
+    yield
+    clear()
+
+
+@pytest.mark.usefixtures("anew")
 def test_a_wrong_exponential_turns_it_red(other, few, monkeypatch):
     module = backends.BY_BACKEND[other].namespace()
     true_exp = module.exp
     monkeypatch.setattr(module, "exp", lambda x: true_exp(x * (1 + 1e-4)))
-    forget = sys.modules["jax"].clear_caches if other == "jax" else lambda: None
-    forget()  # the programs with the right one, and then those with this
-    try:
-        found = verify(["numpy", other])
-    finally:
-        forget()
+    found = verify(["numpy", other])
     formulas = f"{other} (formulas)"
     assert blamed(found) == {formulas}
     assert {check.what for check in found.broken if check.kind == "definition"} >= {"value", "gradient"}
