@@ -208,7 +208,7 @@ class _Evaluation:
             if self.spoiled or row.w_nan:
                 return NOTHING, ZERO
             if row.undefined:
-                return self.spread(row, share)
+                return self.undefined_energy(row, share)
         if self.kl or self.ce_weight != 0:
             found, found_off = (row.kl, row.kl_off) if self.kl else (row.ce, row.ce_off + self.unit * row.ce)
             by = share * self.ce_weight
@@ -226,7 +226,7 @@ class _Evaluation:
             off += self.tiny * row.size**2
         return part, off
 
-    def spread(self, row, share, u=ONE):
+    def undefined_energy(self, row, share, u=ONE):
         """NaN times what E, or the gradient of a class of weight u, is multiplied by: 0 where that is 0."""
         by = self.energy_factor(row, share)
         if by * u == 0:
@@ -240,7 +240,11 @@ class _Evaluation:
                 pull = (ZERO, ZERO)
                 if self.mse_weight != 0:
                     nothing = row.w_nan or self.spoiled
-                    pull = (NOTHING, ZERO) if nothing else self.spread(row, share, ONE if not self.gamma else row.u[j])
+                    pull = (
+                        (NOTHING, ZERO)
+                        if nothing
+                        else self.undefined_energy(row, share, ONE if not self.gamma else row.u[j])
+                    )
                 gap = (NOTHING, ZERO) if self.ce_weight != 0 else pull if self.symmetric else (ZERO, ZERO)
                 yield gap[0], pull[0], gap[1], pull[1]
                 continue

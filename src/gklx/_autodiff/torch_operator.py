@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import torch
 
-from .._core.call import Arrays, Call, Formula, Numbers, Result
+from .._core.call import Arrays, Call, Formula, Numbers, Result, are_static
 from .._run.dispatch import evaluate
 
 
@@ -61,7 +61,7 @@ def _in_graph(formula: tuple[bool, ...], numbers: tuple[Any, ...], reduction: st
     """One node of the compiler's graph, whose Python the compiler need not guard at each call."""
     *arrays, value, student, teacher = rest
     opened = None
-    if not all(isinstance(x, float) for x in numbers):  # numbers that the compiler has left open
+    if not are_static(numbers):  # numbers that the compiler has left open
         opened, numbers = torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers]), ()
     return torch.ops.gklx.loss(
         *arrays, None, list(formula), list(numbers), opened, reduction, [value, student, teacher]

@@ -31,7 +31,7 @@ def not_negative(text: str) -> float:
 
 def whole(text: str) -> int:
     """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    if not _is_whole(text):
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text}")
     return int(text)
 
@@ -47,6 +47,10 @@ def any_whole(text: str) -> int:
 def wholes(text: str) -> tuple[int, ...]:
     """Different whole numbers of at least 1, with commas between."""
     parts = text.split(",")
-    if not all(each.isascii() and each.isdigit() and int(each) > 0 for each in parts) or len(set(parts)) < len(parts):
+    if not all(map(_is_whole, parts)) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"must be different whole numbers with commas between, got {text}")
     return tuple(int(each) for each in parts)
+
+
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) > 0

@@ -16,7 +16,7 @@ class Batch(NamedTuple):
     """What the samples of a batch share, 0-d arrays."""
 
     weight_scale: Array
-    """A power of two about the largest v."""
+    """The largest v, rounded to a power of two: see `_power_of_two`."""
     base_scale: Array
     """The largest class weight before gamma, likewise; 1 where the loss is not normalised by the batch."""
     weight: Array
@@ -124,7 +124,7 @@ def _largest(call: Call, x: Array) -> Array:
 def _power_of_two(call: Call, x: Array) -> Array:
     """The largest power of two that is not above x, as far as it and its reciprocal are normal. Its derivative is 0.
 
-    A compiler may multiply by the reciprocal where it is written to divide, and take subnormal numbers for 0.
+    A compiler may turn a division by it into a multiplication by its reciprocal, and take subnormal numbers for 0.
     """
     xp = call.xp
     smallest = float(xp.finfo(call.dtype).smallest_normal)

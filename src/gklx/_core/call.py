@@ -1,6 +1,6 @@
 """What one call asks for: a formula, its hyper-parameters and its arrays, already checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,11 @@ class Numbers(NamedTuple):
 def is_static(x: Number, value: float) -> bool:
     """Whether a hyper-parameter is known to have this value; a traced one may have any."""
     return isinstance(x, float) and x == value
+
+
+def are_static(numbers: Iterable[Number]) -> bool:
+    """Whether all hyper-parameters are Python numbers, none of them traced."""
+    return all(isinstance(x, float) for x in numbers)
 
 
 def partition(numbers: Numbers) -> tuple[Numbers, Numbers]:

@@ -220,9 +220,9 @@ def kullback_leibler(call: Call, rows: Rows) -> Array:
     Every summand is p (L + exp(-L) - 1) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
     """
     xp, p, q = call.xp, rows.teacher.probabilities, rows.student.probabilities
-    # A compiler may make one factor of the 4 and the temperature, infinite at the smallest: 0 stays 0.
-    tempered = xp.where(rows.d == 0, 0.0, 4.0 * (rows.d / call.numbers.temperature))
-    ratio = tempered - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
+    # A compiler may fold 4 and 1 / temperature into one factor, which overflows at the smallest temperature.
+    difference_over_t = xp.where(rows.d == 0, 0.0, 4.0 * (rows.d / call.numbers.temperature))
+    ratio = difference_over_t - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
     is_near = abs(ratio) < 1
     near = xp.where(is_near, ratio, 0.0)
     convex = near + xp.expm1(-near)

@@ -135,7 +135,7 @@ struct Sums {
   double kl;
 };
 
-// What sums of products with differences are made in: in rows that need care they may be beyond a float.
+// The type in which products of weights and differences are summed: in rows that need care a float may overflow.
 template <class R, bool Careful> struct Widest { using Type = R; };
 template <> struct Widest<float, true> { using Type = double; };
 
@@ -245,8 +245,8 @@ APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_t
   return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
 }
 
-// Whether weights up to this, as they are, neither overflow in products with differences nor lose digits: the same of a
-// number and of the power of two below it.
+// Whether a row of weights with this largest one can be used as it is: products with differences neither overflow nor
+// underflow. A number and the power of two below it, which is all that a raised prior keeps of it, give the same answer.
 bool is_ordinary(double largest) { return largest >= 0x1p-60 && largest < 2; }
 
 template <class R> struct PriorSeen {

@@ -14,7 +14,7 @@ import numpy as np
 from .._core import batch as batches
 from .._core import formulas
 from .._core.batch import Batch
-from .._core.call import Array, Call, Result
+from .._core.call import Array, Call, Result, are_static
 from .._core.libraries import dtype_name, library_of
 from . import cpu, cuda_launch, rows
 from .cuda_launch import THREADS, Device, Options
@@ -26,7 +26,7 @@ _ROW = 17  # numbers of `RowStatistics` in cuda.cu
 _PER_STUDENT_TOTAL, _PER_TEACHER_TOTAL, _HAS_VALID, _UNDEFINED = 2, 3, 13, 14  # of them
 
 _LOADS = 4
-"""Of a thread, in rows that a block's threads could take in fewer."""
+"""How many vector loads of a row a thread makes before the row is given to more threads."""
 
 _Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 
@@ -39,7 +39,7 @@ def serves(call: Call) -> bool:
         return False
     if library.backend == "torch" and not (_on_nvidia(s) and rows.are_plain_tensors(call, "cuda")):
         return False
-    if math.prod(s.shape) == 0 or not all(isinstance(x, float) for x in call.numbers):
+    if math.prod(s.shape) == 0 or not are_static(call.numbers):
         return False
     return cuda_launch.available(s)
 

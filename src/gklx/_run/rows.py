@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._core.batch import Batch, over_ranks, uses_batch
-from .._core.call import Array, Call, Result
+from .._core.call import Array, Call, Result, are_static
 from .._core.libraries import dtype_name, library_of
 from . import cpu
 
@@ -42,7 +42,7 @@ def serves(call: Call) -> bool:
         return False
     if library.backend == "numpy" and not _are_native(call):
         return False
-    return cpu.instruction_set() is not None and all(isinstance(x, float) for x in call.numbers)
+    return cpu.instruction_set() is not None and are_static(call.numbers)
 
 
 def evaluate(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result
+from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result, are_static
 from . import blocks, cpu
 
 _TARGET = "gklx_rows"
@@ -40,7 +40,7 @@ def serves(call: Call) -> bool:
     if call.ranks is not None:
         return False
     shape_known = all(isinstance(n, int) for n in call.arrays.student.shape)
-    return not is_traced(call) or (cpu.serves_jax() and shape_known and _registered())
+    return not is_traced(call) or (shape_known and _has_kernel())
 
 
 def is_traced(call: Call) -> bool:
@@ -55,16 +55,12 @@ def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher:
         return Result(None, None, None)
     given = call.arrays
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
-    threads = cpu.threads() if cpu.serves_jax() and _registered() else 0
+    threads = cpu.threads() if _has_kernel() else 0
     plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), threads)
-    numbers = np.asarray(call.numbers, call.dtype) if _are_floats(call.numbers) else _stacked(call)
+    numbers = np.asarray(call.numbers, call.dtype) if are_static(call.numbers) else _stacked(call)
     run = _run if is_traced(call) else _compiled
     found = run(plan, given.student, given.teacher, numbers, *(getattr(given, name) for name in present))
     return Result(**({"value": None, "student": None, "teacher": None} | dict(zip(asked, found, strict=True))))
-
-
-def _are_floats(numbers: Numbers) -> bool:
-    return all(isinstance(x, float) for x in numbers)
 
 
 def _stacked(call: Call) -> Array:
@@ -124,14 +120,20 @@ def _batched(operands: Any, axes: Any, *, plan: _Plan) -> Any:
     return found, [0] * len(found)
 
 
+def _has_kernel() -> bool:
+    """Whether a kernel with JAX's interface is in use; JAX knows its handler from then on."""
+    if not cpu.serves_jax():
+        return False
+    _register()
+    return True
+
+
 @cache
-def _registered() -> bool:
-    """True: JAX knows the handler."""
+def _register() -> None:
     library = cpu.library()
     assert library is not None
     handler = jax.ffi.pycapsule(library.gklx_jax_rows)  # type: ignore[no-untyped-call]
     jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
-    return True
 
 
 _lowered = mlir.lower_fun(_by_formulas, multiple_results=True)

@@ -71,10 +71,13 @@ def check_plot(path: str) -> None:
 
 def draw(values: SampleValues, found: Score, path: str, title: str) -> None:
     """Draws the samples of a score into a file whose suffix says how."""
-    spec = specification(values, found, title, path)
-    suffix = Path(path).suffix
+    write(specification(values, found, title, path), path)
+
+
+def write(spec: dict[str, Any], path: str) -> None:
+    """Writes a picture, the old file there until it is whole."""
     with replacing(path) as part, open(part, "wb") as file:
-        file.write(rendered(spec, suffix))
+        file.write(rendered(spec, Path(path).suffix))
 
 
 def specification(values: SampleValues, found: Score, title: str, path: str = "plot") -> dict[str, Any]:
@@ -123,13 +126,15 @@ def specification(values: SampleValues, found: Score, title: str, path: str = "p
         f"{found.samples:,} sample{many}{left_out} · {found.classes:,} classes · temperature {numbers.temperature:g} · "
         f"{found.weights} weights · γ {numbers.gamma:g} · wMSE × {numbers.mse_weight:g} + CE × {numbers.ce_weight:g}"
     )
-    chart = row.resolve_scale(color="independent", shape="independent").properties(
-        title=alt.TitleParams(title, subtitle=subtitle, anchor="start", fontSize=18, subtitleFontSize=12, offset=16),
-        padding=16,
-        background="white",
-    )
+    return styled(alt, row.resolve_scale(color="independent", shape="independent"), title, subtitle)
+
+
+def styled(alt: Any, chart: Any, title: str, subtitle: str) -> dict[str, Any]:
+    """The whole picture, in the look that all of them have."""
+    head = alt.TitleParams(title, subtitle=subtitle, anchor="start", fontSize=18, subtitleFontSize=12, offset=16)
     spec: dict[str, Any] = (
-        chart.configure(font="Helvetica, Arial, sans-serif")
+        chart.properties(title=head, padding=16, background="white")
+        .configure(font="Helvetica, Arial, sans-serif")
         .configure_view(stroke="#ddd")
         .configure_axis(
             grid=True,

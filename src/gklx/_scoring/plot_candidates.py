@@ -1,11 +1,9 @@
 """A picture of several candidates: how far each has moved, with error and quantiles, and what became of the targets."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-from .atomic import replacing
-from .plot import altair_for, rendered
+from .plot import altair_for, styled, write
 from .statistics import Score, Scores
 from .streams import short_names
 
@@ -16,9 +14,7 @@ _BANDS = (("1 to 99 %", "p1", "p99", 6), ("10 to 90 %", "p10", "p90", 16))
 
 def draw_candidates(found: Scores, path: str) -> None:
     """Draws the candidates into a file whose suffix says how."""
-    spec = specification(found, path)
-    with replacing(path) as part, open(part, "wb") as file:
-        file.write(rendered(spec, Path(path).suffix))
+    write(specification(found, path), path)
 
 
 def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
@@ -31,24 +27,9 @@ def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
     targeted = all(score.delta_p is not None for score in scores.values())
     panels.append(_delta_panel(alt, scores) if targeted else _agreement_panel(alt, scores))
     one = next(iter(scores.values()))
-    title = alt.TitleParams(
-        f"{len(scores)} candidates against {short_names([found.teacher])[0]}",
-        subtitle=f"{one.samples:,} samples · {one.classes:,} classes · temperature {one.parameters.temperature:g}",
-        anchor="start",
-        fontSize=18,
-        subtitleFontSize=12,
-        offset=16,
-    )
-    spec: dict[str, Any] = (
-        alt.hconcat(*panels, spacing=48)
-        .properties(title=title, padding=16, background="white")
-        .configure(font="Helvetica, Arial, sans-serif")
-        .configure_view(stroke="#ddd")
-        .configure_axis(gridColor="#eee", labelColor="#444", titleColor="#222", titleFontWeight="normal")
-        .configure_title(subtitleColor="#555", subtitleLineHeight=15)
-        .to_dict()
-    )
-    return spec
+    title = f"{len(scores)} candidates against {short_names([found.teacher])[0]}"
+    subtitle = f"{one.samples:,} samples · {one.classes:,} classes · temperature {one.parameters.temperature:g}"
+    return styled(alt, alt.hconcat(*panels, spacing=48), title, subtitle)
 
 
 def _loss_panel(alt: Any, scores: dict[str, Score], loss: str) -> Any:
@@ -60,8 +41,8 @@ def _loss_panel(alt: Any, scores: dict[str, Score], loss: str) -> Any:
     marks = [
         {"candidate": name, **{key: of[key] for key in ("mean", "stderr", "median", "p1", "p10", "p90", "p99")}}
         # An error bar must not leave a scale of decades at its foot.
-        | {"low": max(of["mean"] - _error(of), lowest) if lowest > 0 else of["mean"] - _error(of)}
-        | {"high": of["mean"] + _error(of)}
+        | {"low": max(of["mean"] - _or_0(of["stderr"]), lowest) if lowest > 0 else of["mean"] - _or_0(of["stderr"])}
+        | {"high": of["mean"] + _or_0(of["stderr"])}
         for name, of in drawn.items()
     ]
     said = ["mean with its standard error, median, quantiles"]
@@ -78,9 +59,8 @@ def _delta_panel(alt: Any, scores: dict[str, Score]) -> Any:
         of = score.delta_p
         if not math.isfinite(of.mean.value):
             continue
-        error = of.mean.stderr if math.isfinite(of.mean.stderr) else 0.0
         row = {key: 100 * getattr(of, key) for key in ("p1", "p10", "median", "p90", "p99")}
-        row |= {"mean": 100 * of.mean.value, "stderr": 100 * error}
+        row |= {"mean": 100 * of.mean.value, "stderr": 100 * _or_0(of.mean.stderr)}
         marks.append(
             {"candidate": name, **row, "low": row["mean"] - row["stderr"], "high": row["mean"] + row["stderr"]}
         )
@@ -149,5 +129,6 @@ def _agreement_panel(alt: Any, scores: dict[str, Score]) -> Any:
     )
 
 
-def _error(of: dict[str, Any]) -> float:
-    return float(of["stderr"]) if math.isfinite(of["stderr"]) else 0.0
+def _or_0(stderr: float) -> float:
+    """A standard error as it is drawn: none where it is not known."""
+    return stderr if math.isfinite(stderr) else 0.0

@@ -147,11 +147,17 @@ def _of_one(score: Score) -> list[Table | Text]:
     return parts
 
 
-def _perplexities(found: Perplexity) -> Table:
+def _with_errors(of: str) -> Table:
+    """An empty table of numbers and their errors."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("targets", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("± standard error", justify="right", no_wrap=True)
+    table.add_column(of, no_wrap=True)
+    for title in ("value", "± standard error"):
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _perplexities(found: Perplexity) -> Table:
+    table = _with_errors("targets")
     for title, key in _PERPLEXITIES:
         each: Estimate = getattr(found, key)
         table.add_row(title, *(_six(x) for x in each))
@@ -160,10 +166,7 @@ def _perplexities(found: Perplexity) -> Table:
 
 
 def _changes(found: DeltaP) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("Δp of the target", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("± standard error", justify="right", no_wrap=True)
+    table = _with_errors("Δp of the target")
     for title, each in (("mean", found.mean), ("root mean square", found.rms)):
         table.add_row(title, *(_share(x) for x in each), style="bold" if title == "mean" else "")
     for title, key in _DELTA_P:

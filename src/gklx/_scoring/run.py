@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._core.libraries import library_of
+from .._core.libraries import to_numpy
 from .backend import Backend
 from .file_formats import llama
 from .file_formats.rows import Room, Stamp, stamp
@@ -131,7 +131,7 @@ def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> An
             block = RowsOfBlock(student, on_device, beside.labels, beside.targets)
             records = scored(here, job.names, job.parameters, block, prior, job.top_k)
             if job.top_k:
-                counts = overlaps(_on_host(student), _on_host(teacher), job.top_k)
+                counts = overlaps(to_numpy(student), to_numpy(teacher), job.top_k)
                 for k, count in zip(job.top_k, counts, strict=True):
                     records[f"top_{k}"] = count
             if by_tool:
@@ -147,12 +147,6 @@ def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> An
     for at, own in enumerate(found):
         joined[str(at)] = own
     return joined
-
-
-def _on_host(x: Any) -> Any:
-    library = library_of(x)
-    assert library is not None
-    return np.asarray(library.to_numpy(x))
 
 
 def _read_as_tool(records: Any, student: Any, teacher: Any, targets: Any) -> None:
