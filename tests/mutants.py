@@ -143,7 +143,7 @@ def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
         "-pthread",
         "-w",
     )
-    files = (str(sources / name) for name in ("cpu.cpp", "call.cpp"))
+    files = (str(sources / name) for name in ("cpu.cpp", "call.cpp", "overlap.cpp"))
     compiler = os.environ.get("CXX", "c++")
     subprocess.run([compiler, *options, *files, "-o", str(library)], check=True, capture_output=True)
 

@@ -137,6 +137,9 @@ def run(
     return found
 
 
+REALS = ("kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "reverse_kl")
+
+
 def log_softmax(x):
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
@@ -172,7 +175,7 @@ def definition(
     symmetric, batch = symmetric and name in ("ikl", "gkl"), name == "gkl" and normalize == "batch"
     per_square = 1 / T**2 if name in ("kl", "dkl") else np.longdouble(1)
     v = np.ones(rows, np.longdouble) if sample_weight is None else np.asarray(sample_weight, np.longdouble).copy()
-    found = {key: np.zeros(rows, np.longdouble) for key in ("kl", "mse", "ce", "mass", "student_peak", "teacher_peak")}
+    found = {key: np.zeros(rows, np.longdouble) for key in REALS}
     has_valid, undefined = np.zeros((2, rows), dtype=bool)
     difference, gap = np.zeros((2, rows, classes), np.longdouble)  # W w (d - mean), q - p
     for i in range(rows):
@@ -186,8 +189,9 @@ def definition(
         a, b = s[i][keep], t[i][keep]
         undefined[i] = np.isnan(a).any() or np.isnan(b).any() or not np.isfinite([a.max(), b.max()]).all()
         if undefined[i]:
-            for key in ("kl", "mse", "ce", "student_peak", "teacher_peak"):
-                found[key][i] = NAN
+            for key in REALS:
+                if key != "mass":
+                    found[key][i] = NAN
             gap[i, keep] = NAN
         if prior is not None:
             if labels is not None and not 0 <= labels[i] < classes:
@@ -216,6 +220,9 @@ def definition(
         some = (p > 0) & (a > -INF)
         found["ce"][i] = INF if unreachable else -(p[some] * log_q[some]).sum()
         found["kl"][i] = INF if unreachable else (p[some] * (log_p - log_q)[some]).sum()
+        some = (q > 0) & (b > -INF)
+        unreachable = ((b == -INF) & (a > -INF)).any()
+        found["reverse_kl"][i] = INF if unreachable else (q[some] * (log_q - log_p)[some]).sum()
         d = b - a
         if np.isnan(W):
             found["mse"][i], difference[i, keep] = NAN, NAN
@@ -259,8 +266,7 @@ def definition(
 
 
 EVERYTHING = (
-    "value", "to_student", "to_teacher", "kl", "mse", "ce", "mass", "student_peak", "teacher_peak", "has_valid",
-    "undefined", "student_class", "teacher_class",
+    "value", "to_student", "to_teacher", *REALS, "has_valid", "undefined", "student_class", "teacher_class",
 )  # fmt: skip
 
 
@@ -286,7 +292,7 @@ def compare(kernel, name, s, t, *, ulps=32, threads=1, asked=EVERYTHING, value_s
         try:
             assert_near(
                 np.asarray(found[key], np.float64)[valid], np.asarray(expected, np.float64)[valid], dtype, ulps=granted,
-                scale=value_scale if key in ("value", "kl", "mse", "ce", "mass") else scale,
+                scale=value_scale if key in ("value", "kl", "reverse_kl", "mse", "ce", "mass") else scale,
                 by="row" if key.startswith("to_") else "entry",
             )  # fmt: skip
         except AssertionError as error:
@@ -641,8 +647,20 @@ def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes
 def test_what_is_asked_for_does_not_depend_on_what_else_is(kernel, loss):
     name, settings = loss_of(loss, 2, 6, 47)
     s, t = logits(1, 6, 47)
-    for asked in (("value",), ("to_student",), ("to_teacher",), ("to_student", "value"), ("kl", "mse", "ce"), ("mse",),
-                  ("mass",), ("student_peak",), ("has_valid", "undefined"), ("value", "totals_out")):  # fmt: skip
+    for asked in (
+        ("value",),
+        ("to_student",),
+        ("to_teacher",),
+        ("to_student", "value"),
+        ("kl", "mse", "ce"),
+        ("mse",),
+        ("reverse_kl",),
+        ("reverse_kl", "to_student"),
+        ("mass",),
+        ("student_peak",),
+        ("has_valid", "undefined"),
+        ("value", "totals_out"),
+    ):
         compare(kernel, name, s, t, asked=[key for key in asked if key != "totals_out"], **settings)
 
 

@@ -11,9 +11,11 @@ import backends
 import dumps
 import gklx
 from gklx._cli import main
+from gklx._run.dispatch import sample_losses
 from gklx._scoring import memory, statistics
 from gklx._scoring.gates import parsed_gate
 from gklx._scoring.overlap import overlaps
+from gklx.losses import call_builder
 
 N, C = 600, 40
 rng = np.random.default_rng(11)
@@ -152,18 +154,37 @@ def plain_overlap(s, t, k):
     return np.asarray([len(set(a) & set(b)) for a, b in zip(*order, strict=True)])
 
 
+def overlaps_by_kernel(s, t, top_k):
+    if absent := backends.kernel_absent("numpy"):
+        pytest.skip(absent)
+    return sample_losses([call_builder(gklx.kl)(s, t)], threads=2, top_k=sorted(top_k)).overlaps.T
+
+
 @pytest.mark.parametrize("classes", [3, 40, 2559, 2560, 2700, 5000])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_overlap_of_the_largest_classes(classes, dtype):
+@pytest.mark.parametrize("found_by", [overlaps, overlaps_by_kernel], ids=["NumPy", "kernel"])
+def test_overlap_of_the_largest_classes(classes, dtype, found_by):
     t = rng.standard_normal((50, classes))
     s = t + 0.5 * rng.standard_normal((50, classes))
     t[25:], s[25:] = t[25:].round(1), s[25:].round(1)  # with many equal ones
     t[3] = s[3] = 0
     t[4, 1:] = -np.inf
+    s[5], t[5] = np.arange(classes), -np.arange(classes)
+    s[6], s[6, ::2] = 0.0, -0.0
     s, t = s.astype(dtype), t.astype(dtype)
-    top_k = (2, 3) if classes == 3 else (10, 5, 1, classes)
-    for k, found in zip(top_k, overlaps(s, t, top_k), strict=True):
+    top_k = (2, 3) if classes == 3 else (1, 5, 10, 39, classes)
+    for k, found in zip(top_k, found_by(s, t, top_k), strict=True):
         assert found.tolist() == plain_overlap(s, t, k).tolist()
+
+
+def test_rows_of_nan_leave_the_overlap_of_others_alone():
+    """What the kernel finds in a row of NaN means nothing, but it must end, and within its memory."""
+    s, t = rng.standard_normal((2, 6, 300)).astype(np.float32)
+    whole = overlaps_by_kernel(s, t, (3, 200))
+    s[1], t[2], s[3, 7], t[4, :299] = np.nan, np.nan, np.nan, np.nan
+    found = overlaps_by_kernel(s, t, (3, 200))
+    assert found[:, [0, 5]].tolist() == whole[:, [0, 5]].tolist()
+    assert ((found >= 0) & (found <= [[3], [200]])).all()
 
 
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict", "dask"])

@@ -251,8 +251,8 @@ void presume(const Pass &pass) {
   const gklx_call &c = *pass.call;
   for (int64_t i = 0; i < c.rows; ++i) {
     Row &row = pass.rows[i];
-    row = {sample_weight(c, i), 1, 1, 0, 0, 0};
-    if (pass.weights == TEACHER_POWER) row.mass = double(c.classes);
+    row = {sample_weight(c, i), 1, 1, 0, 0, 0, 0};
+    if (pass.weights == TEACHER_POWER && c.gamma == 0) row.mass = double(c.classes);
     if (pass.weights != PRIOR_POWER || !pass.raised) continue;
     const int64_t at = pass.raised->of_row[i];
     row.mass = at < 0 ? NAN : pass.raised->mass[at];
@@ -266,6 +266,7 @@ void run_call(const gklx_call &c) {
   pass.call = &c;
   pass.rows = rows.data();
   const bool value = c.value != nullptr, gradients = c.to_student || c.to_teacher;
+  pass.reverse = c.reverse_kl != nullptr;
   pass.kl = c.kl || (value && !c.decomposed);
   pass.mse = c.mse || (value && c.decomposed && c.mse_weight != 0);
   pass.ce = c.ce || (value && c.decomposed && c.ce_weight != 0);
@@ -279,8 +280,9 @@ void run_call(const gklx_call &c) {
   Totals totals = {1, 1, 0, 0};
   if (c.totals) totals = {c.totals[0], c.totals[1], c.totals[2], c.totals[3]};
   const bool presumes = gradients && !c.totals && (c.reduction == MEAN || squares);
-  // W is not known beforehand where it depends on masks or on the teacher's logits.
-  const bool needs_pass = presumes && squares && pass.weights != PROBABILITIES &&
+  // W is 1 where the weights are probabilities. Else masks or the teacher's logits may decide on it.
+  const bool of_probabilities = pass.weights == PROBABILITIES || (pass.weights == TEACHER_POWER && c.gamma == 1);
+  const bool needs_pass = presumes && squares && !of_probabilities &&
                           (c.where || (pass.weights == TEACHER_POWER && c.gamma != 0));
 
   std::unique_ptr<PriorRows> prior;
@@ -292,7 +294,7 @@ void run_call(const gklx_call &c) {
   if (presumes) {
     if (needs_pass) {
       Pass masses = pass;
-      masses.kl = masses.mse = masses.ce = false;
+      masses.kl = masses.mse = masses.ce = masses.reverse = false;
       run_pass(masses);
       pass.masses_known = true;
     } else {

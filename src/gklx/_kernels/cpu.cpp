@@ -58,15 +58,16 @@ template <class R> int64_t mark_valid(const gklx_call &c, int64_t row, const R *
 // What a row that is not moderate holds.
 struct Exceptions {
   bool student_nan, teacher_nan;
-  bool student_rules_out;  // -inf, alone
+  bool student_rules_out, teacher_rules_out;  // -inf
 };
 
 template <class R> Exceptions exceptions_of(const R *s, const R *t, int64_t n) {
-  Exceptions found = {false, false, false};
+  Exceptions found = {false, false, false, false};
   for (int64_t j = 0; j < n; ++j) {
     found.student_nan |= is_nan(s[j]);
     found.teacher_nan |= is_nan(t[j]);
     found.student_rules_out |= s[j] == -Real<R>::inf;
+    found.teacher_rules_out |= t[j] == -Real<R>::inf;
   }
   return found;
 }
@@ -112,6 +113,7 @@ template <class R> struct Rower {
     double w = found.mass == 0 ? 0 : found.mass * power_of_base(found.base, double(gamma));
     double mse = found.loss_mse == 0 ? 0 : w * w * found.loss_mse;
     set(call.kl, row, found.loss_kl);
+    set(call.reverse_kl, row, found.reverse_kl);
     set(call.mse, row, mse);
     set(call.ce, row, found.loss_ce);
     set(call.mass, row, w);
@@ -127,6 +129,7 @@ template <class R> struct Rower {
     if (weight == 0) {
       if (call.student_class) call.student_class[row] = 0;
       if (call.teacher_class) call.teacher_class[row] = 0;
+      for (int64_t i = 0; call.overlaps && i < call.top_ks; ++i) call.overlaps[row * call.top_ks + i] = 0;
       return absent(row);
     }
     if (weight < 0) weight = double(nan_of<R>());
@@ -137,6 +140,10 @@ template <class R> struct Rower {
     Inspected<R> seen = inspect(x.s, x.t, classes);
     if (call.student_class) call.student_class[row] = top_class(x.s, classes, seen.s_top, seen.moderate);
     if (call.teacher_class) call.teacher_class[row] = top_class(x.t, classes, seen.t_top, seen.moderate);
+    if (call.overlaps) {
+      R *const free[4] = {scratch.es, scratch.et, scratch.w, scratch.raw};
+      overlaps_of(call, row, x.s, x.t, free);
+    }
     const uint8_t *valid = nullptr;
     if (call.where || !seen.moderate) {
       x.n = mark_valid(call, row, x.s, x.t, scratch.valid);
@@ -151,12 +158,12 @@ template <class R> struct Rower {
     x.s_top = seen.s_top;
     x.t_top = seen.t_top;
     x.per_temperature = R(1) / temperature;
-    if (seen.moderate) return finish<false>(row, weight, valid, x, {false, false, false});
+    if (seen.moderate) return finish<false>(row, weight, valid, x, {false, false, false, false});
     finish<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
   }
 
   void absent(int64_t row) {
-    report(row, {0, 0, 0, 0, 0, 0}, false, false, 1, 1);
+    report(row, {0, 0, 0, 0, 0, 0, 0}, false, false, 1, 1);
     for (int side = 0; side < 2; ++side) {
       if (!(side ? pass.to_teacher : pass.to_student)) continue;
       int64_t size = call.classes * bytes_of(side ? call.teacher_type : call.student_type);
@@ -169,12 +176,12 @@ template <class R> struct Rower {
     const bool student_defined = !exceptions.student_nan && !is_infinite(x.s_top);
     const bool teacher_defined = !exceptions.teacher_nan && !is_infinite(x.t_top);
     const double nan = double(nan_of<R>());
-    Row found = {weight, 1, 1, 0, 0, 0};
+    Row found = {weight, 1, 1, 0, 0, 0, 0};
     Weighing<R> weighing = weights_of(row, valid, x, teacher_defined);
     found.mass = pass.masses_known ? pass.rows[row].mass : weighing.mass;
     found.base = pass.masses_known ? pass.rows[row].base : weighing.base;
     if (!student_defined || !teacher_defined) {
-      found.loss_kl = found.loss_mse = found.loss_ce = nan;
+      found.loss_kl = found.loss_mse = found.loss_ce = found.reverse_kl = nan;
       report(row, found, true, true, nan, nan);
       if (!weighing.w && teacher_defined) {
         weighing = teacher_power<R, false>(x.t, x.t_top, x.n, R(1), x.per_temperature, scratch.w);
@@ -193,6 +200,7 @@ template <class R> struct Rower {
     const Sums of_row = sums_of<Careful>(x);
     const int infinite = Careful && spread ? infinite_differences(x) : 0;
     find_losses<Careful>(x, of_row, exceptions.student_rules_out, infinite != 0, found);
+    if (pass.reverse) found.reverse_kl = exceptions.teacher_rules_out ? double(Real<R>::inf) : of_row.reverse_kl;
     report(row, found, true, false, x.s_total, x.t_total);
     if (!pass.to_student && !pass.to_teacher) return;
     const Rates<R> rates = rates_of(row, found, difference_scale<Careful> / (x.w_total == 0 ? 1 : x.w_total));
@@ -261,7 +269,7 @@ template <class R> struct Rower {
   }
 
   bool needs_softmax() const {
-    return pass.kl || pass.ce || pass.to_student || pass.to_teacher || call.student_peak || call.teacher_peak;
+    return pass.kl || pass.ce || pass.reverse || pass.to_student || pass.to_teacher || call.student_peak || call.teacher_peak;
   }
 
   // The gradients of a row's valid classes, to their places in the result.
@@ -281,8 +289,11 @@ template <class R> struct Rower {
     if (pass.weights == TEACHER_POWER) {
       if (!teacher_defined) return {nullptr, 0, nan, 1, R(1)};
       const R per_tau = R(1) / R(call.weight_temperature);
-      if (pass.masses_known || gamma == 0) return teacher_power<R, false>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
-      return teacher_power<R, true>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
+      const bool needs_normalizer = !pass.masses_known && gamma != 0 && gamma != 1;
+      if (needs_normalizer) return teacher_power<R, true>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
+      Weighing<R> found = teacher_power<R, false>(x.t, x.t_top, x.n, gamma, per_tau, scratch.w);
+      if (gamma == 1) found.mass = 1;  // the weights are then probabilities
+      return found;
     }
     int64_t source = row;
     if (const RaisedPrior *raised = pass.raised) {
@@ -302,13 +313,18 @@ template <class R> struct Rower {
     return prior_power(prior, x.n, gamma, scratch.w);
   }
 
-  template <bool Careful> Sums sums_of(Line<R> &x) const {
-    if (!spread) {
-      if (pass.kl) return gap ? sums<R, Careful, false, true, true>(x) : sums<R, Careful, false, false, true>(x);
-      return gap ? sums<R, Careful, false, true, false>(x) : Sums{0, 0, 0, 0};
+  template <bool Careful, bool Spread> Sums sums_for(const Line<R> &x) const {
+    if (pass.reverse) {
+      return gap ? sums<R, Careful, Spread, true, true, true>(x) : sums<R, Careful, Spread, false, true, true>(x);
     }
-    Sums found = pass.kl ? gap ? sums<R, Careful, true, true, true>(x) : sums<R, Careful, true, false, true>(x)
-                         : gap ? sums<R, Careful, true, true, false>(x) : sums<R, Careful, true, false, false>(x);
+    if (pass.kl) return gap ? sums<R, Careful, Spread, true, true>(x) : sums<R, Careful, Spread, false, true>(x);
+    if (gap) return sums<R, Careful, Spread, true, false>(x);
+    return Spread ? sums<R, Careful, Spread, false, false>(x) : Sums{0, 0, 0, 0, 0};
+  }
+
+  template <bool Careful> Sums sums_of(Line<R> &x) const {
+    if (!spread) return sums_for<Careful, false>(x);
+    Sums found = sums_for<Careful, true>(x);
     if (x.w_total == 0) return found;
     const double mean = found.moment / x.w_total, off = found.moment * mean;
     x.mean = R(mean);

@@ -11,6 +11,14 @@
 #define GKLX_PUBLIC extern "C" __attribute__((visibility("default")))
 #endif
 
+// Before a loop: the compiler may make vectors of it.
+#if defined(_MSC_VER)
+#define SIMD(...) __pragma(omp simd __VA_ARGS__)
+#else
+#define PRAGMA(x) _Pragma(#x)
+#define SIMD(...) PRAGMA(omp simd __VA_ARGS__)
+#endif
+
 // The types of arrays. REAL is what is computed in: double where either network's logits are, else float.
 enum { F32, F64, F16, BF16 };
 enum { MEAN, SUM, NONE };
@@ -34,9 +42,12 @@ typedef struct {
   void *to_student, *to_teacher;  // of the logits' own types
   double *totals_out;             // four numbers
   // Of each sample, neither weighted nor normalised, REAL [rows]: W is the mass, a peak the largest probability at T.
-  void *kl, *mse, *ce, *mass, *student_peak, *teacher_peak;
+  void *kl, *mse, *ce, *mass, *student_peak, *teacher_peak, *reverse_kl;
   uint8_t *has_valid, *undefined;
   int64_t *student_class, *teacher_class;  // [rows]: of the largest logit, whatever is masked; see `top_class`
+  const int64_t *top_k;  // [top_ks], each in [1, classes], the largest last
+  int64_t top_ks;
+  int32_t *overlaps;     // [rows, top_ks]: how many classes are among the k largest of both networks, whatever is masked
 } gklx_call;
 
 GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
@@ -68,13 +79,17 @@ struct RaisedPrior {
 struct Pass {
   const gklx_call *call;
   Weights weights;
-  bool kl, mse, ce;            // values
+  bool kl, mse, ce, reverse;   // values
   bool to_student, to_teacher;
   const Totals *totals;        // of the batch, for the gradients
   const RaisedPrior *raised;   // or null
   bool masses_known;           // `rows` holds each W already
   Row *rows;                   // what was found
 };
+
+// The overlaps of one row. `scratch` is four arrays, each as large as the row.
+void overlaps_of(const gklx_call &call, int64_t row, const float *s, const float *t, float *const scratch[4]);
+void overlaps_of(const gklx_call &call, int64_t row, const double *s, const double *t, double *const scratch[4]);
 
 // The loops, compiled for one instruction set.
 struct Loops {

@@ -12,11 +12,8 @@
 #include "row.h"
 
 #if defined(_MSC_VER)
-#define SIMD(...) __pragma(omp simd __VA_ARGS__)
 #define APART __declspec(noinline)
 #else
-#define PRAGMA(x) _Pragma(#x)
-#define SIMD(...) PRAGMA(omp simd __VA_ARGS__)
 #define APART __attribute__((noinline))  // a loop of its own keeps its numbers in registers
 #endif
 
@@ -132,14 +129,15 @@ template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
 struct Sums {
   double moment, squares;  // of w and the deviations of d from its mean
   double gap;              // of q - p
-  double kl;
+  double kl, reverse_kl;
 };
 
 // The type in which products of weights and differences are summed: in rows that need care a float may overflow.
 template <class R, bool Careful> struct Widest { using Type = R; };
 template <> struct Widest<float, true> { using Type = double; };
 
-template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums(const Line<R> &x) {
+template <class R, bool Careful, bool Spread, bool Gap, bool Kl, bool Reverse = false>
+APART Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore
   const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
@@ -148,12 +146,12 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums
   const R scale = R(difference_scale<Careful>) * x.per_temperature;
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
-  Sums found = {0, 0, 0, 0};
+  Sums found = {0, 0, 0, 0, 0};
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
     Product a = 0, b = 0;
-    R g = 0, k = 0;
-    SIMD(reduction(+ : a, b, g, k))
+    R g = 0, k = 0, r = 0;
+    SIMD(reduction(+ : a, b, g, k, r))
     for (int64_t j = begin; j < end; ++j) {
       const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
       const bool infinite = Careful && is_infinite(d.high);
@@ -168,9 +166,15 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums
         R p = et[j] * of_t, q = es[j] * of_s;
         if (Gap) g += q - p;
         if (Kl) {
-          R part = divergence(p, q, ((d.high - top.high) + (d.low - top.low)) * scale - normalizers);
+          const R ratio = ((d.high - top.high) + (d.low - top.low)) * scale - normalizers;
+          R part = divergence(p, q, ratio);
           if (Careful) part = infinite || p == R(0) ? q : part;
           k += part;
+          if (Reverse) {
+            part = reverse_divergence(p, q, ratio);
+            if (Careful) part = infinite || q == R(0) ? p : part;
+            r += part;
+          }
         }
       }
     }
@@ -178,6 +182,7 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl> APART Sums sums
     found.squares += double(b);
     found.gap += double(g);
     found.kl += double(k);
+    found.reverse_kl += double(r);
   }
   return found;
 }

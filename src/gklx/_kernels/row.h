@@ -104,8 +104,8 @@ GKLX_BOTH float rounded_to_odd(double x) {
 // Polynomials by Estrin's scheme: a processor waits less for it than for Horner's.
 template <class R> GKLX_BOTH R quartic(R x, R x2, R a0, R a1, R a2, R a3) { return (a0 + a1 * x) + (a2 + a3 * x) * x2; }
 
-// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, and (exp(-x) - 1 + x) / x^2 for |x| <= 1: Chebyshev fits, relative errors
-// below a tenth of a unit in the last place.
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2. This and `divergence_tail`, for |x| <= 1, are Chebyshev fits, relative
+// errors below a tenth of a unit in the last place.
 GKLX_BOTH float exponential_tail(float r, float r2) {
   return quartic(r, r2, 0.5f, 0.16666573382f, 0.04166655011f, 0.00836377387f) + 0.00139269266f * (r2 * r2);
 }
@@ -116,21 +116,25 @@ GKLX_BOTH double exponential_tail(double r, double r2) {
   double r4 = r2 * r2, highest = 2.76213386691429238e-7 + 2.51013469283503402e-8 * r;
   return low + r4 * (high + r4 * highest);
 }
-GKLX_BOTH float divergence_tail(float x) {
-  float x2 = x * x;
-  float low = quartic(x, x2, 0.5f, -1.66666666468e-1f, 4.16667365952e-2f, -8.33333967592e-3f);
-  float high = quartic(x, x2, 1.38853969118e-3f, -1.98381019687e-4f, 2.53585122446e-5f, -2.80628025823e-6f);
-  return low + (x2 * x2) * high;
+// (exp(-x) - 1 + x) / x^2 as its even and its odd part: their difference is that of -x.
+template <class R> struct Tail {
+  R even, odd;
+};
+
+GKLX_BOTH Tail<float> divergence_tail(float x) {
+  float x2 = x * x, x4 = x2 * x2;
+  float even = quartic(x2, x4, 0.5f, 4.16667365952e-2f, 1.38853969118e-3f, 2.53585122446e-5f);
+  float odd = quartic(x2, x4, -1.66666666468e-1f, -8.33333967592e-3f, -1.98381019687e-4f, -2.80628025823e-6f);
+  return {even, x * odd};
 }
-GKLX_BOTH double divergence_tail(double x) {
-  double x2 = x * x, x4 = x2 * x2;
-  double low = quartic(x, x2, 0.5, -1.66666666666666667e-1, 4.16666666666660883e-2, -8.33333333333329936e-3);
-  double middle = quartic(x, x2, 1.38888888889814045e-3, -1.98412698413241979e-4, 2.48015872460968169e-5,
-                          -2.7557319191381817e-6);
-  double high = quartic(x, x2, 2.75573350689337267e-7, -2.50521176959078236e-8, 2.08744355758642747e-9,
-                        -1.60576796238016377e-10);
-  double highest = 1.16391941241505224e-11 - 7.74617859301882749e-13 * x;
-  return low + x4 * (middle + x4 * (high + x4 * highest));
+GKLX_BOTH Tail<double> divergence_tail(double x) {
+  double x2 = x * x, x4 = x2 * x2, x8 = x4 * x4;
+  double even = quartic(x2, x4, 0.5, 4.16666666666660883e-2, 1.38888888889814045e-3, 2.48015872460968169e-5) +
+                x8 * ((2.75573350689337267e-7 + 2.08744355758642747e-9 * x2) + 1.16391941241505224e-11 * x4);
+  double odd = quartic(x2, x4, -1.66666666666666667e-1, -8.33333333333329936e-3, -1.98412698413241979e-4,
+                       -2.7557319191381817e-6) +
+               x8 * ((-2.50521176959078236e-8 - 1.60576796238016377e-10 * x2) - 7.74617859301882749e-13 * x4);
+  return {even, x * odd};
 }
 
 #if defined(__CUDACC_RTC__)  // a GPU has an instruction for the most of each
@@ -210,8 +214,17 @@ template <bool Careful> constexpr double difference_scale = Careful ? 4 : 1;
 // each sum to 1. Near L = 0 it is p (L + exp(-L) - 1), without the cancellation that would leave nothing of the KL of two
 // close rows.
 template <class R> GKLX_BOTH R divergence(R p, R q, R ratio) {
+  Tail<R> tail = divergence_tail(ratio);
   R far = p * ratio + (q - p);
-  R close = p * (ratio * ratio) * divergence_tail(ratio);
+  R close = p * (ratio * ratio) * (tail.even + tail.odd);
+  return size_of(ratio) < R(1) ? close : far;
+}
+
+// The same with p and q exchanged, and so -L for L.
+template <class R> GKLX_BOTH R reverse_divergence(R p, R q, R ratio) {
+  Tail<R> tail = divergence_tail(ratio);
+  R far = (p - q) - q * ratio;
+  R close = q * (ratio * ratio) * (tail.even - tail.odd);
   return size_of(ratio) < R(1) ? close : far;
 }
 
@@ -223,6 +236,7 @@ struct Row {
   double mass;    // sum of (w_j / base)^gamma; NaN where W is not a number
   double base;    // about the largest weight before the power
   double loss_kl, loss_mse, loss_ce;  // the mse is that of W = 1
+  double reverse_kl;
 };
 
 // The sums that a batch shares, made of numbers between 0 and 1 so that no scale of the weights overflows.

@@ -35,8 +35,10 @@ class RowCall(ctypes.Structure):
         )),
         *((name, ctypes.c_void_p) for name in (
             "value", "to_student", "to_teacher", "totals_out", "kl", "mse", "ce", "mass", "student_peak",
-            "teacher_peak", "has_valid", "undefined", "student_class", "teacher_class",
+            "teacher_peak", "reverse_kl", "has_valid", "undefined", "student_class", "teacher_class", "top_k",
         )),
+        ("top_ks", ctypes.c_int64),
+        ("overlaps", ctypes.c_void_p),
     )  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def evaluate(
     return Result(loss, to_student, to_teacher, shared)
 
 
-def samples(call: Call, names: Sequence[str], threads: int = 1, device: Device | None = None) -> dict[str, Array]:
+def samples(call: Call, names: Sequence[str], device: Device | None = None) -> dict[str, Array]:
     """As `rows.samples`, whichever names are asked for."""
     xp, temperature = call.xp, call.numbers.temperature
     device = cuda_launch.device_of(call.arrays.student) if device is None else device

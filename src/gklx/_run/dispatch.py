@@ -62,16 +62,27 @@ class SampleLosses(NamedTuple):
     """Boolean: some class is valid."""
     undefined: Array
     """Boolean: a valid logit is NaN, or a softmax has no finite logit."""
+    reverse_kl: Array | None = None
+    """KL with student and teacher exchanged; from the row kernel alone, where it is asked for."""
+    overlaps: Array | None = None
+    """int32 [..., len(top_k)]: how many classes are among the k largest of both networks; likewise."""
 
 
-def sample_losses(calls: Sequence[Call], threads: int = 1) -> SampleLosses:
+def sample_losses(
+    calls: Sequence[Call], threads: int = 1, *, reverse: bool = False, top_k: Sequence[int] = ()
+) -> SampleLosses:
     """Each sample's own KL, CE and wMSE, unweighted and not normalised; without masks.
 
     Of calls that differ in formula, gamma, weight temperature or prior alone. The kernel may use so many threads.
+    `top_k` is in ascending order.
     """
-    for kernel in (rows, cuda):
-        if all(kernel.serves(each) for each in calls):
-            return _sample_losses_by_kernel(calls, partial(kernel.samples, threads=threads))
+    if all(rows.serves(each) for each in calls):
+        samples = partial(rows.samples, threads=threads)
+        return _sample_losses_by_kernel(
+            calls, samples, partial(samples, top_k=top_k), ["reverse_kl"] if reverse else []
+        )
+    if all(cuda.serves(each) for each in calls):
+        return _sample_losses_by_kernel(calls, cuda.samples, cuda.samples)
     call, xp = calls[0], calls[0].xp
     of_rows = formulas.rows_of(call)
     mse: list[Array | None] = []
@@ -106,7 +117,10 @@ _OF_EVERY_CALL = ("student_peak", "teacher_peak", "student_class", "teacher_clas
 
 
 def _sample_losses_by_kernel(
-    calls: Sequence[Call], samples: Callable[[Call, Sequence[str]], dict[str, Array]]
+    calls: Sequence[Call],
+    samples: Callable[[Call, Sequence[str]], dict[str, Array]],
+    first_samples: Callable[[Call, Sequence[str]], dict[str, Array]],
+    beside: Sequence[str] = (),
 ) -> SampleLosses:
     """One pass for all calls that weigh the classes alike; the first finds as well what is the same for every call."""
     decomposed = [call for call in calls if call.formula.decomposed]
@@ -116,7 +130,8 @@ def _sample_losses_by_kernel(
     passes: dict[object, dict[str, Array]] = {}
     for call in decomposed or calls[:1]:
         if _weighing(call) not in passes:
-            passes[_weighing(call)] = samples(call, own if passes else [*own, *common, *_OF_EVERY_CALL])
+            every = [*own, *common, *beside, *_OF_EVERY_CALL]
+            passes[_weighing(call)] = samples(call, own) if passes else first_samples(call, every)
     found = next(iter(passes.values()))
     of_calls = [passes[_weighing(call)] if call.formula.decomposed else {} for call in calls]
     return SampleLosses(
@@ -125,6 +140,8 @@ def _sample_losses_by_kernel(
         tuple(x.get("mse") for x in of_calls),
         tuple(x.get("mass") for x in of_calls),
         *(found[name] for name in _OF_EVERY_CALL),
+        found.get("reverse_kl"),
+        found.get("overlaps"),
     )
 
 

@@ -5,7 +5,7 @@ An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,11 +83,19 @@ def evaluate(
     return Result(None if found is None else host.finished(found), to_student, to_teacher, shared)
 
 
-def samples(call: Call, names: Iterable[str], threads: int) -> dict[str, Array]:
-    """What is asked for of each sample, [...], from one pass over the logits: fields of `cpu.RowCall` by name."""
+def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int] = ()) -> dict[str, Array]:
+    """What is asked for of each sample, [...], from one pass over the logits: fields of `cpu.RowCall` by name.
+
+    With `top_k`, in ascending order, "overlaps" as well, [..., len(top_k)] and int32: how many classes are among the k
+    largest of both networks; of equal logits the first counts.
+    """
     request, host, _kept = _request(call)
     request.threads = min(request.threads, threads)
     shape, like, found = call.arrays.student.shape[:-1], call.arrays.student, {}
+    if top_k:
+        ks = np.minimum(np.asarray(top_k, np.int64), request.classes)
+        found["overlaps"] = host.empty((*shape, len(ks)), call.xp.int32, like)
+        request.top_k, request.top_ks, request.overlaps = ks.ctypes.data, len(ks), host.address(found["overlaps"])
     for name in names:
         dtype = getattr(call.xp, _NOT_REAL[name]) if name in _NOT_REAL else call.dtype
         found[name] = host.empty(shape, dtype, like)

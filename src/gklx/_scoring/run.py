@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._core.libraries import to_numpy
 from .backend import Backend
 from .file_formats import llama
 from .file_formats.rows import Room, Stamp, stamp
 from .inputs import Chunk, Inputs
-from .overlap import overlaps
 from .pools import Pool, working
 from .samples import MASKED, UNDEFINED, Parameters, RowsOfBlock, prior_sums, record_dtype, scored
 from .work_file import WorkFile
@@ -130,10 +128,6 @@ def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> An
             student = rows.read(chunk.start, chunk.stop, of_student)
             block = RowsOfBlock(student, on_device, beside.labels, beside.targets)
             records = scored(here, job.names, job.parameters, block, prior, job.top_k)
-            if job.top_k:
-                counts = overlaps(to_numpy(student), to_numpy(teacher), job.top_k)
-                for k, count in zip(job.top_k, counts, strict=True):
-                    records[f"top_{k}"] = count
             if by_tool:
                 _read_as_tool(records, student, teacher, beside.targets)
             if beside.counted is not None:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._core.call import Array
-from .._core.libraries import Library, device_like, library_of
+from .._core.libraries import Library, device_like, library_of, to_numpy
 from .._run.dispatch import sample_losses
 from ..losses import call_builder, dkl, gkl, ikl, kl
 from ..prior import class_sums
 from .backend import Backend
+from .overlap import overlaps
 
 LOSSES: dict[str, Callable[..., Array]] = {"kl": kl, "dkl": dkl, "ikl": ikl, "gkl": gkl}
 REVERSE = "reverse_kl"
@@ -82,15 +83,15 @@ def scored(
     prior: Array | None,
     top_k: tuple[int, ...] = (),
 ) -> Any:
-    """The records of some rows, but for their `top_k`; `prior` [C, C] may be on the device already."""
+    """The records of some rows; `prior` [C, C] may be on the device already."""
     of_prior = (None, None) if prior is None else (place.put(prior), place.put(rows.labels))
     targets = None if rows.targets is None else place.put(rows.targets)
     given = (place.put(rows.student), place.put(rows.teacher), *of_prior, targets)
-    found = place.get(place.compiled(_raw, names, parameters, place.kernel_threads)(*given))
+    found = place.get(place.compiled(_raw, names, parameters, place.kernel_threads, top_k)(*given))
     targeted = targets is not None
     records = np.zeros(found.shape[-1], dtype=record_dtype(names, found.dtype, targeted=targeted, top_k=top_k))
     fields = [*_reals(names), *(SURPRISALS if targeted else ()), "student_confidence", "teacher_confidence", "state"]
-    *values, student_high, student_low, teacher_high, teacher_low = found
+    *values, student_high, student_low, teacher_high, teacher_low = found[: len(fields) + 4]
     for field, column in zip(fields, values, strict=True):
         records[field] = column
     for field, high, low in (
@@ -99,6 +100,11 @@ def scored(
     ):
         records[field] = high.astype(np.int64) * _DIGIT + low.astype(np.int64)
     records["label"] = -1 if rows.labels is None else rows.labels
+    counts = found[len(fields) + 4 :]  # which only the row kernel has found by now
+    if top_k and not len(counts):
+        counts = overlaps(to_numpy(rows.student), to_numpy(rows.teacher), tuple(sorted(top_k)))
+    for k, count in zip(sorted(top_k), counts, strict=True):
+        records[f"top_{k}"] = count
     return records
 
 
@@ -130,6 +136,7 @@ def _raw(
     names: tuple[str, ...],
     parameters: Parameters,
     threads: int,
+    top_k: tuple[int, ...],
     s: Array,
     t: Array,
     prior: Array = None,
@@ -151,10 +158,13 @@ def _raw(
     for name in forward:
         problems[name] = call_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
-    xp, found = first.xp, sample_losses(list(problems.values()), threads)
+    reverse = REVERSE in names
+    xp, found = first.xp, sample_losses(list(problems.values()), threads, reverse=reverse, top_k=sorted(top_k))
     mse, mass = (dict(zip(forward, of_names, strict=True)) for of_names in (found.mse, found.mass))
     columns = [found.kl] if "kl" in names else []
-    if REVERSE in names:
+    if reverse and found.reverse_kl is not None:
+        columns.append(found.reverse_kl)
+    elif reverse:
         columns.append(sample_losses([call_builder(kl)(t, s, **_takes("kl", parameters))], threads).kl)
     with_parts = [name for name in names if name not in WITHOUT_PARTS]
     columns += [found.ce] if with_parts else []
@@ -171,6 +181,8 @@ def _raw(
     columns.append(xp.astype(found.has_valid, first.dtype) + xp.astype(found.has_valid & found.undefined, first.dtype))
     for top in (found.student_class, found.teacher_class):
         columns += [xp.astype(digit, first.dtype) for digit in (top // _DIGIT, top % _DIGIT)]
+    if found.overlaps is not None:
+        columns += [xp.astype(found.overlaps[:, at], first.dtype) for at in range(len(top_k))]
     return xp.stack(columns)
 
 
