@@ -294,6 +294,8 @@ EQUIVALENT: dict[str, str] = {
     "loops.h: R largest = as_they_are ? base : R(0);  ->  R largest = as_they_are ? base : R(1.0);": (
         "the base is no larger than the largest weight, whose quotient is therefore at least 1"
     ),
+    "loops.h: while (begin + 1 < n && x[begin] != top) ++begin;  ->  "
+    "while (begin - 1 < n && x[begin] != top) ++begin;": "the largest logit is one of them",
 }
 
 if __name__ == "__main__":

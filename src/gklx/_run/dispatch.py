@@ -135,13 +135,13 @@ def _sample_losses_by_kernel(
     found = next(iter(passes.values()))
     of_calls = [passes[_weighing(call)] if call.formula.decomposed else {} for call in calls]
     return SampleLosses(
-        found.get("kl"),
-        found.get("ce"),
-        tuple(x.get("mse") for x in of_calls),
-        tuple(x.get("mass") for x in of_calls),
-        *(found[name] for name in _OF_EVERY_CALL),
-        found.get("reverse_kl"),
-        found.get("overlaps"),
+        kl=found.get("kl"),
+        ce=found.get("ce"),
+        mse=tuple(x.get("mse") for x in of_calls),
+        mass=tuple(x.get("mass") for x in of_calls),
+        reverse_kl=found.get("reverse_kl"),
+        overlaps=found.get("overlaps"),
+        **{name: found[name] for name in _OF_EVERY_CALL},
     )
 
 

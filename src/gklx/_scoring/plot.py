@@ -16,7 +16,7 @@ import numpy as np
 from .atomic import check_writable, replacing
 from .samples import WITHOUT_PARTS
 from .statistics import Score
-from .values import SampleValues
+from .values import Values
 
 _SUFFIXES = (".svg", ".png", ".html")
 _COLOURS = {
@@ -69,7 +69,7 @@ def check_plot(path: str) -> None:
     check_writable(path)
 
 
-def draw(values: SampleValues, found: Score, path: str, title: str) -> None:
+def draw(values: Values, found: Score, path: str, title: str) -> None:
     """Draws the samples of a score into a file whose suffix says how."""
     write(specification(values, found, title, path), path)
 
@@ -80,7 +80,7 @@ def write(spec: dict[str, Any], path: str) -> None:
         file.write(rendered(spec, Path(path).suffix))
 
 
-def specification(values: SampleValues, found: Score, title: str, path: str = "plot") -> dict[str, Any]:
+def specification(values: Values, found: Score, title: str, path: str = "plot") -> dict[str, Any]:
     """The picture in Vega-Lite's words."""
     alt = altair_for(path)
     counts = _counted(values)
@@ -154,7 +154,7 @@ def styled(alt: Any, chart: Any, title: str, subtitle: str) -> dict[str, Any]:
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
-def _counted(values: SampleValues) -> _Counts:
+def _counted(values: Values) -> _Counts:
     """Two runs over the samples: the range of the losses, then the counts."""
     low, high = math.inf, 0.0
     for block in values.blocks():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .atomic import check_writable, replacing
-from .values import SampleValues, ValueBlock
+from .values import ValueBlock, Values
 
 _SUFFIXES = (".npy", ".parquet")
 
@@ -23,7 +23,7 @@ def check_sample_file(path: str) -> None:
     check_writable(path)
 
 
-def write_samples(values: SampleValues, path: str) -> None:
+def write_samples(values: Values, path: str) -> None:
     """Writes a record a sample, in the order of the input.
 
     The columns are each loss's ``NAME`` and, where it has parts, ``NAME_mse`` and ``NAME_ce``; ``student_class``,
@@ -38,7 +38,7 @@ def write_samples(values: SampleValues, path: str) -> None:
             _write_parquet(values, part)
 
 
-def _write_npy(values: SampleValues, path: Path) -> None:
+def _write_npy(values: Values, path: Path) -> None:
     with open(path, "wb") as file:
         for at, records in enumerate(_records(values)):
             if at == 0:
@@ -47,7 +47,7 @@ def _write_npy(values: SampleValues, path: Path) -> None:
             file.write(records.tobytes())
 
 
-def _write_parquet(values: SampleValues, path: Path) -> None:
+def _write_parquet(values: Values, path: Path) -> None:
     pa, parquet = _pyarrow(str(path))
     with contextlib.ExitStack() as stack:
         writer = None
@@ -61,7 +61,7 @@ def _write_parquet(values: SampleValues, path: Path) -> None:
             writer.write_table(table)
 
 
-def _records(values: SampleValues) -> Iterator[Any]:
+def _records(values: Values) -> Iterator[Any]:
     for block in values.blocks():
         columns = _columns(block)
         records = np.empty(len(block.scored), dtype=[(name, x.dtype) for name, x in columns.items()])

@@ -23,8 +23,9 @@ from .progress import Progress
 from .run import ChangedError, Job, run
 from .sample_files import check_sample_file, write_samples
 from .samples import CHOICES, Parameters, checked
-from .statistics import EXACT_QUANTILES, Score, Scores, Values, difference, digest, score_of
+from .statistics import EXACT_QUANTILES, Score, Scores, differences, digest, score_of
 from .streams import printable
+from .values import Values
 from .work_file import WorkFile, job_folder
 
 
@@ -146,11 +147,8 @@ def _found(request: Request, inputs: Inputs, job: Job, pool: Pool, work: WorkFil
             draw(every[0], scores[0], request.plot, _title(request))
         return scores[0]
     first, *others = every
-    differences = {
-        name: {loss: difference(values, first, loss) for loss in job.names}
-        for name, values in zip(job.candidates[1:], others, strict=True)
-    }
-    found = Scores(_named(request.teacher), dict(zip(job.candidates, scores, strict=True)), differences)
+    compared = {name: differences(values, first) for name, values in zip(job.candidates[1:], others, strict=True)}
+    found = Scores(_named(request.teacher), dict(zip(job.candidates, scores, strict=True)), compared)
     if request.plot is not None:
         draw_candidates(found, request.plot)
     return found

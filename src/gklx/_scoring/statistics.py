@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .samples import MASKED, SCORED, SKIPPED, SURPRISALS, UNDEFINED, WITHOUT_PARTS, Parameters
-from .values import Parts, ValueBlock
-from .work_file import WorkFile
+from .samples import Parameters
+from .values import Values
 
 EXACT_QUANTILES = 2**22
 """Up to so many samples quantiles are exact, beyond by a t-digest."""
@@ -146,77 +145,6 @@ class Scores(NamedTuple):
     """Of each candidate but the first, by loss: its mean less the first's, over the samples scored in both."""
 
 
-class Values:
-    """The samples of a work file with their losses: weighted, and GKL's divided by the normaliser of all of them."""
-
-    def __init__(
-        self,
-        work: WorkFile,
-        names: tuple[str, ...],
-        parameters: Parameters,
-        classes: int,
-        *,
-        labelled: bool,
-        by_prior: bool,
-        candidate: int | None = None,
-    ) -> None:
-        self.names, self.classes, self.labelled, self.by_prior = names, classes, labelled, by_prior
-        self._work, self._parameters = work, parameters
-        self._candidate = candidate
-        self.samples = work.records
-        fields = set((work.dtype if candidate is None else work.dtype[candidate]).names or ())
-        self.targeted = set(SURPRISALS) <= fields
-        self.top_k = tuple(sorted(int(field[4:]) for field in fields if field.startswith("top_")))
-        states = np.zeros(4, dtype=np.int64)
-        squares, masses = [], 0
-        for records in self._records():
-            states += np.bincount(records["state"], minlength=4)
-            if "gkl" in names:
-                mass = records["gkl_mass"][records["state"] == SCORED].astype(np.float64)
-                mass = mass[np.isfinite(mass)]
-                squares.append(float((mass**2).sum()))
-                masses += mass.size
-        self.skipped, self.scored, self.undefined, self.masked = (
-            int(states[state]) for state in (SKIPPED, SCORED, UNDEFINED, MASKED)
-        )
-        mean = math.fsum(squares) / masses if masses else 0.0
-        self._normalizer = mean if mean > 0 else 1.0
-
-    def _records(self) -> Iterator[Any]:
-        for records in self._work.blocks():
-            yield records if self._candidate is None else records[str(self._candidate)]
-
-    def blocks(self) -> Iterator[ValueBlock]:
-        """All samples, a block at a time."""
-        with np.errstate(all="ignore"):
-            for records in self._records():
-                surprisals = [records[field].astype(np.float64) if self.targeted else None for field in SURPRISALS]
-                yield ValueBlock(
-                    losses={name: self._parts(name, records) for name in self.names},
-                    student_class=records["student_class"].astype(np.int64),
-                    teacher_class=records["teacher_class"].astype(np.int64),
-                    student_confidence=records["student_confidence"].astype(np.float64),
-                    teacher_confidence=records["teacher_confidence"].astype(np.float64),
-                    label=records["label"].astype(np.int64) if self.labelled else None,
-                    scored=records["state"] == SCORED,
-                    student_surprisal=surprisals[0],
-                    teacher_surprisal=surprisals[1],
-                    overlaps={k: records[f"top_{k}"] for k in self.top_k} if self.top_k else None,
-                )
-
-    def _parts(self, name: str, records: Any) -> Parts:
-        if name in WITHOUT_PARTS:
-            return Parts(records[name].astype(np.float64), None, None)
-        mse, ce = (records[field].astype(np.float64) for field in (f"{name}_mse", "ce"))
-        if name == "gkl":
-            mse = mse / self._normalizer
-        # 0 times infinity is nothing here: a part of weight 0 is not there.
-        mse_weight, ce_weight = self._parameters.mse_weight, self._parameters.ce_weight
-        mse = mse_weight * mse if mse_weight else np.zeros_like(mse)
-        ce = ce_weight * ce if ce_weight else np.zeros_like(ce)
-        return Parts(mse + ce, mse, ce)
-
-
 def score_of(
     values: Values, parameters: Parameters, backend: str, device: str, *, masking: bool, reading: str | None
 ) -> Score:
@@ -230,6 +158,7 @@ def score_of(
         raise ValueError(f"nothing to score: {why}")
     with np.errstate(all="ignore"):
         totals = _Totals(values)
+        beside = _estimates(lambda: _beside_losses(values)) if values.targeted or values.top_k else {}
         return Score(
             samples=values.scored,
             skipped=values.skipped,
@@ -244,9 +173,9 @@ def score_of(
             losses={name: _summary(values, name, totals) for name in values.names},
             worst_classes=_worst(totals) if values.labelled else None,
             masked=values.masked if masking else None,
-            perplexity=_perplexity(values) if values.targeted else None,
-            delta_p=_delta_p(values) if values.targeted else None,
-            top_k_overlap={k: _overlap(values, k) for k in values.top_k} if values.top_k else None,
+            perplexity=_perplexity(beside) if values.targeted else None,
+            delta_p=_delta_p(values, beside) if values.targeted else None,
+            top_k_overlap={k: beside[f"top_{k}"] for k in values.top_k} if values.top_k else None,
             reading=reading,
         )
 
@@ -286,14 +215,13 @@ class _Totals:
 def _summary(values: Values, name: str, totals: _Totals) -> Summary:
     mean, *parts = totals.means[name]
     squares, quantiles = [], _Quantiles(values.scored)
-    for block in values.blocks():
+    for block in values.blocks((name,)):
         x = block.losses[name].loss[block.scored]
         squares.append(float(((x - mean) ** 2).sum()))
         quantiles.add(x)
-    n = values.scored
     return Summary(
         mean=mean,
-        stderr=math.sqrt(_total(squares) / (n - 1) / n) if n > 1 and math.isfinite(mean) else math.nan,
+        stderr=_standard_error(squares, mean, values.scored),
         max=totals.largest[name],
         min=totals.smallest[name],
         mse=parts[0] if parts else None,
@@ -303,28 +231,43 @@ def _summary(values: Values, name: str, totals: _Totals) -> Summary:
     )
 
 
-def _estimate(parts: Callable[[], Iterator[Any]], n: int) -> Estimate:
-    """The mean of n numbers that come in blocks, twice."""
-    mean = _total(float(x.sum()) for x in parts()) / n
-    if n < 2 or not math.isfinite(mean):
-        return Estimate(mean, math.nan)
-    return Estimate(mean, math.sqrt(_total(float(((x - mean) ** 2).sum()) for x in parts()) / (n - 1) / n))
+def _estimates(blocks: Callable[[], Iterator[dict[str, Any]]]) -> dict[str, Estimate]:
+    """The means of columns that come in blocks, twice; NaN where there is no number."""
+    sums: dict[str, list[float]] = {}
+    n = 0
+    for block in blocks():
+        for name, x in block.items():
+            sums.setdefault(name, []).append(float(x.sum()))
+        n += next(iter(block.values())).size
+    means = {name: _total(parts) / n if n else math.nan for name, parts in sums.items()}
+    squares: dict[str, list[float]] = {name: [] for name in means}
+    for block in blocks():
+        for name, x in block.items():
+            squares[name].append(float(((x - means[name]) ** 2).sum()))
+    return {name: Estimate(mean, _standard_error(squares[name], mean, n)) for name, mean in means.items()}
 
 
-def _surprisals(values: Values) -> Iterator[tuple[Any, Any]]:
-    for block in values.blocks():
-        assert block.student_surprisal is not None
-        assert block.teacher_surprisal is not None
-        yield block.student_surprisal[block.scored], block.teacher_surprisal[block.scored]
+def _standard_error(squares: list[float], mean: float, n: int) -> float:
+    return math.sqrt(_total(squares) / (n - 1) / n) if n > 1 and math.isfinite(mean) else math.nan
 
 
-def _perplexity(values: Values) -> Perplexity:
-    n = values.scored
-    student = _estimate(lambda: (s for s, _ in _surprisals(values)), n)
-    teacher = _estimate(lambda: (t for _, t in _surprisals(values)), n)
-    ratio = _estimate(lambda: (s - t for s, t in _surprisals(values)), n)
-    products = _total(float(((s - student.value) * (t - teacher.value)).sum()) for s, t in _surprisals(values))
-    covariance = products / (n - 1) / n if n > 1 else math.nan  # of the two means
+def _beside_losses(values: Values) -> Iterator[dict[str, Any]]:
+    """What is asked for beside the losses, of the samples that are scored."""
+    for block in values.blocks(()):
+        here = block.scored
+        columns = {f"top_{k}": count[here] / k for k, count in (block.overlaps or {}).items()}
+        if values.targeted:
+            assert block.student_surprisal is not None
+            assert block.teacher_surprisal is not None
+            s, t = block.student_surprisal[here], block.teacher_surprisal[here]
+            change = np.exp(-s) - np.exp(-t)
+            columns |= {"student": s, "teacher": t, "log_ratio": s - t, "delta_p": change, "delta_p_squared": change**2}
+        yield columns
+
+
+def _perplexity(found: dict[str, Estimate]) -> Perplexity:
+    student, teacher, ratio = found["student"], found["teacher"], found["log_ratio"]
+    covariance = (student.stderr**2 + teacher.stderr**2 - ratio.stderr**2) / 2  # of the two means
     spread = student.stderr * teacher.stderr
     ppl, base = (Estimate(_exp(x.value), _exp(x.value) * x.stderr) for x in (student, teacher))
     of_difference = ppl.stderr**2 + base.stderr**2 - 2 * ppl.value * base.value * covariance
@@ -338,20 +281,17 @@ def _perplexity(values: Values) -> Perplexity:
     )
 
 
-def _delta_p(values: Values) -> DeltaP:
-    def differences() -> Iterator[Any]:
-        for s, t in _surprisals(values):
-            yield np.exp(-s) - np.exp(-t)
-
-    n, quantiles, low, high = values.scored, _Quantiles(values.scored), math.inf, -math.inf
-    for x in differences():
+def _delta_p(values: Values, found: dict[str, Estimate]) -> DeltaP:
+    quantiles, low, high = _Quantiles(values.scored), math.inf, -math.inf
+    for columns in _beside_losses(values):
+        x = columns["delta_p"]
         if x.size:
             low, high = min(low, float(x.min())), max(high, float(x.max()))
             quantiles.add(x)
-    squares = _estimate(lambda: (x**2 for x in differences()), n)
+    squares = found["delta_p_squared"]
     rms = math.sqrt(squares.value)
     return DeltaP(
-        mean=_estimate(differences, n),
+        mean=found["delta_p"],
         rms=Estimate(rms, squares.stderr / (2 * rms) if rms else squares.stderr),
         max=high,
         min=low,
@@ -359,29 +299,19 @@ def _delta_p(values: Values) -> DeltaP:
     )
 
 
-def _overlap(values: Values, k: int) -> Estimate:
-    def shares() -> Iterator[Any]:
-        for block in values.blocks():
-            assert block.overlaps is not None
-            yield block.overlaps[k][block.scored] / k
-
-    return _estimate(shares, values.scored)
-
-
-def difference(values: Values, first: Values, name: str) -> Estimate:
-    """The mean of a loss less that of another candidate, with the error of a paired comparison.
+def differences(values: Values, first: Values) -> dict[str, Estimate]:
+    """The mean of each loss less that of another candidate, with the error of a paired comparison.
 
     Over the samples that are scored in both.
     """
 
-    def differences() -> Iterator[Any]:
+    def paired() -> Iterator[dict[str, Any]]:
         for own, other in zip(values.blocks(), first.blocks(), strict=True):
             both = own.scored & other.scored
-            yield own.losses[name].loss[both] - other.losses[name].loss[both]
+            yield {name: own.losses[name].loss[both] - other.losses[name].loss[both] for name in values.names}
 
     with np.errstate(all="ignore"):
-        n = sum(x.size for x in differences())
-        return _estimate(differences, n) if n else Estimate(math.nan, math.nan)
+        return _estimates(paired)
 
 
 def _exp(x: float) -> float:
