@@ -109,7 +109,7 @@ def add_to(commands: Any) -> None:
         type=kinds.wholes,
         default=(),
         metavar="K[,K]",
-        help="the overlap of the K largest classes, as 5,10 (default: none; it takes about as long as the losses)",
+        help="the overlap of the K largest classes, as 5,10 (default: none)",
     )
     score.add_argument("--strict", action="store_true", help="a sample with NaN is an error")
     out = score.add_argument_group("what to write")

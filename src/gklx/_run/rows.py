@@ -3,6 +3,7 @@
 An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 """
 
+import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -182,6 +183,31 @@ def _shared(call: Call, request: cpu.RowCall) -> Batch:
     return over_ranks(call, own)
 
 
+class _ArrayInterface(ctypes.Structure):
+    """NumPy's `PyArrayInterface`."""
+
+    _fields_ = (
+        ("two", ctypes.c_int),
+        ("nd", ctypes.c_int),
+        ("typekind", ctypes.c_char),
+        ("itemsize", ctypes.c_int),
+        ("flags", ctypes.c_int),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+    )
+
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype, _capsule_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _numpy_address(x: Any) -> int:
+    """As `x.ctypes.data`, in half of its time."""
+    capsule = x.__array_struct__  # which owns what its pointer points to
+    return int(_ArrayInterface.from_address(_capsule_pointer(capsule, None)).data or 0)
+
+
 def _numpy_contiguous(x: Any, dtype: Any) -> Any:
     return np.ascontiguousarray(x, dtype)
 
@@ -224,7 +250,7 @@ def are_plain_tensors(call: Call, device: str) -> bool:
 _HOSTS = {
     "numpy": _Host(
         contiguous=_numpy_contiguous,
-        address=lambda x: int(x.__array_interface__["data"][0]),
+        address=_numpy_address,
         empty=lambda shape, dtype, _: np.empty(shape, dtype),
         threads=cpu.threads,
         finished=lambda x: x[()],
