@@ -30,6 +30,10 @@ EXEMPT = {
 }
 
 
+# Their blocks run in processes of their own; and the libraries that each runs on.
+FRAMEWORKS = {"keras": ("torch", "jax"), "lightning": ("torch",), "transformers": ("torch",), "accelerate": ("torch",)}
+
+
 def name_of(page):
     return page.relative_to(DOCS).as_posix()
 
@@ -94,23 +98,36 @@ def test_block_prints_what_the_page_shows(test):
     backends.needs_imported(modules)
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
-    if "keras" in modules:
-        pytest.skip("Keras has one backend a process: test_keras_block_on_its_backend runs it")
+    if modules & FRAMEWORKS.keys():
+        pytest.skip("test_block_of_a_framework runs it")
     found = problems(test)
     assert not found, found
 
 
-@pytest.mark.parametrize("library", ["torch", "jax"])
-@pytest.mark.parametrize("test", [each for each in BLOCKS if "keras" in imported(each.values[0])])
-def test_keras_block_on_its_backend(test, library):
+FRAMEWORK_BLOCKS = [
+    pytest.param(block.values[0], framework, library, id=f"{block.id}-{framework}-{library}")
+    for block in BLOCKS
+    for framework in sorted(imported(block.values[0]) & FRAMEWORKS.keys())
+    for library in FRAMEWORKS[framework]
+]
+
+
+@pytest.mark.parametrize(("test", "framework", "library"), FRAMEWORK_BLOCKS)
+def test_block_of_a_framework(test, framework, library):
+    """In a process of its own: Keras has one backend a process, and each has warnings that are not of gklx."""
     backends.needs(library)
-    if importlib.util.find_spec("keras") is None:
-        pytest.skip("Keras is not installed")
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
     code = f"import test_docs; print(end=test_docs.problems(test_docs.doctest_at({test.filename!r}, {test.lineno})))"
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
     environment = os.environ | {"KERAS_BACKEND": library, "PYTHONPATH": paths}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_framework_has_a_block(framework):
+    assert any(block.values[1] == framework for block in FRAMEWORK_BLOCKS)
 
 
 @pytest.mark.parametrize("test", BLOCKS)
