@@ -38,6 +38,10 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
         ``"libraries"``, for each library that is found its ``"version"`` and what runs the losses: ``"eager"``, called
         outside of a compiler, by the name of the library's compiler, and on a ``"gpu"``.
 
+    See Also
+    --------
+    gklx.testing.assert_backends_agree : Compares what the libraries compute.
+
     Examples
     --------
     >>> import gklx

@@ -39,6 +39,11 @@ class global_batch:  # noqa: N801, a context reads like a function
     ValueError
         In the call of a loss: this process is not in `process_group`; no axis of that name is being mapped.
 
+    See Also
+    --------
+    gkl : Its normaliser is a sum over the batch.
+    class_sums : The sums of a class prior.
+
     Notes
     -----
     The context holds for the thread that entered it. No gradient flows between ranks but in second

@@ -53,6 +53,11 @@ def class_sums(
     TypeError, ValueError
         As in `ikl`; also a C that is not `num_classes`.
 
+    See Also
+    --------
+    ClassPrior : Keeps the sums, and the prior made from them, over epochs.
+    ClassPriorState : The same as a value, for `jax.jit`.
+
     Examples
     --------
     >>> import numpy as np
@@ -94,6 +99,11 @@ class ClassPriorState(NamedTuple):
 
     A named tuple, hence a pytree: it lives inside `jax.jit` and `jax.lax.scan`, and `torch.func` and `torch.compile`
     take it as well. `ClassPrior` is an object that holds one.
+
+    See Also
+    --------
+    ClassPrior : An object that holds one.
+    class_sums : The sums of one batch.
 
     Examples
     --------
@@ -196,6 +206,12 @@ class ClassPrior:
     ------
     TypeError, ValueError
         Bad `num_classes` or `temperature`; `like` is no floating array of a known library.
+
+    See Also
+    --------
+    ClassPriorState : The same as a value, for `jax.jit`.
+    class_sums : The sums of one batch.
+    gklx.torch.GKLLoss : Keeps a class prior of its own.
 
     Examples
     --------

@@ -110,6 +110,10 @@ def score(
     ModuleNotFoundError
         psutil or rich is not installed: both are in the extra `cli`.
 
+    See Also
+    --------
+    score_candidates : Several students against one teacher.
+
     Examples
     --------
     >>> import numpy as np
@@ -172,6 +176,10 @@ def score_candidates(students: Mapping[str, Any], teacher: Any, labels: Any = No
     Scores
         A named tuple: teacher, its name; students[name], a `Score` each; differences[name][loss], the mean of each
         candidate but the first less that of the first, with the standard error of a paired comparison.
+
+    See Also
+    --------
+    score : One student against its teacher.
 
     Examples
     --------

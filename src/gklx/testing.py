@@ -74,6 +74,10 @@ def assert_backends_agree(
     TypeError, ValueError
         Arguments that cannot be used; a named backend that is not here; nothing to check.
 
+    See Also
+    --------
+    assert_gradients_match : Compares a gradient with finite differences.
+
     Examples
     --------
     >>> import array_api_compat
@@ -146,6 +150,10 @@ def assert_gradients_match(
     ------
     AssertionError, TypeError, ValueError
         As in `assert_backends_agree`. It is an AssertionError too where differences do not settle, at a kink of `fn`.
+
+    See Also
+    --------
+    assert_backends_agree : Compares a function on several libraries.
 
     Examples
     --------

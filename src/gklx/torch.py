@@ -247,6 +247,10 @@ class KLLoss(_UnlabelledLoss):
     TypeError, ValueError
         As in `gklx.kl`, in the constructor where a setting is wrong.
 
+    See Also
+    --------
+    gklx.kl : The function.
+
     Notes
     -----
     ``forward(student_logits, teacher_logits, *, sample_weight=None, where=None)`` takes logits of shape [..., C], both
@@ -286,6 +290,10 @@ class DKLLoss(_UnlabelledLoss):
     ------
     TypeError, ValueError
         As in `gklx.dkl`, in the constructor where a setting is wrong.
+
+    See Also
+    --------
+    gklx.dkl : The function, and what its gradients are.
 
     Notes
     -----
@@ -335,6 +343,12 @@ class IKLLoss(_ClassWeightedLoss):
     ------
     TypeError, ValueError
         As in `gklx.ikl`, in the constructor where a setting is wrong; a bad `num_classes` or `warmup_epochs`.
+
+    See Also
+    --------
+    gklx.ikl : The function.
+    GKLLoss : With γ, normalised over the batch.
+    gklx.ClassPrior : The class prior by itself.
 
     Notes
     -----
@@ -408,6 +422,12 @@ class GKLLoss(_ClassWeightedLoss):
     ------
     TypeError, ValueError
         As in `gklx.gkl`, in the constructor where a setting is wrong; a bad `num_classes` or `warmup_epochs`.
+
+    See Also
+    --------
+    gklx.gkl : The function.
+    gklx.settings : Published values of the arguments; `from_settings` takes them by name.
+    gklx.ClassPrior : The class prior by itself.
 
     Notes
     -----

@@ -62,6 +62,11 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     ValueError
         `argnums` names something else than 0 and 1; the function is called with ``reduction="none"``.
 
+    See Also
+    --------
+    grad : The gradient alone.
+    terms : The loss as its two parts.
+
     Examples
     --------
     >>> import numpy as np
@@ -86,6 +91,10 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     """A function that returns the analytic gradient of a loss.
 
     Parameters, errors and results are those of `value_and_grad`, without the value.
+
+    See Also
+    --------
+    value_and_grad : The gradient with the value, from one evaluation.
 
     Examples
     --------
@@ -118,6 +127,10 @@ def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
     ------
     TypeError
         `loss` is `kl`, or not one of the four.
+
+    See Also
+    --------
+    value_and_grad : The value and the gradient of the sum.
 
     Examples
     --------
