@@ -160,7 +160,7 @@ def public_names(module):
     return ast.literal_eval(names)
 
 
-@pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
+@pytest.mark.parametrize("module", ["__init__", "torch", "testing", "scoring"])
 def test_every_public_name_is_in_the_reference(module):
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     shown = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", reference, re.MULTILINE)

@@ -12,6 +12,7 @@ from ._core.checks import class_count, computed_in, known_library, labelled_logi
 from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
+from ._generic import ArrayT, Generic
 
 _Array = TypeVar("_Array")
 
@@ -94,7 +95,7 @@ def class_sums(
     return cast(_Array, sums if ranks is None else ranks.total(sums))
 
 
-class ClassPriorState(NamedTuple):
+class ClassPriorState(NamedTuple, Generic[ArrayT]):
     """The class prior as a value: two arrays and two functions that return a new state.
 
     A named tuple, hence a pytree: it lives inside `jax.jit` and `jax.lax.scan`, and `torch.func` and `torch.compile`
@@ -116,13 +117,13 @@ class ClassPriorState(NamedTuple):
            [0.5, 0.5]])
     """
 
-    table: Array
+    table: ArrayT
     """[C, C]: row y is the mean softmax of class y up to the last `advance`."""
-    sums: Array
+    sums: ArrayT
     """[C, C]: the class sums since then, of the table's dtype."""
 
     @classmethod
-    def uniform(cls, num_classes: int, *, like: Array) -> "ClassPriorState":
+    def uniform(cls, num_classes: int, *, like: _Array) -> "ClassPriorState[_Array]":
         """The state before the first epoch: 1/C everywhere, in the library, device and dtype computed in of `like`.
 
         Parameters
@@ -142,16 +143,18 @@ class ClassPriorState(NamedTuple):
         xp = library.namespace()
         kind = {"dtype": getattr(xp, computed_in("like", like)), "device": device_like(library, like)}
         shape = (num_classes, num_classes)
-        return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
+        state = cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
+        return cast("ClassPriorState[_Array]", state)
 
     def update(
         self, logits: Array, labels: Array, *, temperature: float = 1.0, sample_weight: Array | None = None
-    ) -> "ClassPriorState":
+    ) -> "ClassPriorState[ArrayT]":
         """The state with a batch added to its sums; arguments and errors as in `class_sums`."""
-        sums = class_sums(logits, labels, self.sums.shape[0], temperature=temperature, sample_weight=sample_weight)
-        return self._replace(sums=self.sums + _namespace(sums).astype(sums, self.sums.dtype, copy=False))
+        own: Array = self.sums
+        sums = class_sums(logits, labels, own.shape[0], temperature=temperature, sample_weight=sample_weight)
+        return self._replace(sums=own + _namespace(sums).astype(sums, own.dtype, copy=False))
 
-    def advance(self) -> "ClassPriorState":
+    def advance(self) -> "ClassPriorState[ArrayT]":
         """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
         xp = _namespace(self.table)
         totals = xp.sum(self.sums, axis=-1, keepdims=True)
@@ -189,7 +192,7 @@ def allow_in_torch_load() -> None:
         serialization.add_safe_globals([_state_array])
 
 
-class ClassPrior:
+class ClassPrior(Generic[ArrayT]):
     """Keeps the class prior over epochs: collects sums while one runs, and turns them into the table after it.
 
     Parameters
@@ -228,13 +231,13 @@ class ClassPrior:
            [0.5, 0.5]])
     """
 
-    def __init__(self, num_classes: int, *, temperature: float = 1.0, like: Array | None = None) -> None:
+    def __init__(self, num_classes: int, *, temperature: float = 1.0, like: ArrayT | None = None) -> None:
         self.num_classes = class_count(num_classes)
         self.temperature = positive_number("temperature", temperature)
         self._library: Library | None = None
         self._device: Any = None
         self._settled = False  # the dtype is chosen
-        self._state = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
+        self._state: ClassPriorState[Array] = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
         if like is not None:
             library = known_library("like", like)
             self._move(library, like, computed_in("like", like))
@@ -250,9 +253,9 @@ class ClassPrior:
         self._device = self._library.device(self._state.sums) if self._library is not None and on_one else None
 
     @property
-    def table(self) -> Array:
+    def table(self) -> ArrayT:
         """[C, C]: row y is the mean softmax of class y up to the last `advance`, uniform 1/C before the first."""
-        return self._state.table
+        return cast(ArrayT, self._state.table)
 
     def update(self, logits: Array, labels: Array, sample_weight: Array | None = None) -> None:
         """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is."""
@@ -266,7 +269,7 @@ class ClassPrior:
         """
         self._state = self._state.advance()
 
-    def merge(self, other: "ClassPrior") -> None:
+    def merge(self, other: "ClassPrior[ArrayT]") -> None:
         """Adds the sums of another shard's prior, which stays as it is.
 
         ValueError where it counts other classes or has another temperature, TypeError where it is of another library.

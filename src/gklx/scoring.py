@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from ._scoring.statistics import Score, Scores
+    from ._scoring.samples import Parameters
+    from ._scoring.statistics import ClassScore, DeltaP, Estimate, Perplexity, Score, Scores, Summary
 
-__all__ = ["score", "score_candidates"]
+__all__ = [
+    "ClassScore",
+    "DeltaP",
+    "Estimate",
+    "Parameters",
+    "Perplexity",
+    "Score",
+    "Scores",
+    "Summary",
+    "score",
+    "score_candidates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What `score` returns is imported on first use: `import gklx` need not wait for it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("._scoring.statistics", __package__), name)
 
 
 def score(

@@ -10,18 +10,19 @@ import numpy as np
 from . import _autodiff
 from ._core.call import Array, Call
 from ._core.checks import whole_number
+from ._generic import ArrayT, Generic
 from .losses import call_builder, kl
 
 _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")
 
 
-class Terms(NamedTuple):
+class Terms(NamedTuple, Generic[ArrayT]):
     """The two weighted parts of a loss; their sum is the loss."""
 
-    mse: Array
+    mse: ArrayT
     """mse_weight · wMSE."""
-    ce: Array
+    ce: ArrayT
     """ce_weight · CE."""
 
 
@@ -109,7 +110,7 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     return _Gradient(loss, *_argnums(argnums))
 
 
-def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
+def terms(loss: Callable[_Signature, _Array]) -> Callable[_Signature, Terms[_Array]]:
     """A function that returns a loss as its two weighted parts, wMSE and CE.
 
     Parameters
@@ -183,7 +184,7 @@ class _ValueAndGradient(_OfLoss):
 
 @dataclass(frozen=True)
 class _Terms(_OfLoss):
-    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         return Terms(
             mse=_autodiff.value(call._replace(numbers=call.numbers._replace(ce_weight=0.0))),
