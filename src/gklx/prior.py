@@ -83,8 +83,8 @@ def class_sums(
         weighted, labels = xp.reshape(weighted, (-1, num_classes)), xp.reshape(labels, (-1,))
     classes = xp.arange(num_classes, dtype=labels.dtype, device=device_like(library, labels))
     member = labels[:, None] == classes[None, :]
-    # In the product NaN reaches every class, for 0 · NaN is NaN: it is taken out, and put into its own class's row. A
-    # label that names no class may stand for any.
+    # In the product a NaN would reach every class, since 0 · NaN is NaN. So samples with NaN are set to 0, and the rows
+    # of their classes are made NaN afterwards: all rows for a label that names no class.
     finite = xp.all(xp.isfinite(weighted), axis=-1, keepdims=True)
     weighted = xp.where(finite, weighted, 0.0)
     spoiled = xp.any((member | ~is_class(labels, num_classes)[:, None]) & ~finite, axis=0)
@@ -164,15 +164,15 @@ class ClassPriorState(NamedTuple, Generic[ArrayT]):
 
 
 class StateArray(np.ndarray):
-    """An array of a `state_dict`: NumPy's, but for how it is pickled.
+    """A NumPy array of a `state_dict` that is pickled in another way.
 
-    `torch.load` calls what it was allowed to call and nothing else, by default. A plain array is restored by
-    `numpy.dtype`, which a made-up file can have read foreign memory: to allow that would open every later `torch.load`
-    of the process. Restoring this one calls a function that makes floats of bytes, and that is allowed.
+    By default `torch.load` calls only allowed functions. A plain array is restored by `numpy.dtype`, through which a
+    forged file can read foreign memory; to allow it would weaken every later `torch.load` of the process. This array is
+    restored by a function that only makes floats of bytes, and that one is allowed.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> Any:
-        if self.dtype not in (np.float32, np.float64):  # what somebody computed from one
+        if self.dtype not in (np.float32, np.float64):  # the result of an operation on such an array
             return super().__reduce_ex__(protocol)
         return _state_array, (self.dtype.str, self.shape, self.tobytes())
 
@@ -193,7 +193,7 @@ def allow_in_torch_load() -> None:
 
 
 class ClassPrior(Generic[ArrayT]):
-    """Keeps the class prior over epochs: collects sums while one runs, and turns them into the table after it.
+    """Keeps the class prior over epochs: it adds up the sums of an epoch, and makes them the table at its end.
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ class ClassPrior(Generic[ArrayT]):
         self.temperature = positive_number("temperature", temperature)
         self._library: Library | None = None
         self._device: Any = None
-        self._settled = False  # the dtype is chosen
+        self._settled = False  # whether the dtype has been chosen
         self._state: ClassPriorState[Array] = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
         if like is not None:
             library = known_library("like", like)
@@ -244,7 +244,7 @@ class ClassPrior(Generic[ArrayT]):
         allow_in_torch_load()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: a device is not, since JAX's cannot be, and one of its arrays tells it."""
+        """The state for copies and pickles. Devices of JAX cannot be pickled: the arrays tell the device again."""
         return {**vars(self), "_device": self._device is not None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -263,7 +263,7 @@ class ClassPrior(Generic[ArrayT]):
         self._add("logits", sums)
 
     def advance(self) -> None:
-        """Turns the sums since the last call into the table, and starts anew.
+        """Turns the sums since the last call into the table, and sets the sums to 0.
 
         A class not seen since then keeps its previous row.
         """
@@ -284,7 +284,7 @@ class ClassPrior(Generic[ArrayT]):
             self._add("other", other._state.sums)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as NumPy arrays and plain numbers.
+        """The state to continue from, as NumPy arrays and plain numbers.
 
         `torch.load` reads them back from a file by its default ``weights_only=True`` in a process that has imported
         `gklx.torch`, or has made a `ClassPrior` after it imported PyTorch.
@@ -299,9 +299,9 @@ class ClassPrior(Generic[ArrayT]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`; the library and device stay this object's own.
+        """Restores a `state_dict`; library and device of this object stay the same.
 
-        Arrays of other libraries are taken as well, such as tensors into which somebody turned those of the state.
+        The arrays may also be of another library, such as tensors made from those of the state.
 
         ValueError where a key is missing or unknown, or an entry does not fit this prior.
         """

@@ -1,4 +1,4 @@
-"""A student's logits against a teacher's, at any size: files, arrays or batches."""
+"""Compares a student's logits with a teacher's: files, arrays or batches of any size."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def score(
 ) -> Score:
     """Statistics of the losses over samples: mean and its error, quantiles, parts, top-1 agreement.
 
-    The logits are worked off in blocks of rows, read ahead while others are computed, in one pass, or in two where
-    labels ask for a class prior. The result does not depend on blocks, shards, batches or the order of samples, but for
-    rounding: GKL's normaliser and the class prior are those of all samples.
+    The logits are processed in blocks of rows; the next blocks are read while others are computed. There is one pass,
+    or two where labels are given for a class prior. But for rounding the result does not depend on blocks, shards,
+    batches or the order of samples: GKL's normaliser and the class prior are those of all samples.
 
     Parameters
     ----------
@@ -81,10 +81,10 @@ def score(
     temperature, weight_temperature, gamma, mse_weight, ce_weight : float
         As in the losses.
     backend : {"numpy", "torch", "jax", "cupy", "array_api_strict", "dask"}, optional
-        Where to compute; by default the library of the arrays, NumPy for files. "dask" works the blocks off in NumPy
-        on the workers of a cluster, which must see the same files.
+        The library that computes; by default that of the arrays, and NumPy for files. "dask" computes blocks in NumPy
+        on the workers of a cluster, which must have access to the same files.
     device : str, optional
-        As the library spells it.
+        The library's name of a device, such as "cuda:0".
     scheduler : str, optional
         The address of a Dask scheduler; for ``backend="dask"``, by default a cluster on this machine's cores.
     memory : int or str, optional
@@ -94,7 +94,7 @@ def score(
     strict : bool
         A sample with NaN among its logits is an error instead of being left out and counted.
     work_dir : path, optional
-        A folder that keeps the progress of a run over files: a run that was cut off goes on with the same call.
+        A folder that keeps the progress of a run over files: after an interruption the same call resumes it.
     progress : bool
         A progress bar on the standard error stream.
     per_sample : path, optional

@@ -1,4 +1,4 @@
-"""From a loss to its gradients, its value with them, or its parts; no autodiff needed."""
+"""Functions of a loss that return its gradients, its value with gradients, or its parts, without autodiff."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ def terms(loss: Callable[_Signature, _Array]) -> Callable[_Signature, Terms[_Arr
     return found
 
 
-# What the three return: objects rather than inner functions, which cannot be pickled.
+# The three return objects of these classes: inner functions could not be pickled.
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _without_partials(loss: Any) -> Any:
 
 
 def _argnums(argnums: Any) -> tuple[tuple[int, ...], bool]:
-    """The numbers, and whether they came as a sequence."""
+    """The argument numbers, and whether they were given as a sequence."""
     as_tuple = isinstance(argnums, Sequence) or (isinstance(argnums, np.ndarray) and argnums.ndim == 1)
     numbers: list[int] = []
     for each in argnums if as_tuple else (argnums,):
