@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 FENCED = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# These may do without an example.
+# Pages that need no example, and why.
 EXEMPT = {
     "changelog.md": "is the project's changelog",
     "measurements.md": "shows the reports that the benchmarks write",
@@ -43,12 +43,12 @@ def is_tutorial(page):
 
 
 def needs_examples(page):
-    """All pages do but those above, and the reference: it shows the docstrings, which are doctests themselves."""
+    """All pages but those above and the reference, whose docstrings are doctests themselves."""
     return name_of(page) not in EXEMPT and page.parent.name != "reference"
 
 
 def doctest_of(source, page, above):
-    """Names are the doctest's own, and lines those of the page."""
+    """A doctest with its own names and the line numbers of the page."""
     name = f"{page.name}, the block at line {above + 1}"
     return doctest.DocTestParser().get_doctest(source, {"__name__": "__main__"}, name, str(page), above)
 
@@ -83,7 +83,7 @@ def imported(test):
 
 
 def problems(test):
-    """What a doctest prints other than the page shows; empty where all is well."""
+    """The differences between the output of a doctest and the page; empty where there are none."""
     said = []
     doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     return "".join(said)
@@ -132,7 +132,7 @@ def test_framework_has_a_block(framework):
 
 @pytest.mark.parametrize("test", BLOCKS)
 def test_block_has_examples_and_shows_output(test):
-    """A block without a prompt, or without output, would pass whatever it did."""
+    """A block without a prompt or without output could not fail."""
     assert test.examples, f"{test.filename}:{test.lineno + 1}: a Python block without >>>"
     assert any(each.want for each in test.examples), f"{test.filename}:{test.lineno + 1}: a block that shows no output"
     assert "gklx" in imported(test)
@@ -154,7 +154,7 @@ def test_library_has_a_tutorial(library):
 
 
 def public_names(module):
-    """What `__all__` holds; read, not imported, since not every library is here."""
+    """The names in `__all__`, read from the source, since a library may be absent."""
     tree = ast.parse((ROOT / "src" / "gklx" / f"{module}.py").read_text(encoding="utf-8"))
     (names,) = (each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "__all__")
     return ast.literal_eval(names)
@@ -168,7 +168,7 @@ def test_every_public_name_is_in_the_reference(module):
 
 
 def test_links_of_the_readme_lead_to_files():
-    """Those of the pages are checked where the site is built."""
+    """The build of the site checks the links of the pages."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []

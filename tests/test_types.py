@@ -20,7 +20,7 @@ USES = ROOT / "tests" / "typing" / "uses.py"
 
 @pytest.mark.parametrize("tool", ["mypy", "pyright"])
 def test_uses(tool):
-    """A package that is not found is an error to both, and so is a type other than the asserted one."""
+    """To both tools a package that is not found is an error, and so is a type other than the asserted one."""
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")
     options = ["--strict"] if tool == "mypy" else ["--pythonpath", sys.executable]
