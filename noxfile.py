@@ -13,14 +13,18 @@ import zipfile
 import nox
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100")
+TOOLS = ("pytest>=8", "pytest-xdist>=3.6", "pytest-cov>=7", "hypothesis>=6.100")
 # What a library's session installs beside gklx: extras, and what the examples need; and the backend whose tests it then
 # runs: NumPy's own are those of NumPy's session alone. The constraints file keeps pip from fetching a newer PyTorch
 # with gigabytes of CUDA where a build that fits is at hand.
 LIBRARIES = {
     "numpy": (["score"], ["scipy>=1.14"], "numpy"),
     "strict": (["strict"], [], "array_api_strict"),
-    "torch": (["torch"], ["scikit-learn>=1.5", "keras>=3", "transformers>=4.50"], "torch"),
+    "torch": (
+        ["torch"],
+        ["scikit-learn>=1.5", "keras>=3", "transformers>=4.50", "accelerate>=1", "lightning>=2.4"],
+        "torch",
+    ),
     "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "jax"),
     "dask": (["dask"], [], "dask"),
 }
@@ -42,6 +46,7 @@ nox.options.sessions = [
     *(f"library-{PYTHONS[0]}({library})" for library in LIBRARIES if library != "numpy"),
     "library-3.13(jax)",
     "together",
+    "coverage",
     "oldest",
     "kernels",
     "sanitize",
@@ -83,14 +88,18 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
 
 
-def _pytest(session: nox.Session, marked: str, backends: str) -> None:
+def _pytest(session: nox.Session, marked: str, backends: str, *, measure: bool = False) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
     environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
     # Two processes, several sessions and the next run share what JAX has compiled.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.resolve() / "jax")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    session.run("pytest", "-n", "2", "-m", marked, *session.posargs, env=environment)
+    measured: tuple[str, ...] = ()
+    if measure and not session.posargs:
+        environment["COVERAGE_FILE"] = str(session.cache_dir.resolve() / "coverage" / backends)
+        measured = ("--cov", "--cov-report=")
+    session.run("pytest", "-n", "2", *measured, "-m", marked, *session.posargs, env=environment)
 
 
 @nox.session(python=PYTHONS)
@@ -107,7 +116,7 @@ def library(session: nox.Session, library: str) -> None:
     if library == "jax" and session.python != PYTHONS[0]:
         # The others are minutes of compiling.
         marked = "version_dependent_jax"
-    _pytest(session, marked, backends)
+    _pytest(session, marked, backends, measure=session.python == PYTHONS[0])
 
 
 @nox.session(python=PYTHONS[0])
@@ -116,6 +125,19 @@ def together(session: nox.Session) -> None:
     _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS, "scipy>=1.14")
     _pytest(session, "together", "numpy,torch,jax,dask,array_api_strict")
     session.run("gklx", "verify", "--format", "markdown")
+
+
+@nox.session(python=PYTHONS[0])
+def coverage(session: nox.Session) -> None:
+    """The lines and branches of the package that the sessions of one library ran, added up; 95 % are required."""
+    paths = {name: session.cache_dir.resolve() / "coverage" / backend for name, (_, _, backend) in LIBRARIES.items()}
+    missing = [f"library-{PYTHONS[0]}({name})" for name, path in paths.items() if not path.exists()]
+    if missing:
+        session.skip(f"they measure it and have not run: {', '.join(missing)}")
+    session.install("coverage>=7.10")
+    environment = {"COVERAGE_FILE": str(session.cache_dir.resolve() / "coverage" / "all")}
+    session.run("coverage", "combine", "--keep", *map(str, paths.values()), env=environment, silent=True)
+    session.run("coverage", "report", env=environment)
 
 
 @nox.session(python=PYTHONS[0])

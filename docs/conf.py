@@ -17,6 +17,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "numpydoc",
     "sphinx_copybutton",
+    "sphinx_design",
     "sphinxcontrib.programoutput",
     # Puts MathJax beside the pages, which then need no network.
     "sphinx-mathjax-offline",
@@ -26,7 +27,7 @@ smartquotes = False  # "mean" is what one types
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
-myst_enable_extensions = ["amsmath", "dollarmath"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_fence_as_directive = ["math"]  # ```math, which Git hosts render too
 myst_heading_anchors = 4
 

@@ -1,9 +1,9 @@
-"""The backends the tests run on: a library, how its arrays are made, and in which way it is called.
+"""The backends that the tests run on: a library, a way to make its arrays, and a way to call the losses.
 
-`GKLX_BACKENDS` (names, comma-separated) says which must be there: they fail where absent instead of skipping, and the
-others are left out. Without it every library that can be imported takes part.
+`GKLX_BACKENDS` (names, separated by commas) names those that are required: where such a library is absent its tests
+fail, and the other libraries are left out. By default every library that can be imported takes part.
 
-`GKLX_DEVICE=cuda` has PyTorch and JAX take part on a GPU alone, as CuPy does; what would wait for it raises there.
+With `GKLX_DEVICE=cuda` PyTorch and JAX are tested on a GPU only, as CuPy is; there every synchronisation raises.
 
 Where a library has the row kernel, each execution is a backend of its own: "torch" runs on the kernel, "torch-formulas"
 on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_REQUIRED=1` says that it was installed.
@@ -31,16 +31,15 @@ class Backend:
     name: str
     library: Library
     make: Callable[[Any], Any]
-    """From a NumPy array to the library's."""
+    """Makes an array of the library from a NumPy array."""
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
-    """What a function of arrays goes through before it is called (a compiler, say)."""
+    """Applied to a function of arrays before it is called: a compiler, for example."""
     only: tuple[str, ...] = ()
-    """The dtypes that stand for all where compiling every case for each would take minutes."""
+    """The only dtypes that are tested, where compiling every case for all would take minutes."""
     execution: Literal["kernel", "formulas"] | None = None
     """None where the library has no kernel to choose."""
     thorough: tuple[str, ...] | None = None
-    """Likewise the dtypes in which all calls of cases.py are made, None for every one; the others make `FEW_CASES`
-    under `FEW_MASKS`."""
+    """The dtypes in which all calls of cases.py are made, None for all; others make `FEW_CASES` with `FEW_MASKS`."""
 
     @property
     def xp(self) -> ModuleType:
@@ -62,14 +61,14 @@ class Backend:
         return self.xp.astype(self.make(x.astype("float32")), self.xp.bfloat16)
 
     def rounded(self, x: Any, dtype: str) -> np.ndarray:
-        """Float64 values that the dtype holds exactly: those of `array(x, dtype)`, as the library reads them."""
+        """The values of `array(x, dtype)` in float64, as the library reads them."""
         found = self.numpy(self.array(x, dtype))
-        if self.library.backend == "jax":  # which takes subnormal numbers for 0 on a CPU
+        if self.library.backend == "jax":  # JAX flushes subnormal numbers to 0 on a CPU
             found = np.where(abs(found) < np.finfo("float64").smallest_normal, 0.0, found)
         return found
 
     def numpy(self, x: Any) -> np.ndarray:
-        """Float64 NumPy values of this backend's array."""
+        """The values of an array of this backend, as NumPy's float64."""
         if self.library.lazy:
             x = x.compute(scheduler="synchronous")
             return np.asarray(x, dtype="float64")
@@ -81,12 +80,12 @@ class Backend:
 
     @property
     def traced(self) -> bool:
-        """Whether a wrapped function sees shapes and no values."""
+        """Whether a wrapped function is traced: it knows shapes and no values."""
         return self.wrap in (_jax_jit, _jax_jit_without_transfers)
 
     @property
     def costly(self) -> bool:
-        """Whether a call takes a second, since it is compiled or made a graph first."""
+        """Whether a call takes about a second, since it is first compiled or made a graph."""
         return self.thorough is not None
 
     def owns(self, x: Any) -> bool:
@@ -116,12 +115,12 @@ def _jax(x: np.ndarray) -> Any:
 def _jax_jit(f: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
-    # A function of its own: JAX keeps what it traced of the same function under the other execution.
+    # A new function: for the same one JAX would reuse the trace of the other execution.
     return jax.jit(lambda *args, **kwargs: f(*args, **kwargs))
 
 
 def _dask_persist(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Computes all that a function returns at once; the results are Dask arrays still."""
+    """Computes all results of a function together; they remain Dask arrays."""
 
     def persisted(*args: Any, **kwargs: Any) -> Any:
         import dask
@@ -141,7 +140,7 @@ def _dask(x: np.ndarray) -> Any:
 def _strict(x: np.ndarray, device: str = "CPU_DEVICE") -> Any:
     import array_api_strict
 
-    # In its strictest flags: nothing whose shape depends on values, no extension.
+    # With its strictest flags: no shapes that depend on values, no extensions.
     array_api_strict.set_array_api_strict_flags(
         boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=()
     )
@@ -163,7 +162,7 @@ BACKENDS = (
     Backend("torch", BY_BACKEND["torch"], _torch, execution="kernel"),
     Backend("torch-formulas", BY_BACKEND["torch"], _torch, execution="formulas"),
     Backend("jax", BY_BACKEND["jax"], _jax, execution="kernel"),
-    # Two seconds a program.
+    # Each program takes two seconds.
     Backend("jax-formulas", BY_BACKEND["jax"], _jax, only=("float32", "float64"), execution="formulas", thorough=()),
     Backend("jax-jit", BY_BACKEND["jax"], _jax, _jax_jit, execution="kernel", thorough=()),
     Backend(
@@ -191,7 +190,7 @@ def _torch_on_gpu(x: np.ndarray) -> Any:
 
 
 def _torch_without_waiting(f: Callable[..., Any]) -> Callable[..., Any]:
-    """In which whatever would wait for the GPU raises."""
+    """A context in which every synchronisation with the GPU raises."""
 
     def never_waiting(*args: Any, **kwargs: Any) -> Any:
         import torch
@@ -289,7 +288,7 @@ def needs_kernel(backend: str = "numpy") -> None:
 
 
 def run_on(execution: str | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on all calls, their backward passes and the test's processes run so."""
+    """From now on all calls, backward passes and processes of the test use this execution."""
     if execution == "kernel":
         needs_kernel(backend)
         monkeypatch.delenv("GKLX_KERNEL", raising=False)
@@ -298,7 +297,7 @@ def run_on(execution: str | None, backend: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def needs_imported(modules: set[str]) -> None:
-    """The same for the libraries among what a block imports; NumPy, which is everywhere, decides if it is alone."""
+    """Skips or fails likewise for the libraries that a block imports; for NumPy only if it is the only one."""
     libraries = modules & BY_BACKEND.keys()
     for backend in sorted(libraries - {"numpy"} or libraries):
         needs(backend)

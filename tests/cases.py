@@ -1,4 +1,4 @@
-"""Calls that the tests make: losses with their settings, inputs with their masks."""
+"""The calls of the tests: losses with settings, and inputs with masks."""
 
 from functools import partial
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def call(case, mask, *, batch=(BATCH,), classes=C, seed=0, scale=3.0):
 
 
 def on(backend, dtype, s, t, arrays):
-    """The same arguments on a backend: floats in `dtype`, the others as they are."""
+    """The arguments as arrays of a backend: floating ones in `dtype`, the others unchanged."""
     given = {
         name: backend.array(x, dtype if x.dtype.kind == "f" and name != "sample_weight" else None)
         for name, x in arrays.items()
@@ -86,7 +86,7 @@ def on(backend, dtype, s, t, arrays):
 
 
 def rounded(backend, dtype, s, t, arrays):
-    """The float64 values that `on` made after rounding to `dtype`."""
+    """The values that `on` gives after rounding to `dtype`, as float64."""
     given = {
         name: backend.rounded(x, dtype) if x.dtype.kind == "f" and name != "sample_weight" else x
         for name, x in arrays.items()

@@ -1,4 +1,4 @@
-"""What an installed gklx holds and does: `python check_install.py kernel`, or `pure` for one without the kernel.
+"""Checks an installed gklx: `python check_install.py kernel`, or `pure` for one without the kernel.
 
 `nox -s package` and cibuildwheel run it, where gklx, NumPy and array-api-compat are installed and nothing else.
 """
@@ -14,7 +14,7 @@ from gklx._run import cpu
 
 
 def main(kind: str) -> None:
-    """Fails on what is missing."""
+    """Exits with an error for each missing part."""
     package = Path(gklx.__file__).parent
     sources = Path(__file__).resolve().parents[1] / "src"
     assert sources not in package.parents, f"{package} is the source tree, not an installation"

@@ -10,7 +10,7 @@ _SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "
 
 
 def assert_close(actual, expected, backend, dtype, *, ulps, like=None, by="row", scale=0.0):
-    """`actual`, of the backend and dtype, is `expected` (NumPy float64) to so many units in the last place.
+    """`actual`, of the backend and dtype, is `expected` (NumPy float64) within `ulps` units in the last place.
 
     The unit is that of the largest expected entry of the row (`by="row"`) or of each entry itself ("entry"), or of
     `scale` where that is larger. Infinities and NaN must be the same.
@@ -23,7 +23,7 @@ def assert_close(actual, expected, backend, dtype, *, ulps, like=None, by="row",
 
 
 def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
-    """The same for NumPy float64 values on both sides, in the units of `dtype`."""
+    """Compares NumPy float64 values likewise, in units of `dtype`."""
     actual, expected = np.asarray(actual), np.asarray(expected, dtype="float64")
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     finite = np.isfinite(expected)
@@ -42,5 +42,5 @@ def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
 
 
 def ulps_of(dtype):
-    """What the tests grant: rounding of a short sum in float32 and float64; in halves the last rounding alone."""
+    """The allowed distance: the rounding of a short sum in float32 and float64; only the last rounding in halves."""
     return {"float64": 32, "float32": 32, "float16": 1, "bfloat16": 1}[dtype]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 import backends
 from cases import Case
 
-# Eight virtual devices of the host for JAX; read when JAX starts, and nothing to the other libraries.
+# Eight virtual CPU devices for JAX, which reads this when it starts; the other libraries ignore it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 settings.register_profile(
@@ -33,7 +33,7 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what a backend has others stand for."""
+    """Deselects the cases that a backend does not run: others stand for them."""
 
     def left_out(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """The command keeps its progress in the user's cache: a folder of the test's own, for its processes too."""
+    """A cache folder for each test and its processes: the command keeps its progress in the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
@@ -67,6 +67,6 @@ def backend(request, monkeypatch):
 
 @pytest.fixture(params=["kernel", "formulas"])
 def execution(request, monkeypatch):
-    """For tests of one library: run on the kernel, and on the formulas."""
+    """Runs a test of one library twice: on the kernel and on the formulas."""
     backends.run_on(request.param, "numpy", monkeypatch)
     return request.param

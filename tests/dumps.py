@@ -1,4 +1,4 @@
-"""Dumps of logits, and `gklx score` run on them as a process of its own."""
+"""Dumps of logits, and `gklx score` on them in a separate process."""
 
 import subprocess
 import sys

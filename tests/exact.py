@@ -1,8 +1,8 @@
-"""The losses from their definitions in decimal arithmetic of 60 digits, and how far rounding may carry a result off.
+"""The losses from their definitions in decimal arithmetic of 60 digits, with bounds on the rounding errors of a result.
 
-Shares nothing with the package. A bound follows a rounding of each intermediate result of the formulas through to the
-end, to first order: a result off by more has lost something that its dtype can hold. Python's decimals have no largest
-or smallest exponent that matters here.
+It shares no code with the package. A bound is the first-order effect of one rounding of each intermediate result of
+the formulas: a larger error means that digits were lost which the dtype can hold. The exponents of Python's decimals
+have no limits that matter here.
 """
 
 import decimal
@@ -43,7 +43,7 @@ LAST["float64"] = (2.0**-52, 2.0**-1074)
 
 
 def fault(found, wanted, bound, dtype):
-    """What is wrong with an array of `dtype`, "" where nothing is."""
+    """A description of what is wrong with an array of `dtype`; "" where nothing is."""
     with np.errstate(all="ignore"):
         largest, (unit, smallest) = LARGEST[dtype], LAST[dtype]
         allowed = bound + unit * abs(wanted) + smallest
@@ -59,7 +59,7 @@ def fault(found, wanted, bound, dtype):
 
 
 class Row:
-    """A sample: `x` of each quantity, and `x_off`, how far rounding may carry it."""
+    """The quantities of a sample, and for each `x` the bound of its error, `x_off`."""
 
 
 def softmax(x, temperature, unit):
@@ -120,7 +120,7 @@ class _Evaluation:
         weighs = [row.u[j] > 0 or self.gamma == 0 for j in n]
         d = [+EXACT.subtract(EXACT.subtract(Decimal(b[j]), Decimal(a[j])), top) if j in both else None for j in n]
         infinite = [j for j in n if d[j] is None and weighs[j]]
-        row.vague = any(row.u[j] < 8 * tiny for j in infinite)  # counts or not, as it underflows
+        row.vague = any(row.u[j] < 8 * tiny for j in infinite)  # whether it counts depends on underflow
         row.infinite = {j: 1 if b[j] > a[j] else -1 for j in infinite}
         some = [j for j in both if row.u[j]]
         share = sum(row.u[j] for j in some)
@@ -196,11 +196,11 @@ class _Evaluation:
         return value, *gradients[:2].reshape(2, *shape), value_off, *gradients[2:].reshape(2, *shape)
 
     def energy_factor(self, row, share):
-        """What E is multiplied by."""
+        """The factor of E."""
         return share * self.mse_weight * self.per_square * (ONE if self.kl else row.W**2 * self.factor)
 
     def value(self, row, share):
-        """A row's part of the value, and its bound."""
+        """The contribution of a row to the value, and its bound."""
         part, off = ZERO, self.tiny
         if row.undefined and (self.kl or self.ce_weight != 0):
             return NOTHING, ZERO

@@ -33,9 +33,9 @@ LONGEST = 120  # seconds a mutant may take
 
 class Mutant(NamedTuple):
     name: str
-    """Where it is, what stood there and what stands there now."""
+    """The place of a mutation, the original text and the new one."""
     apply: Callable[[], None]
-    """In the process that runs the tests."""
+    """Applies a mutant in the process that runs the tests."""
 
 
 # --- the formulas -----------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ _FUNCTIONS = {"max": "min", "any": "all", "exp": "expm1", "expm1": "exp", "isinf
 
 
 def _changed(node: ast.AST) -> Iterator[tuple[str, object]]:
-    """Fields of a node and what may stand there instead."""
+    """The fields of a node, and their possible replacements."""
     match node:
         case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in _OPERATORS:
             yield "op", _OPERATORS[type(op)]()
@@ -131,7 +131,7 @@ def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
 
 
 def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
-    """Slow code, quickly made; for the baseline that every processor has."""
+    """Compiles fast to slow code, for the baseline instruction set of every processor."""
     options = (
         "-std=c++17",
         "-O0",

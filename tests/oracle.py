@@ -7,7 +7,7 @@ no mask reaches a formula. A stopped gradient is an argument of its own, held re
 
 import numpy as np
 
-STEP = 1e-30  # a complex step subtracts nothing, so it may be as small as one likes
+STEP = 1e-30  # a complex step has no cancellation, so it may be arbitrarily small
 
 
 def log_softmax(x):
@@ -89,7 +89,7 @@ def evaluate(
         counted[i] = True
         a, b = s[i][keep], t[i][keep]
         steps = 1j * STEP * np.eye(keep.sum())
-        if name == "kl":  # KL itself stands in the place of CE, alone
+        if name == "kl":  # KL takes the place of CE, and there is no wMSE
             ce[i] = kl_of(a, b, temperature)
             gradients["ce/s"][i, keep] = kl_of(a + steps, b + 0 * steps, temperature).imag / STEP
             gradients["ce/t"][i, keep] = kl_of(a + 0 * steps, b + steps, temperature).imag / STEP
@@ -110,7 +110,7 @@ def evaluate(
     mse_factor = mse_weight * (total / pairs if pairs else 0.0)
     ce_factor = 1.0 if name == "kl" else ce_weight
     entries = np.where(counted, mse_factor * mse + ce_factor * ce, 0.0)
-    share = v / total if reduction == "mean" and total else v  # of no weight at all: 0
+    share = v / total if reduction == "mean" and total else v  # total weight 0: the mean is 0
     value = (share * entries).reshape(shape[:-1]) if reduction == "none" else (share * entries).sum()
     to = {
         key: share[:, None] * (mse_factor * gradients[f"mse/{key}"] + ce_factor * gradients[f"ce/{key}"])

@@ -1,6 +1,6 @@
 """All libraries in one process, on the same inputs: every loss, dtype and reduction, value and gradients.
 
-NumPy is the one that the others are held against; `test_against_definition.py` holds each library by itself, with every
+The others are compared with NumPy. `test_against_definition.py` compares each library with the definition, with every
 mask.
 """
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files are written completely or not at all."""
 
 import errno
 import os
@@ -111,7 +111,7 @@ def test_a_read_only_file_is_replaced_and_stays_so(tmp_path):
     path.write_text("old")
     path.chmod(0o440)
     with replacing(path) as part:
-        assert part.stat().st_mode & stat.S_IWUSR  # else none but root could write it
+        assert part.stat().st_mode & stat.S_IWUSR  # otherwise only root could write it
         part.write_text("new")
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o440

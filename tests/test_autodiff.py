@@ -116,7 +116,7 @@ def test_torch_value_of_value_and_grad_is_differentiated_by_the_analytic_gradien
     student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
     value, gradient = gklx.value_and_grad(gklx.dkl, 1)(student, teacher)
     value.backward()
-    # One is eager and the other recorded: each up to some 4 units from the exact gradient, to either side of it.
+    # One is eager, the other recorded; each may be about 4 units from the exact gradient, on either side.
     assert_close(teacher.grad, gradient.detach().numpy(), BY_NAME["torch"], "float64", ulps=16)
 
 

@@ -1,4 +1,4 @@
-"""The benches run from the command line and say what they are asked; how fast anything is, is not asserted."""
+"""The benches run from the command line and report what was asked for; no speed is asserted."""
 
 import csv
 import importlib
@@ -23,7 +23,7 @@ DRAWS = all(importlib.util.find_spec(name) for name in ("altair", "vl_convert"))
 
 
 def run(*command: str, before: Path | None = None) -> subprocess.CompletedProcess:
-    """A command of Python's; modules in `before` stand before those installed."""
+    """A Python command; modules in the folder `before` are imported instead of installed ones."""
     paths = [str(before or ""), os.environ.get("PYTHONPATH", ""), str(Path(gklx.__file__).parents[1])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
@@ -32,7 +32,7 @@ def run(*command: str, before: Path | None = None) -> subprocess.CompletedProces
 
 
 def quick(script: str, *options: str, before: Path | None = None) -> str:
-    """What a smoke run prints."""
+    """The output of a smoke run."""
     done = run(str(BENCHES / script), "--quick", *options, before=before)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,7 +73,7 @@ def test_fuzz_of_files_finds_nothing(seed):
 
 
 def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
-    """One test: workers of a parallel run would each make the run anew."""
+    """One test, since parallel workers would each repeat the run."""
     page = quick("compare.py", "--output", str(tmp_path))
     rows = {(row["size"], row["library"], row["what"], row["peer"]): row for row in table(tmp_path)}
     expected = {("1 × 10", "NumPy", what, "a microsecond"): "≤ 30" for what in ("kl", "gkl γ=1")}
@@ -109,7 +109,7 @@ def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
 
 
 def test_compare_scores_files_beside_another_version(tmp_path):
-    """The other version is this one, found by an interpreter that knows where it is."""
+    """The other version is this one too, imported by another interpreter."""
     python = tmp_path / "python"
     source = shlex.quote(str(Path(gklx.__file__).parents[1]))
     python.write_text(f'#!/bin/sh\nPYTHONPATH={source} exec {shlex.quote(sys.executable)} "$@"\n')
@@ -244,7 +244,7 @@ def test_gpu_script_says_what_it_skips(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
 @pytest.mark.skipif("torch" not in HERE, reason="PyTorch is not installed")
 def test_gpu_script_holds_a_library_to_the_definition_and_goes_on(tmp_path):
-    """A wrong loss, in a module that stands before gklx's own, fails part a and leaves part d its turn."""
+    """A wrong loss, imported in place of gklx's own, makes part a fail; part d still runs."""
     done, summary = gpu_sh(tmp_path, PARTS="a", DRY="1")
     assert done.returncode == 0, summary
     assert "a, kernels: ok" in summary

@@ -1,4 +1,4 @@
-"""Rows worked off in blocks: the same numbers as all at once, and a peak of memory of a few blocks."""
+"""Rows computed in blocks give the same numbers as all at once, with a memory peak of a few blocks."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ SHAPES = ((5,), (3, 2), (3, 3), (3, 1, 2))
 
 @pytest.fixture
 def blocks_of(monkeypatch):
-    """Runs on the formulas, which alone have blocks, in as many bytes as it is then called with."""
+    """Returns a function that sets the bytes of a block; only the formulas have blocks, so they run."""
     monkeypatch.setenv("GKLX_KERNEL", "0")
     torch = sys.modules.get("torch")
     if torch is not None:  # its blocks grow with its threads
@@ -36,7 +36,7 @@ def blocks_of(monkeypatch):
 
 
 def in_blocks(backend):
-    """Goes on where the formulas run in blocks, once for each library."""
+    """Skips backends that do not run the formulas in blocks; each library is tested once."""
     if backend.execution == "kernel":
         pytest.skip(f"the kernel has no blocks; {backend.name}-formulas has them")
     if backend.library.block(backend.array([0.0])) == 0:
@@ -139,7 +139,7 @@ def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, b
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_torch_half_gradients_take_the_upstream_gradient_of_their_block(dtype, reduction, blocks_of):
-    """They are made in the backward pass: times the upstream gradient, then rounded once."""
+    """They are computed in the backward pass: multiplied by the upstream gradient, then rounded once."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     case = next(case for case in CASES if case.id == "gkl-prior")
@@ -161,7 +161,7 @@ VOCABULARY = 150_000
 
 
 class Peak:
-    """The largest number of bytes that PyTorch's operations held at a time, beyond what was there before."""
+    """The peak of the bytes that PyTorch's operations allocated, beyond those allocated before."""
 
     def __init__(self):
         from torch.utils._python_dispatch import TorchDispatchMode

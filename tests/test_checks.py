@@ -1,4 +1,4 @@
-"""What users pass by mistake or in another spelling: taken where it is clear, else refused in one sentence."""
+"""Arguments of unusual kinds: accepted where the meaning is clear, otherwise refused in one sentence."""
 
 import fractions
 import functools
@@ -402,7 +402,7 @@ def test_labels_of_every_integer_dtype(backend, kind):
 
 @pytest.mark.parametrize(("kind", "value"), [("uint32", 2**32 - 1), ("uint64", 2**64 - 1), ("uint64", 2**63)])
 def test_labels_beyond_other_dtypes(backend, kind, value):
-    """Reported as what they are where they are read, NaN elsewhere, and never another class."""
+    """An error names them where values are read; elsewhere the result is NaN, and never that of another class."""
     s, t, prior = backend.array(S), backend.array(T), backend.array(TABLE)
     labels = backend.array(np.asarray([0, value], kind))
     loss = backend.wrap(lambda s, t, p, y: gklx.gkl(s, t, prior=p, labels=y))

@@ -46,7 +46,7 @@ def run(capsys):
 
 @pytest.fixture
 def fails(run):
-    """Runs what must fail with one line on stderr, and returns that line without its start."""
+    """Runs a command that must fail with one line on stderr; returns the line without its prefix."""
 
     def failed(*argv, status=2):
         got, out, err = run(*argv)
@@ -507,7 +507,7 @@ def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
 def test_streams_that_are_closed(tmp_path, closed, case):
-    """A report is lost with a status, nothing goes to the other stream, and no file takes a stream's number."""
+    """A lost report gives an error status, nothing goes to the other stream, and no file gets a stream's descriptor."""
     out = tmp_path / "out.json"
     argv = {
         "report": ["score", *FILES, "--format", "json"],
@@ -550,7 +550,7 @@ def test_streams_that_are_closed(tmp_path, closed, case):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.score", "rich.progress", "psutil"])
 def test_interrupt_during_imports(tmp_path, module):
-    """At once and without a word: an import that is cut off may say anything."""
+    """It ends at once without output: an interrupted import could print a traceback of any kind."""
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -574,7 +574,7 @@ def test_interrupt_during_imports(tmp_path, module):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(("command", "status"), [(["gklx", "--version"], -signal.SIGINT), (["script.py"], 1)])
 def test_interrupt_while_the_package_itself_is_imported(command, status):
-    """The command ends without a word; a script of somebody's gets its exception."""
+    """The command ends without output; in a script KeyboardInterrupt is raised."""
     code = (
         "import os, signal, sys\n"
         f"sys.argv = {command!r}\n"

@@ -1,4 +1,4 @@
-"""`gklx.show_config` says what is so: versions, and what runs a call of each library."""
+"""`gklx.show_config` reports the versions and the execution of each library as they are."""
 
 import importlib.util
 import os
@@ -32,7 +32,7 @@ def in_a_process(code, **environment):
 
 
 def executions(config):
-    """All that is said of what runs the losses."""
+    """All executions in the report."""
     return [x for of in config["libraries"].values() for name, x in of.items() if name != "version"]
 
 
@@ -125,7 +125,7 @@ def test_what_it_says_is_what_runs(name, kernel, monkeypatch):
     if name == "jax.jit":
         import jax
 
-        # A function of its own: JAX keeps what it has traced of `gklx.kl`.
+        # A new function: JAX would reuse its trace of `gklx.kl`.
         lowered = jax.jit(lambda student, teacher: gklx.kl(student, teacher)).lower(logits, logits)
         by_kernel = "gklx_rows" in lowered.as_text()
     else:

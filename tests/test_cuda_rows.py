@@ -1,6 +1,6 @@
 """The CUDA kernels: on a CPU, thread by thread, against the array functions; compiled for GPUs; and on one.
 
-What a GPU adds, blocks of threads that wait for each other and the memory between them, only the last tests see.
+Only the last tests check what a GPU adds: synchronised blocks of threads, and their shared memory.
 """
 
 import ctypes
@@ -77,13 +77,13 @@ def device_with(start):
 
 @pytest.fixture
 def gklx_on_kernels(on_cpu, monkeypatch):
-    """What the package runs on NumPy's arrays."""
+    """The package's launcher, on NumPy's arrays."""
     monkeypatch.setattr(dispatch.rows, "serves", lambda call: True)
     monkeypatch.setattr(dispatch.rows, "evaluate", partial(cuda.evaluate, device=on_cpu))
 
 
 def poisoned(shape, dtype):
-    """Memory that holds what no result may hold, at an address that 16 divides."""
+    """Memory filled with a value that no result has, at an address divisible by 16."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.full(size + 16, 0xA5, dtype=np.uint8)
     begin = -memory.ctypes.data % 16

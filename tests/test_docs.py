@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 FENCED = re.compile(r"^```(?:python|pycon)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-# These may do without an example.
+# Pages that need no example, and why.
 EXEMPT = {
     "changelog.md": "is the project's changelog",
     "measurements.md": "shows the reports that the benchmarks write",
@@ -28,6 +28,10 @@ EXEMPT = {
     "support.md": "lists what is supported; test_readme.py checks its table",
     "theory.md": "is mathematics, and names the tests that check it",
 }
+
+
+# Their blocks run in processes of their own; and the libraries that each runs on.
+FRAMEWORKS = {"keras": ("torch", "jax"), "lightning": ("torch",), "transformers": ("torch",), "accelerate": ("torch",)}
 
 
 def name_of(page):
@@ -39,12 +43,12 @@ def is_tutorial(page):
 
 
 def needs_examples(page):
-    """All pages do but those above, and the reference: it shows the docstrings, which are doctests themselves."""
+    """All pages but those above and the reference, whose docstrings are doctests themselves."""
     return name_of(page) not in EXEMPT and page.parent.name != "reference"
 
 
 def doctest_of(source, page, above):
-    """Names are the doctest's own, and lines those of the page."""
+    """A doctest with its own names and the line numbers of the page."""
     name = f"{page.name}, the block at line {above + 1}"
     return doctest.DocTestParser().get_doctest(source, {"__name__": "__main__"}, name, str(page), above)
 
@@ -79,7 +83,7 @@ def imported(test):
 
 
 def problems(test):
-    """What a doctest prints other than the page shows; empty where all is well."""
+    """The differences between the output of a doctest and the page; empty where there are none."""
     said = []
     doctest.DocTestRunner(verbose=False).run(test, out=said.append)
     return "".join(said)
@@ -94,18 +98,26 @@ def test_block_prints_what_the_page_shows(test):
     backends.needs_imported(modules)
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
-    if "keras" in modules:
-        pytest.skip("Keras has one backend a process: test_keras_block_on_its_backend runs it")
+    if modules & FRAMEWORKS.keys():
+        pytest.skip("test_block_of_a_framework runs it")
     found = problems(test)
     assert not found, found
 
 
-@pytest.mark.parametrize("library", ["torch", "jax"])
-@pytest.mark.parametrize("test", [each for each in BLOCKS if "keras" in imported(each.values[0])])
-def test_keras_block_on_its_backend(test, library):
+FRAMEWORK_BLOCKS = [
+    pytest.param(block.values[0], framework, library, id=f"{block.id}-{framework}-{library}")
+    for block in BLOCKS
+    for framework in sorted(imported(block.values[0]) & FRAMEWORKS.keys())
+    for library in FRAMEWORKS[framework]
+]
+
+
+@pytest.mark.parametrize(("test", "framework", "library"), FRAMEWORK_BLOCKS)
+def test_block_of_a_framework(test, framework, library):
+    """In a process of its own: Keras has one backend a process, and each has warnings that are not of gklx."""
     backends.needs(library)
-    if importlib.util.find_spec("keras") is None:
-        pytest.skip("Keras is not installed")
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"{framework} is not installed")
     code = f"import test_docs; print(end=test_docs.problems(test_docs.doctest_at({test.filename!r}, {test.lineno})))"
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
     environment = os.environ | {"KERAS_BACKEND": library, "PYTHONPATH": paths}
@@ -113,9 +125,14 @@ def test_keras_block_on_its_backend(test, library):
     assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_framework_has_a_block(framework):
+    assert any(block.values[1] == framework for block in FRAMEWORK_BLOCKS)
+
+
 @pytest.mark.parametrize("test", BLOCKS)
 def test_block_has_examples_and_shows_output(test):
-    """A block without a prompt, or without output, would pass whatever it did."""
+    """A block without a prompt or without output could not fail."""
     assert test.examples, f"{test.filename}:{test.lineno + 1}: a Python block without >>>"
     assert any(each.want for each in test.examples), f"{test.filename}:{test.lineno + 1}: a block that shows no output"
     assert "gklx" in imported(test)
@@ -137,13 +154,13 @@ def test_library_has_a_tutorial(library):
 
 
 def public_names(module):
-    """What `__all__` holds; read, not imported, since not every library is here."""
+    """The names in `__all__`, read from the source, since a library may be absent."""
     tree = ast.parse((ROOT / "src" / "gklx" / f"{module}.py").read_text(encoding="utf-8"))
     (names,) = (each.value for each in tree.body if isinstance(each, ast.Assign) and each.targets[0].id == "__all__")
     return ast.literal_eval(names)
 
 
-@pytest.mark.parametrize("module", ["__init__", "torch", "testing"])
+@pytest.mark.parametrize("module", ["__init__", "torch", "testing", "scoring"])
 def test_every_public_name_is_in_the_reference(module):
     reference = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     shown = re.findall(r"^\.\. auto(?:function|class|data):: (\w+)$", reference, re.MULTILINE)
@@ -151,7 +168,7 @@ def test_every_public_name_is_in_the_reference(module):
 
 
 def test_links_of_the_readme_lead_to_files():
-    """Those of the pages are checked where the site is built."""
+    """The build of the site checks the links of the pages."""
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []

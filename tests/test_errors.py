@@ -1,4 +1,4 @@
-"""Every error of the contract, by kind and message: raised before any work, one sentence, with what came."""
+"""Every documented error, by type and message: raised before any work, in one sentence with the value given."""
 
 import functools
 import re

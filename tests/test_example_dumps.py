@@ -101,7 +101,7 @@ def test_vllm(text, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="a shell script")
 def test_llama_cpp(tmp_path):
-    """By a tool that copies the dumps which the real one wrote."""
+    """With a stand-in for the tool that copies dumps of the real one."""
     tool = tmp_path / "tool"
     tool.write_text(
         '#!/bin/sh\n[ "$1 $3 $4 $5" = "-m -f text.txt --kl-divergence-base" ] || exit 9\n'

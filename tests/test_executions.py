@@ -42,7 +42,7 @@ def test_values_and_gradients(chosen, case, runs):
 @pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_backward_passes(chosen, dtype, runs):
-    """That of a half precision computes; the other multiplies what the forward pass made."""
+    """For half precisions the backward pass computes; for others it scales the gradient of the forward pass."""
     s, t, _ = on(chosen, dtype, *call(CASES[0], "none"))
     gklx.gkl(s.requires_grad_(), t).backward()
     assert runs == [chosen.execution] * (2 if dtype == "bfloat16" else 1)

@@ -1,4 +1,4 @@
-"""Infinities, NaN, empty batches and weights of nothing: what must come out, on every backend."""
+"""Infinities, NaN, empty batches and weights of 0: the expected results, on every backend."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def test_a_class_the_student_alone_rules_out_makes_the_loss_infinite(backend, lo
     value, (to_s, to_t) = run(backend, loss, [[1.0, -INF, 0.5], [0.0, 1.0, 2.0]], [[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]])
     assert_close(value, INF, backend, "float64", ulps=0)
     to_s, to_t = backend.numpy(to_s), backend.numpy(to_t)
-    # The teacher is pulled off that class without bound; a NaN would say nothing.
+    # The gradient away from that class is infinite, which is right; NaN would be wrong.
     assert to_t[0].tolist() == [-INF, INF, -INF]
     assert not np.isnan(to_s).any()
     assert np.isfinite(to_s[1]).all()
@@ -54,7 +54,7 @@ def test_an_infinite_difference_under_a_prior(backend):
     assert_close(value, INF, backend, "float64", ulps=0)
     assert backend.numpy(to_t)[0].tolist() == [INF, -INF, INF]
     assert backend.numpy(to_s)[0].tolist() == [-INF, INF, -INF]
-    # A class of weight 0 has no say.
+    # A class of weight 0 has no influence.
     weightless = np.asarray([[1.0, 0.0, 1.0]])
     value, _ = run(backend, loss, s, [[0.0, -INF, 1.0]], prior=weightless)
     finite, _ = run(backend, loss, s, [[0.0, 7.0, 1.0]], prior=weightless)

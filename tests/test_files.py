@@ -1,4 +1,4 @@
-"""Logits and labels in files: every format reads what NumPy holds, from anywhere, and a fault is told in a sentence."""
+"""Logits and labels in files: every format reads the same rows as NumPy, and an error is one sentence."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def of_dtype(x, dtype):
 
 
 def value(x):
-    """What is to be read of an array."""
+    """The rows of an array as NumPy has them."""
     if x.dtype.kind == "V":
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if x.dtype.kind in "iu":
@@ -64,7 +64,7 @@ def save_zarr(path, zarr_format, **arrays):
     for name, x in arrays.items():
         chunks = tuple(max(1, size // 2) for size in x.shape)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the third format does not speak of V2 yet
+            warnings.simplefilter("ignore")  # format 3 has no V2 yet
             if group is None:
                 made = zarr.create_array(path, shape=x.shape, dtype=x.dtype, chunks=chunks, zarr_format=zarr_format)
             else:
@@ -73,7 +73,7 @@ def save_zarr(path, zarr_format, **arrays):
 
 
 def save(kind, path, x):
-    """The array in a file of this kind; what to open it by."""
+    """Writes the array to a file of this format; returns the name to open it by."""
     path = str(path)
     if kind == "npy":
         np.save(path + ".npy", x)
@@ -158,7 +158,7 @@ def test_rows_are_read_as_they_are_into_a_room(tmp_path, kind, dtype):
             if as_they_are is not None:
                 assert got.dtype == as_they_are
                 assert got.flags.c_contiguous
-            if got.dtype.itemsize == 2:  # so may what Zarr has turned to the machine's byte order
+            if got.dtype.itemsize == 2:  # as Zarr may, after converting the byte order
                 got = got.astype(np.float32)
             assert_read(got, x, start, stop, 1)
 
@@ -400,7 +400,7 @@ def test_a_compressed_member_is_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 @pytest.mark.parametrize("beyond", [-4, 4, 50_000_000])
 def test_a_member_of_another_size_than_its_header_says(tmp_path, order, compression, beyond):
-    """More would be unpacked for nothing, and without a bound."""
+    """Otherwise more would be unpacked than is read, without a bound."""
     content = io.BytesIO()
     np.save(content, np.asarray(rng.standard_normal((50, 4)), order=order))
     content = content.getvalue()
@@ -448,7 +448,7 @@ def now(rows):
 @pytest.mark.skipif(os.name != "posix", reason="no time of change here")
 @pytest.mark.parametrize("kind", KINDS)
 def test_stamps_tell_a_file_that_was_changed_and_dated_back(tmp_path, kind):
-    """Of the same size, written in place or put in the place, with the old times."""
+    """A change of the same size, in place or by a new file, with the old modification time."""
     rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((4, 2))))
     files = [path for each in rows.stamps for path in [Path(each.path), *Path(each.path).rglob("*")] if path.is_file()]
     for replaced in (False, True):
@@ -769,7 +769,7 @@ def test_a_chunk_of_zarr_is_unpacked_once(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
 @pytest.mark.parametrize("where", ["zarr.json", "a/zarr.json", "a/wanted/zarr.json", "a/wanted/c/0/0", "a/new"])
 def test_a_pipe_within_zarr_is_refused(tmp_path, where):
-    """Whoever opens it waits for somebody to write."""
+    """Opening one would block until another process writes."""
     name = save("zarr 3", tmp_path / "x", rng.standard_normal((50, 4)))
     path = tmp_path / "x.zarr" / where
     path.unlink(missing_ok=True)

@@ -152,7 +152,7 @@ def test_upstream_scales_the_gradients(jax):
     ],
 )
 def test_operands_that_do_not_fit(jax, wrong, said):
-    """What the package never sends is an error, not a read beyond an array."""
+    """Arguments that the package never sends are an error, not a read beyond an array."""
     case, backend = BY_ID["gkl-prior"], BY_NAME["jax"]
     s, t, arrays = on(backend, "float32", *call(case, "none"))
     arrays |= {name: backend.array(x) for name, x in wrong.items()}

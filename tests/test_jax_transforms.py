@@ -92,7 +92,7 @@ def test_vjp_and_linearize(case):
 
 @supports("compiler")
 def test_donated_logits():
-    """The gradient may take the place of the logits."""
+    """The gradient may be written into the memory of the logits."""
     _, s, t = given(CASES[0])
     exact = gklx.grad(gklx.gkl)(s, t)
     step = jax.jit(lambda s, t: s - jax.grad(gklx.gkl)(s, t), donate_argnums=0)

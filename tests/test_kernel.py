@@ -39,7 +39,7 @@ ADDRESSES = {name for name, kind in cpu.RowCall._fields_ if kind is ctypes.c_voi
 
 
 def load(instruction_set, folder):
-    """The library, loaded once more under an instruction set; None where the machine or the library has no such one."""
+    """The library, loaded again with this instruction set; None where the machine or the library lacks it."""
     source = Path(cpu.library()._name)
     copy = Path(folder) / f"{instruction_set}{source.suffix}"
     shutil.copy(source, copy)
@@ -91,7 +91,7 @@ def run(
     threads=1,
     asked=("value", "to_student", "to_teacher"),
 ):
-    """What was asked for, as a dictionary. The arrays hold 7 beforehand, so that each entry must be written."""
+    """The requested results, by name. The arrays are filled with 7 before, so that unwritten entries are noticed."""
     rows, classes = s.shape
     real = np.result_type(*(x.dtype if x.dtype.itemsize > 2 else np.float32 for x in (s, t)))
     shapes = {
@@ -164,7 +164,7 @@ def definition(
     reduction="mean",
     upstream=1.0,
 ):
-    """All that the kernel gives, in longdouble; a row is cut down to its valid classes first."""
+    """All results of the kernel in longdouble; masked classes are removed from a row first."""
     rows, classes = s.shape
     single = np.float64 not in (s.dtype, t.dtype)
     smallest = np.finfo(np.float32 if single else np.float64).smallest_normal  # less than that is no probability
@@ -404,7 +404,7 @@ def test_where_is_broadcast(kernel, shape):
     compare(kernel, "gkl", s, t, where=where)
 
 
-# Rows that hold what has no ordinary arithmetic: each is tried alone, and among ordinary rows.
+# Rows with infinities, NaN or masks: each is tested alone and among ordinary rows.
 ODD = {
     "teacher rules out": ([1.0, 2.0, 0.5, 0.1], [0.0, -INF, 1.0, 0.3]),
     "student rules out": ([1.0, -INF, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
@@ -529,7 +529,7 @@ def test_the_same_fill_in_both(kernel, loss, fill, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("loss", ["kl", "gkl", "gkl-labels", "gkl-labels-0"])
 def test_logits_as_large_as_numbers_go(kernel, dtype, loss):
-    """d = t - s of opposite signs is beyond the largest number: nothing but the loss may be infinite."""
+    """For large t and s of opposite signs t - s overflows: only the loss may be infinite."""
     name, settings = loss_of(loss, 2, 3, 8, DTYPES[dtype])
     s, t = logits(1, 3, 8, dtype)
     s[1] = -0.9 * np.finfo(dtype).max
@@ -709,7 +709,7 @@ def test_a_batch_of_no_weight(kernel, loss):
 
 @ALL
 def test_the_definition_is_the_oracles(loss):
-    """What the other tests compare with, itself compared: all pairs of classes, complex steps."""
+    """Checks the reference of the other tests against all pairs of classes, with complex steps."""
     name, settings = loss_of(loss, 1, 4, 7, np.float64)
     s, t = logits(0, 4, 7, "float64")
     settings["where"] = np.random.default_rng(1).random((4, 7)) < 0.8

@@ -1,4 +1,4 @@
-"""llama.cpp's dumps of log-probabilities: read as they are laid out, scored as its own tool scores them."""
+"""Dumps of llama.cpp: their layout is read correctly, and the scores are those of its own tool."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""One batch over many devices: what each gets is its part of what a single device would get.
+"""One batch over many devices: each gets its part of the result of a single device.
 
 PyTorch: processes of a gloo group on this machine. JAX: eight virtual devices of the host. Dask: chunks of rows.
 """
@@ -38,7 +38,7 @@ def cut(rows, s, t, arrays):
 
 
 def on_ranks(size, scenario, folder):
-    """Runs `scenario(rank, size)` in so many processes; what fails in one fails here."""
+    """Runs `scenario(rank, size)` in `size` processes; an error in one is raised here."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     if not torch.distributed.is_available():
@@ -192,7 +192,7 @@ def transformed(rank, size):
             return gklx.gkl(s, t)
 
     compiled = torch.compile(gklx.gkl, fullgraph=True, backend="aot_eager")
-    compiled(s[rows], t[rows])  # compiled for one device first: the context must not go unseen
+    compiled(s[rows], t[rows])  # compiled for one device first: entering the context must recompile
     for function in (compiled, torch.compile(inside, fullgraph=True, backend="aot_eager"), partial(checkpoint, inside)):
         a = s[rows].clone().requires_grad_()
         keywords = {"use_reentrant": False} if isinstance(function, partial) else {}
@@ -325,7 +325,7 @@ def test_torch_a_world_of_one_needs_no_set_up():
 
 
 def test_nested_batches_and_threads():
-    """The innermost counts; another thread has none."""
+    """The innermost context holds; another thread has none."""
     import threading
 
     from gklx._core.ranks import entered as _entered

@@ -1,4 +1,4 @@
-"""Wrong formulas and a wrong kernel turn the tests red: a sample of what `nox -s mutations` tries wholly."""
+"""The tests fail on wrong formulas and on a wrong kernel: a sample of the mutants of `nox -s mutations`."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""float32 and the halves stay near rounding: against float64 of the same inputs, at real class counts."""
+"""Errors in float32 and the half precisions are near rounding: compared with float64 at realistic class counts."""
 
 from functools import cache
 
@@ -18,7 +18,7 @@ def logits(rng, kind, rows, classes):
     s, t = 3.0 * rng.standard_normal((2, rows, classes))
     if kind == "offsets":
         s, t = s - 1e4, t + 1e4
-    elif kind == "confident":  # both sure of the same class
+    elif kind == "confident":  # both networks are confident of the same class
         s[:, 0] += 20.0
         t[:, 0] += 18.0
     elif kind == "confident-teacher":
@@ -61,8 +61,8 @@ def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps, mon
 def scale_of(s, t):
     """The size of the summands of mu, by row: d_j of one row may cancel to anything below it.
 
-    For such rows the float32 result is the exact gradient of logits a rounding away, which no formula in float32
-    betters; the difference d_j - d_k is then known to a unit of |t_j| + |s_j| below their maxima and no further.
+    For such rows the float32 result is the exact gradient of logits that differ by a rounding error. No formula in
+    float32 can do better: d_j - d_k is known only to a unit of |t_j| + |s_j|, measured from the maxima.
     """
     t, s = t - t.max(axis=-1, keepdims=True), s - s.max(axis=-1, keepdims=True)
     p = np.exp(t) / np.exp(t).sum(axis=-1, keepdims=True)

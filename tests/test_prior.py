@@ -1,4 +1,4 @@
-"""The class prior: sums that add up, tables that go on exactly, on every library."""
+"""The class prior on every library: sums are additive, and a restored prior continues exactly."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What holds for any logits: the identities of the losses, shifts, permutations, splits, weights of zero."""
+"""Properties for arbitrary logits: identities of the losses, shifts, permutations, splits, weights of 0."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The README and the landing page say what is so: support table, commands and their output, every Python block."""
+"""The README and the landing page are right: support table, commands and their output, every Python block."""
 
 import ast
 import re
@@ -50,7 +50,7 @@ def test_support_table():
 
 @pytest.mark.parametrize(("source", "line"), PYTHON, ids=[f"line{line}" for _, line in PYTHON])
 def test_python_block_runs(source, line):
-    """Each in names of its own, so that it is complete; errors name the README's line."""
+    """Each block has its own names, so it must be complete; errors have the README's line."""
     backends.needs_imported(imported(source))
     exec(compile("\n" * (line - 1) + source, str(ROOT / "README.md"), "exec"), {"__name__": "__main__"})
 

@@ -1,4 +1,4 @@
-"""What is copied, pickled, or written by PyTorch goes on as if nothing had happened."""
+"""Copies, pickles and checkpoints of PyTorch continue exactly."""
 
 import copy
 import functools
@@ -51,7 +51,7 @@ COPIES = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("width", ["float32", "float64"])
 def test_a_prior_goes_on_exactly(backend, width, way):
-    """At any time, and neither has a part in what happens to the other."""
+    """At any time; changes of one do not affect the other."""
     if width not in backend.library.dtypes:
         pytest.skip(f"{backend.name} has no {width}")
     first, then = ((backend.array(x, width), backend.array(y)) for x, y in (batch(1), batch(2)))
@@ -158,7 +158,7 @@ def test_torch_load_is_allowed_the_arrays_of_a_prior_and_no_other():
 
 @pytest.mark.parametrize("dtype", ["O", "V8", "<i8", "<c16"])
 def test_only_floats_are_restored_from_bytes(dtype):
-    """A file may say anything; an object's bytes would be an address."""
+    """A file may be forged: bytes of an object dtype would be read as addresses."""
     from gklx.prior import _state_array
 
     with pytest.raises(ValueError, match=r"^a class prior's arrays must be float32 or float64, got "):
@@ -197,7 +197,7 @@ def test_functions(name, way):
 
 
 def test_functions_that_do_the_same_are_equal():
-    """So that what caches by the function, `jax.jit` among them, finds it again."""
+    """So that caches keyed by the function, such as that of `jax.jit`, find it."""
     assert gklx.grad(gklx.kl) == gklx.grad(gklx.kl)
     assert hash(gklx.grad(gklx.kl, [0, 1])) == hash(gklx.grad(gklx.kl, (0, 1)))
     assert gklx.grad(gklx.kl) != gklx.grad(gklx.kl, (0,))

@@ -1,4 +1,4 @@
-"""Inputs that users meet and that once gave wrong numbers: each a kind of them, against the definition in decimals."""
+"""Inputs of users that once gave wrong numbers, one test for each kind, against the definition in decimals."""
 
 import math
 from functools import partial
@@ -31,7 +31,7 @@ KNOWN = {}
 
 
 def right(name, s, t, arrays, **settings):
-    """What the decimals say, found once for all libraries."""
+    """The results in decimals, computed once for all libraries."""
     named = sorted({"s": s, "t": t, **arrays}.items())
     key = (name, *((k, x.shape, x.tobytes()) for k, x in named), *sorted(settings.items()))
     if key not in KNOWN:
@@ -76,7 +76,7 @@ def check(backend, dtype, *problems):
 
 
 def fills_of(dtype):
-    """Low logits in use, that the dtype holds."""
+    """Low values that are used to fill logits, and that the dtype holds."""
     return [x for x in (-1e4, -1e5, -1e6, -1e7, -1e8, -1e9, -INF) if x >= -exact.LARGEST[dtype]] + [
         -exact.LARGEST[dtype]
     ]
@@ -173,7 +173,7 @@ def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
 
 @pytest.mark.parametrize(("name", "side"), [("kl", 0), ("dkl", 1), ("ikl", 1), ("gkl", 0)])
 def test_nan_in_one_row_of_a_large_batch(backend, name, side):
-    """It stays in its row, and within it in the classes that count, however many rows are run together."""
+    """Only its row is affected, and only the classes that count, for any number of rows."""
     rng = np.random.default_rng(3)
     shape = (1_000, 1_000)
     logits = rng.standard_normal((2, *shape)).astype("float32")
@@ -376,7 +376,7 @@ def jax():
 @pytest.mark.parametrize("name", ["dkl", "ikl", "gkl"])
 @pytest.mark.parametrize("zero", ["mse_weight", "ce_weight", "gamma"])
 def test_a_traced_number_of_zero(jax, execution, name, zero):
-    """A warm-up from 0: what it takes out is out, be it infinite, as for a number that is known."""
+    """A warm-up from 0: a part of weight 0 is absent even where it is infinite, as with a static weight."""
     if zero == "gamma" and name != "gkl":
         pytest.skip("only GKL has it")
     s = np.asarray([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]])

@@ -43,7 +43,7 @@ def computed(
 
 
 def numbers_of(found: Score) -> dict[str, float]:
-    """Every number of a score by its place, whatever the backend."""
+    """All numbers of a score by their places, without those that name the backend."""
     flat = {name: getattr(found, name) for name in ("samples", "skipped", "undefined", "top1_agreement")}
     for name, summary in found.losses.items():
         flat |= {f"{name}.{key}": value for key, value in summary._asdict().items() if value is not None}

@@ -1,4 +1,4 @@
-"""What `gklx score` says of a changed model beyond the losses, against plain NumPy in float64."""
+"""Statistics of `gklx score` besides the losses, against plain NumPy in float64."""
 
 import json
 import re

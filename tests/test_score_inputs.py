@@ -1,4 +1,4 @@
-"""What `gklx.score` takes beside files: arrays of every library, and batches."""
+"""Inputs of `gklx.score` other than files: arrays of every library, and batches."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A run of `gklx score` that is cut off or has little room: the same numbers."""
+"""Runs of `gklx score` that are interrupted or have little memory or disk give the same numbers."""
 
 import json
 import os
@@ -251,7 +251,7 @@ def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
 
 
 def test_another_job_starts_anew(files, tmp_path, monkeypatch):
-    """Other inputs or settings are another job; weights of the parts come in later and are the same one."""
+    """Other inputs or settings make another job; other weights of the parts do not, since they are applied later."""
     folders = []
     monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: folders.append(json.dumps(job)))
     for kwargs in ({}, {"mse_weight": 3.0, "ce_weight": 2.0, "batch_size": 7}):

@@ -137,7 +137,7 @@ def test_modules_refuse_what_does_not_fit():
 
 
 def test_jax_example_takes_a_published_temperature():
-    """It once read "prior 7, teacher 4", which counted pairs of networks, as a temperature."""
+    """It once took 7, a number of pairs of networks, for a temperature."""
     for module in ("jax", "optax", "sklearn"):
         pytest.importorskip(module)
     backends.needs("jax")

@@ -1,4 +1,4 @@
-"""docs/transforms.md claims what a test shows, and every such test is in its table."""
+"""Each cell of docs/transforms.md has a test, and each such test has a cell."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""`gklx.testing`: what agrees passes, and each kind of fault is told with backend, element and distance."""
+"""`gklx.testing`: equal results pass; each kind of fault is reported with backend, element and distance."""
 
 import re
 import subprocess

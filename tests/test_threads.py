@@ -1,4 +1,4 @@
-"""How many threads the row kernel runs on, and that the number changes nothing."""
+"""The number of threads of the row kernel, and that it does not change results."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def four_cores(monkeypatch):
 
 @pytest.fixture
 def threads_of_calls(monkeypatch):
-    """The threads that each call of the kernel was allowed; every batch is large enough for several."""
+    """The number of threads allowed in each call of the kernel; every batch is large enough for several."""
     backends.run_on("kernel", "numpy", monkeypatch)
     allowed, run = [], cpu.run
     monkeypatch.setattr(rows, "_ONE_THREAD", 1)
@@ -120,7 +120,7 @@ def test_a_small_batch_takes_one(four_cores, monkeypatch):
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_results_do_not_depend_on_their_number(threads_of_calls, monkeypatch, case, mask, dtype):
-    """Not by a bit: value and gradients of 301 samples, which no number of threads shares out evenly."""
+    """Bit for bit: value and gradients of 301 samples, which no number of threads divides evenly."""
     s, t, given = call(case, mask, batch=(301,))
     s, t = s.astype(dtype), t.astype(dtype)
     found = []
@@ -136,7 +136,7 @@ def test_results_do_not_depend_on_their_number(threads_of_calls, monkeypatch, ca
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_fork_computes_on_threads_of_its_own(monkeypatch):
-    """The threads of a process do not follow into a fork, as PyTorch's data loader makes them."""
+    """A fork, such as a worker of PyTorch's data loader, does not inherit the threads of its parent."""
     backends.run_on("kernel", "numpy", monkeypatch)
     program = """
 import os

@@ -236,7 +236,7 @@ def test_a_restored_module_goes_on_exactly(torch, modules, batch, name):
 
 
 def test_buffers_are_updated_in_place(modules, batch):
-    """What holds one, a state dict or a compiled graph, sees it change."""
+    """A state dict or a compiled graph that holds a buffer sees its new values."""
     criterion = modules.GKLLoss(C)
     state, before = criterion.state_dict(), dict(criterion.named_buffers())
     criterion(*batch())
@@ -292,7 +292,7 @@ def test_the_shortcuts_cast_no_prior_either(torch, modules, batch):
 
 
 def test_a_module_moves_to_another_device(modules, torch):
-    """The meta device has no values to read: whatever waits for one fails there."""
+    """The meta device has no values: code that reads one fails there."""
     criterion = modules.GKLLoss(C, warmup_epochs=2).to("meta")
     logits = torch.zeros(3, C, device="meta")
     value = criterion(logits.clone().requires_grad_(), logits, torch.zeros(3, dtype=torch.int64, device="meta"))

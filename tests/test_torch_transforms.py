@@ -73,7 +73,7 @@ def test_gradcheck_where_the_gradient_is_the_value_s_own(case, mask):
 
 
 def stopped_dkl(s, t):
-    """DKL written with `detach`: right once differentiated, wrong twice."""
+    """DKL written with `detach`: its first derivative is right, its second is wrong."""
     p = torch.softmax(t, -1).detach()
     d = t - s.detach()
     mse = 0.5 * (p * (d - (p * d).sum(-1, keepdim=True)) ** 2).sum(-1)
@@ -583,7 +583,7 @@ def test_autocast(dtype):
 
 @supports("mixed precision")
 def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
-    """With a small share a sample the unscaled gradients are below float16: they are made times the scale."""
+    """For large batches unscaled gradients underflow in float16: they are computed times the scale."""
     s, t = torch.randn(2, 4096, 100).to(torch.float16)
     s.requires_grad_()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -611,7 +611,7 @@ def test_grad_scaler_steps():
 
 
 def test_gradients_kept_for_another_pass_are_not_handed_out():
-    """What is returned of a graph that is retained may be changed in place; what is kept must not follow."""
+    """With a retained graph a returned gradient may be changed in place; the kept one must not change."""
     s, t = torch.randn(2, 5, 7).unbind()
     s.requires_grad_(), t.requires_grad_()
     value = gklx.gkl(s, t)

@@ -1,4 +1,4 @@
-"""Nothing is imported, moved, read or written that the caller did not ask for."""
+"""Nothing is imported, moved, read or written without the caller's request."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_import_loads_numpy_and_array_api_compat_only():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 def test_torch_meta_tensors_have_no_values_to_read(case, mask):
-    """Whatever needs a value, on a host or a device, fails on the meta device."""
+    """On the meta device, code that needs a value fails."""
     backends.needs("torch")
     import torch
 

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import gklx
+from gklx import scoring
 
 pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
@@ -16,7 +20,7 @@ USES = ROOT / "tests" / "typing" / "uses.py"
 
 @pytest.mark.parametrize("tool", ["mypy", "pyright"])
 def test_uses(tool):
-    """A package that is not found is an error to both, and so is a type other than the asserted one."""
+    """To both tools a package that is not found is an error, and so is a type other than the asserted one."""
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")
     options = ["--strict"] if tool == "mypy" else ["--pythonpath", sys.executable]
@@ -24,3 +28,24 @@ def test_uses(tool):
     command = [sys.executable, "-m", tool, *options, str(USES)]
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("cls", [gklx.Terms, gklx.ClassPriorState])
+def test_named_tuple_of_arrays_has_the_bases_of_a_tuple(cls):
+    """PyTorch 2.6 finds tensors in no other named tuple."""
+    assert cls.__bases__ == (tuple,)
+
+
+def test_what_score_returns_is_public():
+    x = np.eye(3)
+    found = gklx.score_candidates({"one": x, "other": x + 1}, x, np.arange(3), losses=["kl"], targets=np.arange(3))
+    score = found.students["one"]
+    values = [found, score, score.losses["kl"], score.parameters, score.worst_classes[0], score.perplexity]
+    values += [score.delta_p, found.differences["other"]["kl"]]
+    classes = [getattr(scoring, name) for name in scoring.__all__ if not name.startswith("score")]
+    assert {type(value) for value in values} == set(classes)
+
+
+def test_unknown_name_of_scoring_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'gklx.scoring' has no attribute 'scores'$"):
+        scoring.scores  # noqa: B018

@@ -1,4 +1,4 @@
-"""`gklx verify`: all is well here, and a fault planted in one library turns it red and is told as that library's."""
+"""`gklx verify` finds no fault here, and reports a fault planted in one library as a fault of that library."""
 
 import argparse
 import importlib.machinery
@@ -37,7 +37,7 @@ FEW = ("kl T=2.5", "gkl gamma=0.5 -inf", "gkl prior gamma=0.3")
 
 @pytest.fixture
 def few(monkeypatch):
-    """Some of the cases: JAX and Dask take seconds over all of them."""
+    """Some of the cases: all of them take seconds in JAX and Dask."""
     some = [case for case in cases.cases() if case.name in FEW]
     assert len(some) == len(FEW)
     monkeypatch.setattr(checks, "cases", lambda: iter(some))
@@ -68,7 +68,7 @@ def report(here):
 
 
 def run(*argv):
-    """What the command prints, and its exit code."""
+    """The output of the command, and its exit code."""
     parser = argparse.ArgumentParser()
     add_to(parser.add_subparsers())
     arguments = parser.parse_args(["verify", *argv])
@@ -178,7 +178,7 @@ def test_bounds():
 
 @pytest.fixture
 def anew(other):
-    """JAX keeps no program of before the test, and none of the test after it."""
+    """Clears JAX's compiled programs before and after the test."""
     clear = sys.modules["jax"].clear_caches if other == "jax" else lambda: None
     clear()
     yield

@@ -1,4 +1,4 @@
-"""The folder that keeps the progress: whose it is, and what happens where several runs of one job meet."""
+"""The folder of the progress: its owner, and several runs of one job at a time."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_a_second_run_says_that_it_keeps_no_progress(files, tmp_path, monkeypatc
 
 
 def test_runs_of_one_job_that_end_as_others_start(tmp_path):
-    """Each sees its own records alone, wherever the others are, and nothing is left."""
+    """Each has only its own records at every point of the others, and nothing is left."""
     failed, start = [], threading.Barrier(4)
 
     def run(number):

@@ -1,4 +1,4 @@
-"""What gklx runs on here."""
+"""Versions, libraries, and the executions that gklx uses in this installation."""
 
 import platform
 import sys
@@ -38,6 +38,10 @@ def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, Any] |
         ``"libraries"``, for each library that is found its ``"version"`` and what runs the losses: ``"eager"``, called
         outside of a compiler, by the name of the library's compiler, and on a ``"gpu"``.
 
+    See Also
+    --------
+    gklx.testing.assert_backends_agree : Compares what the libraries compute.
+
     Examples
     --------
     >>> import gklx
@@ -74,7 +78,7 @@ def _found() -> dict[str, Any]:
 
 
 def _executions(backend: str) -> dict[str, str]:
-    """What runs the losses of a library, by the way in which they are called."""
+    """The execution of the losses of a library, for each way of calling them."""
     eager = _FORMULAS if cpu.instruction_set() is None else f"kernel ({cpu.instruction_set()})"
     compiled = eager if cpu.serves_jax() else _FORMULAS
     on_gpu = "kernels (cuda)" if cpu.kernel_allowed() and cuda_launch.installed(backend) else _FORMULAS
@@ -87,7 +91,7 @@ def _executions(backend: str) -> dict[str, str]:
 
 
 def _version(module: str) -> str | None:
-    """That of a module, None where it is not found."""
+    """The version of a module; None where it is not installed."""
     loaded = sys.modules.get(module)
     if loaded is not None:
         return str(getattr(loaded, "__version__", "unknown"))

@@ -1,4 +1,4 @@
-"""What Ctrl-C does while the command `gklx` imports what it needs."""
+"""Ctrl-C while the command `gklx` imports its modules."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ def is_command() -> bool:
 
 @contextlib.contextmanager
 def ended_by_interrupts(wanted: bool = True) -> Iterator[None]:
-    """Lets Ctrl-C end the process at once: an exception in the middle of an import is a traceback of its own.
+    """Lets Ctrl-C end the process at once: KeyboardInterrupt during an import would print a traceback.
 
-    For the command alone; a handler that somebody else has set stays.
+    Only in the command, and only if no other handler of the signal was set.
     """
     if (
         not wanted

@@ -11,16 +11,18 @@ from ._core.ranks import Spread, entered
 
 
 class global_batch:  # noqa: N801, a context reads like a function
-    """Within it a batch is that of all ranks: each passes its own samples, and they count as one batch.
+    """Makes the samples of all ranks one batch: each rank passes its own.
 
-    The mean and GKL's normaliser then run over the samples of every rank, however many each of them has, and
-    `class_sums` (hence `ClassPrior.update`) adds up those of all ranks. Under "mean" each rank's loss is its samples'
-    part of the whole, times the number of ranks: the mean of the ranks' losses, and the mean of their gradients, which
-    DistributedDataParallel takes, are those of the whole batch on one device. Under "sum" the sum of the ranks' losses
-    is that of the whole batch, and under "none" each rank has its own samples' entries.
+    Within the context the mean and GKL's normaliser are over the samples of all ranks, which may have different numbers
+    of samples, and `class_sums` (hence `ClassPrior.update`) adds up those of all ranks.
 
-    All ranks must make the same calls in the same order, as with any collective; a rank without samples too, with an
-    empty batch or weights of 0.
+    Under "mean" the loss of a rank is its samples' part of the whole, times the number of ranks. So the mean of the
+    ranks' losses, and the mean of their gradients, which DistributedDataParallel takes, are those of the whole batch on
+    one device. Under "sum" the sum of the ranks' losses is that of the whole batch. Under "none" a rank has the entries
+    of its own samples.
+
+    As with any collective operation, all ranks must make the same calls in the same order. A rank without samples makes
+    them with an empty batch or weights of 0.
 
     Parameters
     ----------
@@ -38,6 +40,11 @@ class global_batch:  # noqa: N801, a context reads like a function
         In the call of a loss: arrays of another library, JAX arrays without `axis_name`, PyTorch tensors with one.
     ValueError
         In the call of a loss: this process is not in `process_group`; no axis of that name is being mapped.
+
+    See Also
+    --------
+    gkl : Its normaliser is a sum over the batch.
+    class_sums : The sums of a class prior.
 
     Notes
     -----

@@ -83,6 +83,11 @@ def kl(
     ValueError
         Shapes or devices that differ, negative weights, temperature ≤ 0, an unknown reduction.
 
+    See Also
+    --------
+    dkl : The same gradients as a weighted MSE and a cross-entropy, which can be weighed apart.
+    gklx.torch.KLLoss : The loss as a PyTorch module.
+
     Notes
     -----
     ∂/∂s = (q − p)/T and ∂/∂t = p_j ((log p_j − log q_j) − KL)/T a sample. `torch.nn.functional.kl_div(input, target)`
@@ -150,6 +155,13 @@ def dkl(
     ------
     TypeError, ValueError
         As in `kl`.
+
+    See Also
+    --------
+    kl : The divergence whose gradients these are.
+    ikl : With a gradient of the MSE to the student, and with class weights.
+    terms : The two parts apart.
+    gklx.torch.DKLLoss : The loss as a PyTorch module.
 
     Notes
     -----
@@ -230,6 +242,13 @@ def ikl(
     ------
     TypeError, ValueError
         As in `kl`; also labels outside [0, C), labels without a prior, a negative or NaN prior.
+
+    See Also
+    --------
+    gkl : With weights to the power γ, and normalised over the batch.
+    ClassPrior : Makes `prior` from the teacher's logits.
+    terms : The two parts apart.
+    gklx.torch.IKLLoss : The loss as a PyTorch module, which keeps prior and warm-up.
 
     References
     ----------
@@ -314,6 +333,14 @@ def gkl(
     ------
     TypeError, ValueError
         As in `ikl`; also gamma < 0 and an unknown `normalize`.
+
+    See Also
+    --------
+    ikl : Without γ, and normalised by the sample.
+    ClassPrior : Makes `prior` from the teacher's logits.
+    settings : Published values of the arguments.
+    terms : The two parts apart.
+    gklx.torch.GKLLoss : The loss as a PyTorch module, which keeps prior and warm-up.
 
     References
     ----------

@@ -12,6 +12,7 @@ from ._core.checks import class_count, computed_in, known_library, labelled_logi
 from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
+from ._generic import ArrayT, Generic
 
 _Array = TypeVar("_Array")
 
@@ -53,6 +54,11 @@ def class_sums(
     TypeError, ValueError
         As in `ikl`; also a C that is not `num_classes`.
 
+    See Also
+    --------
+    ClassPrior : Keeps the sums, and the prior made from them, over epochs.
+    ClassPriorState : The same as a value, for `jax.jit`.
+
     Examples
     --------
     >>> import numpy as np
@@ -77,8 +83,8 @@ def class_sums(
         weighted, labels = xp.reshape(weighted, (-1, num_classes)), xp.reshape(labels, (-1,))
     classes = xp.arange(num_classes, dtype=labels.dtype, device=device_like(library, labels))
     member = labels[:, None] == classes[None, :]
-    # In the product NaN reaches every class, for 0 · NaN is NaN: it is taken out, and put into its own class's row. A
-    # label that names no class may stand for any.
+    # In the product a NaN would reach every class, since 0 · NaN is NaN. So samples with NaN are set to 0, and the rows
+    # of their classes are made NaN afterwards: all rows for a label that names no class.
     finite = xp.all(xp.isfinite(weighted), axis=-1, keepdims=True)
     weighted = xp.where(finite, weighted, 0.0)
     spoiled = xp.any((member | ~is_class(labels, num_classes)[:, None]) & ~finite, axis=0)
@@ -89,11 +95,16 @@ def class_sums(
     return cast(_Array, sums if ranks is None else ranks.total(sums))
 
 
-class ClassPriorState(NamedTuple):
+class ClassPriorState(NamedTuple, Generic[ArrayT]):
     """The class prior as a value: two arrays and two functions that return a new state.
 
     A named tuple, hence a pytree: it lives inside `jax.jit` and `jax.lax.scan`, and `torch.func` and `torch.compile`
     take it as well. `ClassPrior` is an object that holds one.
+
+    See Also
+    --------
+    ClassPrior : An object that holds one.
+    class_sums : The sums of one batch.
 
     Examples
     --------
@@ -106,13 +117,13 @@ class ClassPriorState(NamedTuple):
            [0.5, 0.5]])
     """
 
-    table: Array
+    table: ArrayT
     """[C, C]: row y is the mean softmax of class y up to the last `advance`."""
-    sums: Array
+    sums: ArrayT
     """[C, C]: the class sums since then, of the table's dtype."""
 
     @classmethod
-    def uniform(cls, num_classes: int, *, like: Array) -> "ClassPriorState":
+    def uniform(cls, num_classes: int, *, like: _Array) -> "ClassPriorState[_Array]":
         """The state before the first epoch: 1/C everywhere, in the library, device and dtype computed in of `like`.
 
         Parameters
@@ -132,16 +143,18 @@ class ClassPriorState(NamedTuple):
         xp = library.namespace()
         kind = {"dtype": getattr(xp, computed_in("like", like)), "device": device_like(library, like)}
         shape = (num_classes, num_classes)
-        return cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
+        state = cls(xp.full(shape, 1.0 / num_classes, **kind), xp.zeros(shape, **kind))
+        return cast("ClassPriorState[_Array]", state)
 
     def update(
         self, logits: Array, labels: Array, *, temperature: float = 1.0, sample_weight: Array | None = None
-    ) -> "ClassPriorState":
+    ) -> "ClassPriorState[ArrayT]":
         """The state with a batch added to its sums; arguments and errors as in `class_sums`."""
-        sums = class_sums(logits, labels, self.sums.shape[0], temperature=temperature, sample_weight=sample_weight)
-        return self._replace(sums=self.sums + _namespace(sums).astype(sums, self.sums.dtype, copy=False))
+        own: Array = self.sums
+        sums = class_sums(logits, labels, own.shape[0], temperature=temperature, sample_weight=sample_weight)
+        return self._replace(sums=own + _namespace(sums).astype(sums, own.dtype, copy=False))
 
-    def advance(self) -> "ClassPriorState":
+    def advance(self) -> "ClassPriorState[ArrayT]":
         """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
         xp = _namespace(self.table)
         totals = xp.sum(self.sums, axis=-1, keepdims=True)
@@ -151,15 +164,15 @@ class ClassPriorState(NamedTuple):
 
 
 class StateArray(np.ndarray):
-    """An array of a `state_dict`: NumPy's, but for how it is pickled.
+    """A NumPy array of a `state_dict` that is pickled in another way.
 
-    `torch.load` calls what it was allowed to call and nothing else, by default. A plain array is restored by
-    `numpy.dtype`, which a made-up file can have read foreign memory: to allow that would open every later `torch.load`
-    of the process. Restoring this one calls a function that makes floats of bytes, and that is allowed.
+    By default `torch.load` calls only allowed functions. A plain array is restored by `numpy.dtype`, through which a
+    forged file can read foreign memory; to allow it would weaken every later `torch.load` of the process. This array is
+    restored by a function that only makes floats of bytes, and that one is allowed.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> Any:
-        if self.dtype not in (np.float32, np.float64):  # what somebody computed from one
+        if self.dtype not in (np.float32, np.float64):  # the result of an operation on such an array
             return super().__reduce_ex__(protocol)
         return _state_array, (self.dtype.str, self.shape, self.tobytes())
 
@@ -179,8 +192,8 @@ def allow_in_torch_load() -> None:
         serialization.add_safe_globals([_state_array])
 
 
-class ClassPrior:
-    """Keeps the class prior over epochs: collects sums while one runs, and turns them into the table after it.
+class ClassPrior(Generic[ArrayT]):
+    """Keeps the class prior over epochs: it adds up the sums of an epoch, and makes them the table at its end.
 
     Parameters
     ----------
@@ -197,6 +210,12 @@ class ClassPrior:
     TypeError, ValueError
         Bad `num_classes` or `temperature`; `like` is no floating array of a known library.
 
+    See Also
+    --------
+    ClassPriorState : The same as a value, for `jax.jit`.
+    class_sums : The sums of one batch.
+    gklx.torch.GKLLoss : Keeps a class prior of its own.
+
     Examples
     --------
     >>> import numpy as np
@@ -212,20 +231,20 @@ class ClassPrior:
            [0.5, 0.5]])
     """
 
-    def __init__(self, num_classes: int, *, temperature: float = 1.0, like: Array | None = None) -> None:
+    def __init__(self, num_classes: int, *, temperature: float = 1.0, like: ArrayT | None = None) -> None:
         self.num_classes = class_count(num_classes)
         self.temperature = positive_number("temperature", temperature)
         self._library: Library | None = None
         self._device: Any = None
-        self._settled = False  # the dtype is chosen
-        self._state = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
+        self._settled = False  # whether the dtype has been chosen
+        self._state: ClassPriorState[Array] = ClassPriorState.uniform(self.num_classes, like=np.zeros(1))
         if like is not None:
             library = known_library("like", like)
             self._move(library, like, computed_in("like", like))
         allow_in_torch_load()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: a device is not, since JAX's cannot be, and one of its arrays tells it."""
+        """The state for copies and pickles. Devices of JAX cannot be pickled: the arrays tell the device again."""
         return {**vars(self), "_device": self._device is not None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -234,9 +253,9 @@ class ClassPrior:
         self._device = self._library.device(self._state.sums) if self._library is not None and on_one else None
 
     @property
-    def table(self) -> Array:
+    def table(self) -> ArrayT:
         """[C, C]: row y is the mean softmax of class y up to the last `advance`, uniform 1/C before the first."""
-        return self._state.table
+        return cast(ArrayT, self._state.table)
 
     def update(self, logits: Array, labels: Array, sample_weight: Array | None = None) -> None:
         """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is."""
@@ -244,13 +263,13 @@ class ClassPrior:
         self._add("logits", sums)
 
     def advance(self) -> None:
-        """Turns the sums since the last call into the table, and starts anew.
+        """Turns the sums since the last call into the table, and sets the sums to 0.
 
         A class not seen since then keeps its previous row.
         """
         self._state = self._state.advance()
 
-    def merge(self, other: "ClassPrior") -> None:
+    def merge(self, other: "ClassPrior[ArrayT]") -> None:
         """Adds the sums of another shard's prior, which stays as it is.
 
         ValueError where it counts other classes or has another temperature, TypeError where it is of another library.
@@ -265,7 +284,7 @@ class ClassPrior:
             self._add("other", other._state.sums)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as NumPy arrays and plain numbers.
+        """The state to continue from, as NumPy arrays and plain numbers.
 
         `torch.load` reads them back from a file by its default ``weights_only=True`` in a process that has imported
         `gklx.torch`, or has made a `ClassPrior` after it imported PyTorch.
@@ -280,9 +299,9 @@ class ClassPrior:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`; the library and device stay this object's own.
+        """Restores a `state_dict`; library and device of this object stay the same.
 
-        Arrays of other libraries are taken as well, such as tensors into which somebody turned those of the state.
+        The arrays may also be of another library, such as tensors made from those of the state.
 
         ValueError where a key is missing or unknown, or an entry does not fit this prior.
         """

@@ -12,7 +12,7 @@ __all__ = ["AdversarialTraining", "LossArguments", "Setting", "Source", "setting
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a setting or a result is published: a paper, or the authors' repository alone where `paper` is None."""
+    """The publication of a setting or a result: a paper, or only the authors' repository where `paper` is None."""
 
     paper: str | None = None
     table: str | None = None
@@ -23,7 +23,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialTraining:
-    """What adversarial training does beside the loss."""
+    """The details of adversarial training that are not arguments of the loss."""
 
     inner_mse_weight: float
     """Of the loss that the inner attack maximises."""
@@ -55,7 +55,7 @@ class Setting:
     Attributes
     ----------
     name, task : str
-        The key in `settings`, and what was trained.
+        The key in `settings`, and the task: what was trained, on which data.
     divergence : {"ikl", "gkl"} or None
         The loss.
     ce_weight, mse_weight, gamma, temperature, weight_temperature : float or None
@@ -69,9 +69,9 @@ class Setting:
     source : Source
         Where it is published.
     adversarial : AdversarialTraining or None
-        What adversarial training does beside the loss.
+        The details of adversarial training that are not arguments of the loss.
     note : str or None
-        What else one should know.
+        Anything else that matters.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Setting:
             A hyper-parameter of the loss is not known.
         """
         names = ["ce_weight", "mse_weight", "temperature", "weight_temperature"]
-        # IKL has no γ. GKL with γ = 1 has the same weights, which sum to 1, so both losses take these arguments.
+        # IKL has no γ. With γ = 1 GKL has the same weights, which sum to 1; so both losses accept these arguments.
         names += [] if self.divergence == "ikl" else ["gamma"]
         unknown = [name for name in ("divergence", *names) if getattr(self, name) is None]
         if unknown:
@@ -368,7 +368,7 @@ def _cell(value: object) -> str:
 
 
 def _facts(each: Setting) -> str:
-    """What the table has no room for, as one line of a list."""
+    """The facts that the table has no column for, as one line of a list."""
     paper = f"*{each.source.paper}*" if each.source.paper else "authors' repository"
     source = ", ".join(part for part in (paper, each.source.table) if part)
     file = f"; `{each.source.file}`" if each.source.file else ""

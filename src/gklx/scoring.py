@@ -1,15 +1,35 @@
-"""A student's logits against a teacher's, at any size: files, arrays or batches."""
+"""Compares a student's logits with a teacher's: files, arrays or batches of any size."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from ._scoring.statistics import Score, Scores
+    from ._scoring.samples import Parameters
+    from ._scoring.statistics import ClassScore, DeltaP, Estimate, Perplexity, Score, Scores, Summary
 
-__all__ = ["score", "score_candidates"]
+__all__ = [
+    "ClassScore",
+    "DeltaP",
+    "Estimate",
+    "Parameters",
+    "Perplexity",
+    "Score",
+    "Scores",
+    "Summary",
+    "score",
+    "score_candidates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What `score` returns is imported on first use: `import gklx` need not wait for it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("._scoring.statistics", __package__), name)
 
 
 def score(
@@ -41,9 +61,9 @@ def score(
 ) -> Score:
     """Statistics of the losses over samples: mean and its error, quantiles, parts, top-1 agreement.
 
-    The logits are worked off in blocks of rows, read ahead while others are computed, in one pass, or in two where
-    labels ask for a class prior. The result does not depend on blocks, shards, batches or the order of samples, but for
-    rounding: GKL's normaliser and the class prior are those of all samples.
+    The logits are processed in blocks of rows; the next blocks are read while others are computed. There is one pass,
+    or two where labels are given for a class prior. But for rounding the result does not depend on blocks, shards,
+    batches or the order of samples: GKL's normaliser and the class prior are those of all samples.
 
     Parameters
     ----------
@@ -61,10 +81,10 @@ def score(
     temperature, weight_temperature, gamma, mse_weight, ce_weight : float
         As in the losses.
     backend : {"numpy", "torch", "jax", "cupy", "array_api_strict", "dask"}, optional
-        Where to compute; by default the library of the arrays, NumPy for files. "dask" works the blocks off in NumPy
-        on the workers of a cluster, which must see the same files.
+        The library that computes; by default that of the arrays, and NumPy for files. "dask" computes blocks in NumPy
+        on the workers of a cluster, which must have access to the same files.
     device : str, optional
-        As the library spells it.
+        The library's name of a device, such as "cuda:0".
     scheduler : str, optional
         The address of a Dask scheduler; for ``backend="dask"``, by default a cluster on this machine's cores.
     memory : int or str, optional
@@ -74,7 +94,7 @@ def score(
     strict : bool
         A sample with NaN among its logits is an error instead of being left out and counted.
     work_dir : path, optional
-        A folder that keeps the progress of a run over files: a run that was cut off goes on with the same call.
+        A folder that keeps the progress of a run over files: after an interruption the same call resumes it.
     progress : bool
         A progress bar on the standard error stream.
     per_sample : path, optional
@@ -109,6 +129,10 @@ def score(
         A file that cannot be written.
     ModuleNotFoundError
         psutil or rich is not installed: both are in the extra `cli`.
+
+    See Also
+    --------
+    score_candidates : Several students against one teacher.
 
     Examples
     --------
@@ -172,6 +196,10 @@ def score_candidates(students: Mapping[str, Any], teacher: Any, labels: Any = No
     Scores
         A named tuple: teacher, its name; students[name], a `Score` each; differences[name][loss], the mean of each
         candidate but the first less that of the first, with the standard error of a paired comparison.
+
+    See Also
+    --------
+    score : One student against its teacher.
 
     Examples
     --------

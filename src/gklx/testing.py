@@ -60,19 +60,23 @@ def assert_backends_agree(
     dtypes : sequence of str
         Among "float16", "bfloat16", "float32" and "float64"; a backend without one of them is left out there.
     ulps : float
-        How far results may be off, in units in the last place of their own dtype.
+        The largest distance that is allowed, in units in the last place of the result's dtype.
     per : {"entry", "row", "array"}
-        Of what the unit is.
+        The numbers whose unit is taken, as described at the top of `gklx.testing`.
     **kwargs
         Named arguments of `fn`; NumPy arrays are handled as in `arrays`.
 
     Raises
     ------
     AssertionError
-        Naming backend, dtype, element, what it is, what was expected, and how far it is off; then how far every other
-        backend is, and which two are farthest apart.
+        A result is too far off. The message names backend, dtype and element, the number found and the one expected,
+        and their distance; then the distances of all other backends, and the two that are farthest apart.
     TypeError, ValueError
         Arguments that cannot be used; a named backend that is not here; nothing to check.
+
+    See Also
+    --------
+    assert_gradients_match : Compares a gradient with finite differences.
 
     Examples
     --------
@@ -147,6 +151,10 @@ def assert_gradients_match(
     AssertionError, TypeError, ValueError
         As in `assert_backends_agree`. It is an AssertionError too where differences do not settle, at a kink of `fn`.
 
+    See Also
+    --------
+    assert_backends_agree : Compares a function on several libraries.
+
     Examples
     --------
     >>> import gklx
@@ -205,7 +213,7 @@ def assert_gradients_match(
 
 
 def _on_numpy(name: str, f: Callable[..., Any], given: Arguments) -> list[Any]:
-    """What a function returns on NumPy; AssertionError where it raises."""
+    """The results of a function on NumPy; AssertionError where it raises."""
     try:
         with np.errstate(all="ignore"):
             copied = given.mapped(np.copy)
@@ -232,7 +240,7 @@ def _gradients(grad: Callable[..., Any], given: Arguments, numbers: Sequence[int
 def _differences(
     fn: Callable[..., Any], given: Arguments, numbers: Sequence[int], held: Agreement, ulps: float, per: Per
 ) -> list[Any]:
-    """Central differences, NaN where there are none; those that do not settle are a problem."""
+    """Central differences, NaN where an entry has none. Differences that do not converge are recorded as a problem."""
     found = []
     for at in numbers:
         slopes, error = differences(lambda moved: float(_on_numpy("fn", fn, moved)[0]), given, at)
@@ -247,7 +255,7 @@ def _differences(
 
 
 def _where_known(got: Results, expected: Sequence[Any]) -> Results:
-    """The results with NaN where differences know nothing."""
+    """The results, with NaN where there are no differences to compare with."""
     pairs = zip(got.arrays, expected, strict=True)
     return got._replace(arrays=[np.where(np.isnan(y), np.nan, x).astype(x.dtype) for x, y in pairs])
 
@@ -300,7 +308,7 @@ def _check_grad(
     numbers: tuple[int, ...],
     stops_gradients: bool,
 ) -> None:
-    """A function whose gradient is not that of its value cannot be held to differences by mistake."""
+    """Checks `grad`, and that a function with stopped gradients is not compared with differences by mistake."""
     if grad is not None and not callable(grad):
         raise TypeError(f"grad must be a function, got {type(grad).__name__}")
     if stops_gradients and grad is None:
@@ -316,7 +324,7 @@ def _check_grad(
 
 
 def _stops_gradients(fn: Any, arguments: Arguments, numbers: tuple[int, ...]) -> bool:
-    """Whether fn is a loss of gklx whose gradient is not that of its value; other functions have to be told."""
+    """Whether fn is a loss of gklx whose gradient is not that of its value; for other functions the caller says so."""
     settings: dict[str, Any] = {}
     positional = arguments.positional
     while isinstance(fn, partial):

@@ -2,7 +2,7 @@
 
 `import gklx` does not import this module, and so not PyTorch. Settings are the constructor's, tensors are `forward`'s.
 IKL and GKL keep the class prior of the run and the epoch of its warm-up as buffers: they move with the module, and a
-resumed run goes on where it was.
+resumed run continues with them.
 """
 
 from types import FunctionType
@@ -31,14 +31,14 @@ class _Loss(torch.nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__name__ in __all__ and cls.__module__ == __name__:
-            # Python's own errors about arguments name a function by its class: the public one.
+            # Python's TypeErrors about arguments then name the public class.
             cls.forward = _renamed(cls.forward, f"{cls.__name__}.forward")
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
-        # In float64, so that nothing is refused which suits some dtype; the dtype of a call is known in the call.
+        # In float64, the widest dtype: a setting too large for float32 is refused in a call in float32, not here.
         tiny = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-        call_builder(self._function)(tiny, tiny, **settings)  # the loss checks its own settings
+        call_builder(self._function)(tiny, tiny, **settings)  # raises for invalid settings
         self._names = tuple(settings)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -75,7 +75,7 @@ class _UnlabelledLoss(_Loss):
     ) -> torch.Tensor:
         """The loss of a batch; arguments, result and errors as in the function of `gklx`.
 
-        `labels` is there for the error alone: without class weights there is nothing that they could choose.
+        `labels` exists only for a clear error: without class weights labels have no use.
         """
         if labels is not None:
             raise TypeError(
@@ -182,13 +182,13 @@ class _ClassWeightedLoss(_Loss):
         if self.training and labels is not None:
             self._collect(teacher_logits, labels, sample_weight, where)
         if self.warmup_epochs:
-            # Both weights grow alike, hence the loss does. A tensor on the device: nothing waits to read the epoch.
+            # The factor applies to both weights, hence to the loss. A tensor: reading a number would wait for the GPU.
             loss = loss * (self.epoch + 1).to(loss.dtype).div(self.warmup_epochs).clamp(max=1.0)
         return loss
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Ends an epoch: the sums since the last call become the table, and the warm-up goes a step on.
+        """Ends an epoch: the sums since the last call become the table, and the warm-up advances by one epoch.
 
         Call it once an epoch. A class not seen in the epoch keeps its row. With several processes let `forward` run
         within `gklx.global_batch`: the sums are then those of all of them, and every process has the same prior.
@@ -211,7 +211,7 @@ class _ClassWeightedLoss(_Loss):
         where: torch.Tensor | None,
     ) -> None:
         assert self.prior_sums is not None
-        if where is not None:  # a class taken out of the softmax is out of the prior's as well
+        if where is not None:  # a class that is masked in the loss is masked in the prior
             teacher_logits = teacher_logits.masked_fill(~where, -torch.inf)
         sums = gklx.class_sums(
             teacher_logits,
@@ -223,7 +223,7 @@ class _ClassWeightedLoss(_Loss):
         self.prior_sums.add_(sums)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `.to`, `.half`, `.cuda` go through: the prior moves but stays float32, in which its sums add up."""
+        """Called by `.to`, `.half` and `.cuda`: the prior moves to the device but stays float32, for its sums."""
 
         def without_cast(x: torch.Tensor) -> torch.Tensor:
             moved: torch.Tensor = fn(x)
@@ -246,6 +246,10 @@ class KLLoss(_UnlabelledLoss):
     ------
     TypeError, ValueError
         As in `gklx.kl`, in the constructor where a setting is wrong.
+
+    See Also
+    --------
+    gklx.kl : The function.
 
     Notes
     -----
@@ -286,6 +290,10 @@ class DKLLoss(_UnlabelledLoss):
     ------
     TypeError, ValueError
         As in `gklx.dkl`, in the constructor where a setting is wrong.
+
+    See Also
+    --------
+    gklx.dkl : The function, and what its gradients are.
 
     Notes
     -----
@@ -335,6 +343,12 @@ class IKLLoss(_ClassWeightedLoss):
     ------
     TypeError, ValueError
         As in `gklx.ikl`, in the constructor where a setting is wrong; a bad `num_classes` or `warmup_epochs`.
+
+    See Also
+    --------
+    gklx.ikl : The function.
+    GKLLoss : With γ, normalised over the batch.
+    gklx.ClassPrior : The class prior by itself.
 
     Notes
     -----
@@ -408,6 +422,12 @@ class GKLLoss(_ClassWeightedLoss):
     ------
     TypeError, ValueError
         As in `gklx.gkl`, in the constructor where a setting is wrong; a bad `num_classes` or `warmup_epochs`.
+
+    See Also
+    --------
+    gklx.gkl : The function.
+    gklx.settings : Published values of the arguments; `from_settings` takes them by name.
+    gklx.ClassPrior : The class prior by itself.
 
     Notes
     -----

@@ -1,4 +1,4 @@
-"""From a loss to its gradients, its value with them, or its parts; no autodiff needed."""
+"""Functions of a loss that return its gradients, its value with gradients, or its parts, without autodiff."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,19 @@ import numpy as np
 from . import _autodiff
 from ._core.call import Array, Call
 from ._core.checks import whole_number
+from ._generic import ArrayT, Generic
 from .losses import call_builder, kl
 
 _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")
 
 
-class Terms(NamedTuple):
+class Terms(NamedTuple, Generic[ArrayT]):
     """The two weighted parts of a loss; their sum is the loss."""
 
-    mse: Array
+    mse: ArrayT
     """mse_weight · wMSE."""
-    ce: Array
+    ce: ArrayT
     """ce_weight · CE."""
 
 
@@ -62,6 +63,11 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     ValueError
         `argnums` names something else than 0 and 1; the function is called with ``reduction="none"``.
 
+    See Also
+    --------
+    grad : The gradient alone.
+    terms : The loss as its two parts.
+
     Examples
     --------
     >>> import numpy as np
@@ -87,6 +93,10 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
 
     Parameters, errors and results are those of `value_and_grad`, without the value.
 
+    See Also
+    --------
+    value_and_grad : The gradient with the value, from one evaluation.
+
     Examples
     --------
     >>> import functools
@@ -100,7 +110,7 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     return _Gradient(loss, *_argnums(argnums))
 
 
-def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
+def terms(loss: Callable[_Signature, _Array]) -> Callable[_Signature, Terms[_Array]]:
     """A function that returns a loss as its two weighted parts, wMSE and CE.
 
     Parameters
@@ -119,6 +129,10 @@ def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
     TypeError
         `loss` is `kl`, or not one of the four.
 
+    See Also
+    --------
+    value_and_grad : The value and the gradient of the sum.
+
     Examples
     --------
     >>> import numpy as np
@@ -134,7 +148,7 @@ def terms(loss: Callable[_Signature, Array]) -> Callable[_Signature, Terms]:
     return found
 
 
-# What the three return: objects rather than inner functions, which cannot be pickled.
+# The three return objects of these classes: inner functions could not be pickled.
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,7 @@ class _ValueAndGradient(_OfLoss):
 
 @dataclass(frozen=True)
 class _Terms(_OfLoss):
-    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         return Terms(
             mse=_autodiff.value(call._replace(numbers=call.numbers._replace(ce_weight=0.0))),
@@ -190,7 +204,7 @@ def _without_partials(loss: Any) -> Any:
 
 
 def _argnums(argnums: Any) -> tuple[tuple[int, ...], bool]:
-    """The numbers, and whether they came as a sequence."""
+    """The argument numbers, and whether they were given as a sequence."""
     as_tuple = isinstance(argnums, Sequence) or (isinstance(argnums, np.ndarray) and argnums.ndim == 1)
     numbers: list[int] = []
     for each in argnums if as_tuple else (argnums,):

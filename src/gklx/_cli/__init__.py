@@ -1,7 +1,7 @@
 """The command `gklx`: its arguments, its exit codes, and what goes to which stream.
 
-0: done. 1: something went wrong in here. 2: something is wrong with what was asked for. 130: interrupted.
-141: nobody reads the output any more. Errors are one line on stderr; stdout gets the whole report or nothing.
+0: done. 1: a failure of the system or of gklx. 2: wrong arguments or input. 130: interrupted. 141: the reader of the
+output has closed it. Errors are one line on stderr; stdout gets the whole report or nothing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from .._scoring.streams import drop, fill_closed, say
 _DESCRIPTION = "KL, DKL, IKL and GKL divergence losses, from logits in files."
 
 _EXTRA = ("psutil", "rich")
-"""What the command needs beyond the losses: the extra `cli`."""
+"""The packages of the extra `cli`, which the command needs and the losses do not."""
 _CLOSED = "standard output is closed, and the report was to go there"
 
 _EXAMPLE = """\
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is None:  # argparse would take the other stream
+        if file is None:  # the stream is closed, and argparse would write to standard error
             raise OSError(_CLOSED)
         super()._print_message(message, file)
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         say(f"error: not enough memory; a smaller --memory may help ({error})")
         return 1
-    except Exception as error:  # nobody at a prompt is helped by a traceback
+    except Exception as error:  # a user of the command gets one line instead of a traceback
         if isinstance(error, OSError):
             drop(sys.stdout)
         say(f"error: {type(error).__name__}: {error}")
@@ -94,10 +94,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _print(report: str) -> None:
-    """The report on standard output; OSError where it did not get there."""
+    """Writes the report to standard output; OSError where that fails."""
     if sys.stdout is None:
         raise OSError(_CLOSED)
-    # Characters that the output cannot spell are replaced: a table is no reason to fail.
+    # Characters that the output's encoding lacks are replaced instead of raising an error.
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(report.encode(encoding, "replace").decode(encoding), end="", flush=True)
 

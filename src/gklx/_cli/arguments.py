@@ -1,4 +1,4 @@
-"""Kinds of command-line arguments: from text to a number, or one line that says what was expected."""
+"""Types of command-line arguments: they convert text, or raise an error that says what was expected."""
 
 import argparse
 import math
@@ -37,7 +37,7 @@ def whole(text: str) -> int:
 
 
 def any_whole(text: str) -> int:
-    """A whole number, of either sign."""
+    """A whole number, positive, negative or 0."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text}")
@@ -45,7 +45,7 @@ def any_whole(text: str) -> int:
 
 
 def wholes(text: str) -> tuple[int, ...]:
-    """Different whole numbers of at least 1, with commas between."""
+    """Different whole numbers of at least 1, separated by commas."""
     parts = text.split(",")
     if not all(map(_is_whole, parts)) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"must be different whole numbers with commas between, got {text}")

@@ -64,7 +64,7 @@ examples:
 
 
 def add_to(commands: Any) -> None:
-    """Adds the command."""
+    """Adds the subcommand to the parser."""
     score = commands.add_parser(
         "score",
         help="score a student's logits against a teacher's",
@@ -159,7 +159,7 @@ def add_to(commands: Any) -> None:
 
 
 def with_losses_joined(argv: Sequence[str]) -> list[str]:
-    """The arguments with `--loss kl gkl` as `--loss kl,gkl`: what follows and is the name of no loss may be a file."""
+    """The arguments with `--loss kl gkl` written as `--loss kl,gkl`; the first one that names no loss is a file."""
     found: list[str] = []
     for text in argv:
         if len(found) > 1 and found[-2] == "--loss" and "--" not in found and set(text.split(",")) <= {*_LOSSES}:
@@ -208,7 +208,7 @@ def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
 
 
 def _students(paths: list[str]) -> str | dict[str, str]:
-    """The student, or the candidates by their names."""
+    """The one student, or several candidates by their names."""
     if len(paths) == 1:
         return paths[0]
     for at, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""`gklx verify`: its arguments, and what was found as a report."""
+"""`gklx verify`: its arguments, and the findings as a report."""
 
 import argparse
 from collections.abc import Callable
@@ -37,7 +37,7 @@ examples:
 
 
 def add_to(commands: Any) -> None:
-    """Adds the command."""
+    """Adds the subcommand to the parser."""
     verify = commands.add_parser(
         "verify",
         help="check the array libraries that are here against each other",

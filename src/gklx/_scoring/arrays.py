@@ -1,4 +1,4 @@
-"""Logits and labels that are arrays already, of any library."""
+"""Logits and labels given as arrays of any library."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +13,16 @@ _LOGITS = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class ArrayRows:
-    """An array as rows; what a read gives is of the array's own library, Dask's excepted."""
+    """An array as rows. A read returns an array of the same library, or NumPy's for Dask."""
 
     name: str
     array: Any
     axes: int
-    """How many of its last axes make a row: 1 for logits, 0 for labels."""
+    """The number of trailing axes in a row: 1 for logits, 0 for labels."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the array's."""
+        """The array's shape."""
         return tuple(self.array.shape)
 
     @property
@@ -33,7 +33,7 @@ class ArrayRows:
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes: labels as int64 on the host, halves as float32.
 
-        With a room NumPy's halves stay what they are.
+        With a `room`, NumPy's float16 and bfloat16 are not widened.
         """
         x = self.array
         library = library_of(x)
@@ -58,17 +58,17 @@ class ArrayRows:
 
     @property
     def stamps(self) -> tuple[Stamp, ...]:
-        """No file stands behind it."""
+        """None: an array has no files."""
         return ()
 
     @property
     def held_bytes(self) -> int:
-        """The array is there already."""
+        """0: reading an array needs no memory beyond it."""
         return 0
 
 
 def logits_rows(name: str, x: Any) -> ArrayRows:
-    """An array of logits [..., C], checked; TypeError or ValueError otherwise."""
+    """Checks an array of logits [..., C]; TypeError or ValueError where it is none."""
     found = ArrayRows(name, _known(name, x), 1)
     if found.dtype not in _LOGITS:
         raise TypeError(f"{name} must be floating logits, got {found.dtype}")
@@ -78,7 +78,7 @@ def logits_rows(name: str, x: Any) -> ArrayRows:
 
 
 def label_rows(name: str, x: Any) -> ArrayRows:
-    """An array of labels [...], checked; TypeError otherwise."""
+    """Checks an array of labels [...]; TypeError where it is none."""
     found = ArrayRows(name, _known(name, x), 0)
     if not found.dtype.startswith(("int", "uint")):
         raise TypeError(f"{name} must be integer labels, got {found.dtype}")
@@ -86,7 +86,7 @@ def label_rows(name: str, x: Any) -> ArrayRows:
 
 
 def mask_rows(name: str, x: Any) -> ArrayRows:
-    """An array that says which samples count [...], checked; TypeError otherwise."""
+    """Checks an array that masks samples [...]; TypeError where it is none."""
     found = ArrayRows(name, _known(name, x), 0)
     if not found.dtype.startswith(("bool", "int", "uint")):
         raise TypeError(f"{name} must be booleans, or integers 0 and 1, got {found.dtype}")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed into it."""
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from types import ModuleType
 fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # Windows: there two runs of one job are the user's care, and what a killed one left stays
+except ImportError:  # Windows: nothing prevents two runs of one job, and what a killed run left is not removed
     fcntl = None
 
 _NAMED = 40
-"""Characters of a target's name in that of its part: a name may be too long for a suffix."""
+"""How many characters of a target's name its temporary name has: the whole name may be too long for a suffix."""
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]
     """A path to write to, which takes the place of `path` at the end of the block, or is gone after an exception.
 
     A device or pipe is not replaced: what is written goes straight to it. A new file gets `mode`, less what the umask
-    takes. What a killed process left of an earlier part is removed.
+    takes. Temporary files that killed processes left are removed.
 
     Raises
     ------
@@ -48,13 +48,13 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]
                 part.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(part, target)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a write says no name
+        if error.errno is not None and error.filename is None:  # an error of a write has no name
             error.filename = os.fspath(path)
         raise
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """ValueError where a file cannot be written: said before the work, not after it."""
+    """ValueError where a file cannot be written; called before the work."""
     if os.path.isdir(path):
         raise ValueError(f"{path}: must be a file to write, got a directory")
     if not _replaced(path):
@@ -85,7 +85,7 @@ def check_apart(outputs: Iterable[tuple[str, str]], inputs: Iterable[str]) -> No
 
 
 def _same(real: str, other: str) -> bool:
-    """Whether two paths, the first without links, are one file: by another case of its letters, or by a hard link."""
+    """Whether two paths are one file, by hard links or on a file system that ignores case; the first has no links."""
     try:
         return os.path.samefile(real, other)
     except OSError:
@@ -93,19 +93,19 @@ def _same(real: str, other: str) -> bool:
 
 
 def _replaced(path: str | os.PathLike[str]) -> bool:
-    """Whether a new file takes the path's place: not a device's, nor a pipe's that /dev/stdout leads to."""
+    """Whether a new file may replace the path: not a device or pipe, to which /dev/stdout may lead."""
     return os.path.isfile(path) or not os.path.exists(path)
 
 
 @contextlib.contextmanager
 def _part(target: Path, mode: int) -> Iterator[Path]:
-    """A file beside the target, locked while its writer lives, and gone after an exception."""
+    """A temporary file in the target's folder, locked while its writer lives, and removed after an exception."""
     for _ in range(3):
         part = target.with_name(f".{target.name[:_NAMED]}.{secrets.token_hex(4)}.part")
         descriptor = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
         if lock(descriptor) and part.exists():
             break
-        # Another process took it for left over before it was locked; or nothing can be locked in this file system.
+        # Another process removed it as left over before it was locked, or this file system has no locks.
         os.close(descriptor)
         part.unlink(missing_ok=True)
     else:
@@ -120,7 +120,7 @@ def _part(target: Path, mode: int) -> Iterator[Path]:
 
 
 def _remove_left_over(target: Path) -> None:
-    """Removes the parts of processes that were killed: those that nobody holds a lock on."""
+    """Removes temporary files of killed processes: those on which no process holds a lock."""
     if fcntl is None:
         return
     pattern = re.compile(rf"\.{re.escape(target.name[:_NAMED])}\.[0-9a-f]{{8}}\.part")

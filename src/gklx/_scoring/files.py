@@ -1,4 +1,4 @@
-"""Logits and labels in files: finds the format, joins shards, checks what came.
+"""Logits and labels in files: finds the format, joins shards, checks shapes and dtypes.
 
 Every fault is a ValueError of one sentence that names the file.
 """
@@ -35,7 +35,7 @@ class Shards:
     name: str
     parts: tuple[Rows, ...]
     ends: tuple[int, ...]
-    """The number of rows up to and with each part."""
+    """For each part the number of rows in it and in all parts before it."""
     shape: tuple[int, ...]
     dtype: str
 
@@ -43,7 +43,7 @@ class Shards:
         """Rows across the parts, in the widest of their dtypes."""
         found, at = [], start
         if stop > self.ends[bisect_right(self.ends, start)]:
-            room = None  # it has none for two parts at once
+            room = None  # the buffer holds the rows of one part only
         while at < stop:
             i = bisect_right(self.ends, at)
             before = self.ends[i - 1] if i else 0
@@ -55,12 +55,12 @@ class Shards:
 
     @property
     def stamps(self) -> tuple[Stamp, ...]:
-        """Of all parts."""
+        """The stamps of all parts."""
         return tuple(each for part in self.parts for each in part.stamps)
 
     @property
     def held_bytes(self) -> int:
-        """Of the part that needs most: they are read one after another."""
+        """The bytes of the part that needs most: the parts are read one after another."""
         return max(part.held_bytes for part in self.parts)
 
 
@@ -70,17 +70,17 @@ def open_logits(what: What) -> Rows:
 
 
 def open_labels(what: What) -> Rows:
-    """Labels [...], likewise."""
+    """Labels [...] in a file or in shards."""
     return _joined(what, 0, _check_labels)
 
 
 def open_mask(what: What) -> Rows:
-    """What says which samples count [...], likewise."""
+    """A mask of samples [...] in a file or in shards."""
     return _joined(what, 0, _check_mask)
 
 
 def carried_targets(rows: Rows) -> Rows | None:
-    """The true next class of each sample where the files of these logits carry it, as llama.cpp's dumps do."""
+    """The targets that the files of these logits carry, as dumps of llama.cpp do; None where they carry none."""
     if not is_of_llama(rows):
         return None
     if isinstance(rows, LlamaRows):
@@ -135,7 +135,7 @@ def _joined(what: What, axes: int, check: Any) -> Rows:
 
 
 def _matching(name: str) -> list[tuple[str, str | None]]:
-    """The paths that a name stands for, with the key: itself where it is there, else its matches in natural order."""
+    """The paths that a name stands for, each with its key: an existing path itself, or a pattern's matches in order."""
     if os.path.lexists(name):
         return [(name, None)]
     path, _, rest = name.partition("::")
@@ -149,14 +149,14 @@ def _matching(name: str) -> list[tuple[str, str | None]]:
 
 
 def _natural(path: str) -> tuple[list[tuple[int, str]], str]:
-    """Orders shard-2 before shard-10."""
+    """A sort key that orders shard-2 before shard-10."""
     parts = re.findall(r"\d+|\D+", path)
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts], path
 
 
 def _opened(path: str, key: str | None, axes: int) -> Rows:
     name = path if key is None else f"{path}::{key}"
-    full = os.path.abspath(path)  # for workers that have another working directory
+    full = os.path.abspath(path)  # workers of a cluster may have another working directory
     try:
         if path.rstrip("/").endswith(".zarr"):
             if not os.path.isdir(path):

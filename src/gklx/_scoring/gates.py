@@ -1,4 +1,4 @@
-"""Bounds on the numbers of a score, such as `kl.p99 > 0.1`: what a build may be failed by."""
+"""Bounds on the numbers of a score, such as `kl.p99 > 0.1`, by which a build may fail."""
 
 import math
 import re
@@ -13,18 +13,18 @@ _COUNTS = ("samples", "skipped", "undefined", "top1_agreement")
 
 
 class Gate(NamedTuple):
-    """A number's name, and where it must not lie."""
+    """The name of a number, and the values at which it fails."""
 
     name: str
     above: bool
-    """Whether it is broken by what is above the bound, or by what is below."""
+    """Whether numbers above the bound fail, or those below it."""
     bound: float
     text: str
-    """As it was asked for."""
+    """The expression as the user wrote it."""
 
 
 def parsed_gate(text: str) -> Gate:
-    """The gate of an expression; ValueError where it is none."""
+    """Parses an expression; ValueError where it is no gate."""
     found = _GATE.fullmatch(text)
     try:
         bound = float(found[3]) if found else math.nan
@@ -36,7 +36,7 @@ def parsed_gate(text: str) -> Gate:
 
 
 def check_gates(gates: Iterable[Gate], losses: tuple[str, ...], *, targeted: bool, top_k: tuple[int, ...]) -> None:
-    """ValueError for the name of a number that a run of these losses will not have."""
+    """ValueError where an expression names a number that a run with these losses does not report."""
     parts = {"mse", "ce"}
     known = {*_COUNTS} | {
         f"{loss}.{key}" for loss in losses for key in Summary._fields if not (loss in WITHOUT_PARTS and key in parts)
@@ -54,7 +54,7 @@ def check_gates(gates: Iterable[Gate], losses: tuple[str, ...], *, targeted: boo
 
 
 def broken(gates: Iterable[Gate], found: Score | Scores) -> Iterator[str]:
-    """A line for each gate that does not hold, of each candidate."""
+    """A line for each gate that fails, for each candidate."""
     several = isinstance(found, Scores)
     scores: Mapping[str, Score] = found.students if isinstance(found, Scores) else {"": found}
     for gate in gates:
@@ -79,7 +79,7 @@ def _why_unknown(name: str, *, targeted: bool, top_k: tuple[int, ...]) -> str:
 
 
 def _numbers(score: Score) -> dict[str, float]:
-    """Every number of a score by its plain name."""
+    """All numbers of a score, by the names that expressions use."""
     found: dict[str, Any] = {name: getattr(score, name) for name in _COUNTS}
     parts: dict[str, Mapping[str, Any]] = {name: each._asdict() for name, each in score.losses.items()}
     for name, part in (("perplexity", score.perplexity), ("delta_p", score.delta_p)):

@@ -1,4 +1,4 @@
-"""What is scored: files or arrays as a whole, or batches that come one after another; either as chunks of rows."""
+"""The inputs of a run, cut into chunks of rows: files and arrays of known length, or an iterable of batches."""
 
 import itertools
 import os
@@ -11,15 +11,15 @@ from .file_formats.rows import Rows, Stamp
 from .files import carried_targets, check_together, is_of_llama, open_labels, open_logits, open_mask
 
 _MOST_CLASSES = 2**31 - 1
-"""A record holds a class in 32 bits."""
+"""The largest number of classes: a record stores a class in 32 bits."""
 _TARGETS_AT_ONCE = 2**18
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows, still to be read."""
+    """Consecutive rows that have not been read yet."""
 
     students: tuple[Rows, ...]
-    """One, or several candidates."""
+    """One student, or several candidates."""
     teacher: Rows
     labels: Rows | None
     targets: Rows | None
@@ -28,17 +28,17 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     first: int
-    """The number of its first sample among all."""
+    """The index of its first sample among all samples."""
 
 
 class Inputs(Protocol):
-    """All that is to be scored."""
+    """Students, teacher, and what goes with them."""
 
     classes: int
     computed_in: str
     """float32 or float64."""
     samples: int | None
-    """None where only the end will tell."""
+    """The number of samples; None for batches, whose number is known at their end."""
     labelled: bool
     targeted: bool
     masked: bool
@@ -46,26 +46,26 @@ class Inputs(Protocol):
     candidates: tuple[str, ...]
     """The names of several students, none where there is one."""
     by_tool: tuple[bool, ...]
-    """Of each student: whether its dump and the teacher's are llama.cpp's, which has a reading of its own."""
+    """For each student: whether it and the teacher are dumps of llama.cpp, to be read by the rules of its tool."""
     repeatable: bool
     """Whether the chunks can be gone through twice."""
 
     like: Any
-    """An array of those to be scored, None for files."""
+    """One of the arrays, which tells library and device; None for files."""
     held_bytes: int
-    """The memory that reading takes beside the chunks."""
+    """The bytes that the readers hold in addition to the chunks."""
     held_by: str
-    """The names of those that take it."""
+    """The names of the inputs whose readers hold it."""
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
-        """From the sample `start` on, so many rows a chunk."""
+        """Chunks of `rows` rows, from the sample `start` on."""
 
     def stamps(self) -> tuple[tuple[str, tuple[Stamp, ...]], ...] | None:
-        """The files as they were opened; None where other things are scored, which a later run cannot recognise."""
+        """The files as they were when opened; None for arrays and batches, which a later run cannot recognise."""
 
 
 def inputs_of(student: Any, teacher: Any, labels: Any, targets: Any = None, mask: Any = None) -> Inputs:
-    """The inputs behind the arguments of `gklx.score`; TypeError or ValueError for anything else."""
+    """The inputs that the arguments of `gklx.score` stand for; TypeError or ValueError where they are none."""
     several = isinstance(student, Mapping)
     if teacher is None:
         if labels is not None:
@@ -142,14 +142,14 @@ class Whole:
         return [x for x in every if x is not None]
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
-        """Windows of the same sources."""
+        """Chunks of the same sources."""
         count = self.samples or 0
         for at in range(start, count, rows):
             given = self._students, self._teacher, self._labels, self._targets, self._mask
             yield Chunk(*given, at, min(at + rows, count), at)
 
     def stamps(self) -> tuple[tuple[str, tuple[Stamp, ...]], ...] | None:
-        """Of all files, each after the name it was asked for by, which may choose an array inside."""
+        """The stamps of all files, each with the name it was given by: a name may choose an array within a file."""
         found = [(x.name, x.stamps) for x in self._all()]
         return None if not all(stamps for _, stamps in found) else tuple(found)
 
@@ -158,7 +158,7 @@ class Batches:
     """Batches (student, teacher) or (student, teacher, labels): from an iterable, or a function that returns one."""
 
     samples: int | None = None
-    computed_in = "float64"  # of the records: a later batch may be of another dtype than the first
+    computed_in = "float64"  # a later batch may have a wider dtype than the first
     held_bytes, held_by = 0, ""
     targeted = masked = False
     candidates: tuple[str, ...] = ()
@@ -184,7 +184,10 @@ class Batches:
         self._started: Iterable[Any] | None = itertools.chain([first], started)
 
     def chunks(self, start: int, rows: int) -> Iterator[Chunk]:
-        """A chunk a batch, in pieces where it has more rows than asked for; the first run goes on from the look."""
+        """A chunk for each batch, or several where it has more than `rows` rows.
+
+        The first pass continues the iterator whose first batch was already read to learn its shape.
+        """
         batches, self._started, seen = self._started or self._again(), None, 0
         for batch in batches:
             whole = self._chunk(batch, seen)
@@ -198,7 +201,7 @@ class Batches:
             seen += whole.stop
 
     def stamps(self) -> None:
-        """A later run cannot know whether the same batches come."""
+        """None: a later run cannot know whether it gets the same batches."""
 
     def _again(self) -> Iterable[Any]:
         return self._batches() if callable(self._batches) else self._batches
@@ -213,7 +216,7 @@ class Batches:
 
 
 class _Zipped:
-    """Batches that come from an iterable each."""
+    """Batches from separate iterables of students, teachers and labels."""
 
     def __init__(self, each: list[Any]) -> None:
         self._each = each

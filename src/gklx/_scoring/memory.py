@@ -7,7 +7,7 @@ import psutil
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _ARRAYS_A_BLOCK = 24
-"""Arrays of a block's size that are alive at once, reading and converting included; `tests/test_memory.py`."""
+"""How many arrays of a block's size exist at the same time, with those of the reader; `tests/test_memory.py`."""
 
 
 def parse_size(text: str) -> int:
@@ -19,22 +19,22 @@ def parse_size(text: str) -> int:
 
 
 class Needs(NamedTuple):
-    """What a run keeps in memory whatever the size of its blocks."""
+    """The memory of a run that does not depend on the size of its blocks."""
 
     bytes: int = 0
     a_thread: int = 0
-    """Bytes for each block under way."""
+    """Bytes for each block in progress."""
     what: str = ""
-    """For the message that there is no room for it."""
+    """What needs the memory, for the error message."""
 
 
 def rows_and_threads(
     classes: int, itemsize: int, block_bytes: int, threads: int, bound: int | None, needs: Needs
 ) -> tuple[int, int]:
-    """Rows that a block may have and how many blocks may be under way.
+    """The number of rows in a block, and of blocks in progress.
 
-    The bound is on the whole process, its libraries included; without one half of the free memory may be used. GPUs
-    are given blocks of the same size.
+    The bound is on the memory of the whole process, with its libraries. Without a bound half of the free memory may be
+    used. Blocks for GPUs have the same size.
 
     Raises
     ------

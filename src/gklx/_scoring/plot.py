@@ -1,6 +1,7 @@
-"""A picture of a score: how the losses are spread, which classes are worst, how sure both networks are.
+"""A picture of a score: the distribution of the losses, the worst classes, and the confidence of both networks.
 
-One Vega-Lite specification for SVG, PNG and HTML. It holds counts, never a mark a sample, so it is small at any size.
+One Vega-Lite specification for SVG, PNG and HTML. It holds counts and no marks of samples, so
+its size does not grow with their number.
 """
 
 import json
@@ -34,10 +35,10 @@ _NAMED = 10
 _POINTS = 400
 _SIDE = 320
 _LINE = 64
-# Of the losses with parts, in the order drawn: their curves may coincide, and then all of them are seen.
+# Dashes of the losses with parts, in drawing order: where curves coincide, each is still visible.
 _DASHES = [[1, 0], [10, 6], [6, 6]]
 _STAND_IN, _LESS_THAN = "\ue000", "\\u003c"
-# Vega's expressions for the labels of an axis: of decades, of numbers, of shares.
+# Vega expressions for the labels of an axis: powers of ten, numbers, percentages.
 _DECIMAL = "datum.value < 0.001 || datum.value >= 10000 ? format(datum.value, '.0e') : format(datum.value, '~g')"
 _NUMBER = "format(datum.value, datum.value && (abs(datum.value) < 0.001 || abs(datum.value) >= 1e6) ? '~e' : ',~r')"
 _PERCENT = "format(datum.value, '~%')"
@@ -45,23 +46,23 @@ _PERCENT = "format(datum.value, '~%')"
 
 class _Counts(NamedTuple):
     edges: Any
-    """[_BINS + 1], decades apart in equal steps."""
+    """[_BINS + 1], equally spaced in the logarithm."""
     of_losses: dict[str, Any]
-    """[_BINS] a loss."""
+    """For each loss the counts, [_BINS]."""
     not_drawn: dict[str, dict[str, int]]
-    """How many samples of a loss, by why."""
+    """For each loss the number of samples that are not drawn, by the reason."""
     class_samples: Any
     """[C]"""
     class_finite: Any
-    """[C], how many of them have a finite first loss."""
+    """[C], the number of samples whose first loss is finite."""
     class_sums: Any
-    """[C], of the first loss where it is finite."""
+    """[C], the sum of the first loss over these samples."""
     confidences: Any
-    """[_CELLS, _CELLS], student by teacher."""
+    """[_CELLS, _CELLS], student by teacher: the number of samples."""
 
 
 def check_plot(path: str) -> None:
-    """ValueError where the picture could not be drawn: said before the work."""
+    """ValueError where the picture cannot be drawn; called before the work."""
     suffix = Path(path).suffix
     if suffix not in _SUFFIXES:
         raise ValueError(f"{path}: a plot must go to a .svg, .png or .html file, got {suffix or 'no suffix'}")
@@ -70,18 +71,18 @@ def check_plot(path: str) -> None:
 
 
 def draw(values: Values, found: Score, path: str, title: str) -> None:
-    """Draws the samples of a score into a file whose suffix says how."""
+    """Draws the samples of a score into a file; its suffix chooses the format."""
     write(specification(values, found, title, path), path)
 
 
 def write(spec: dict[str, Any], path: str) -> None:
-    """Writes a picture, the old file there until it is whole."""
+    """Writes a picture; an old file is replaced when the new one is complete."""
     with replacing(path) as part, open(part, "wb") as file:
         file.write(rendered(spec, Path(path).suffix))
 
 
 def specification(values: Values, found: Score, title: str, path: str = "plot") -> dict[str, Any]:
-    """The picture in Vega-Lite's words."""
+    """The picture as a Vega-Lite specification."""
     alt = altair_for(path)
     counts = _counted(values)
     by = "label" if found.worst_classes is not None else "teacher's top class"
@@ -98,7 +99,7 @@ def specification(values: Values, found: Score, title: str, path: str = "plot") 
             ["share of samples in which both name the same top class"],
         ),
     ]
-    # As many lines above each panel: the titles and the frames stand at one height.
+    # The same number of lines above each panel, so that titles and frames are aligned.
     bars = np.count_nonzero(counts.class_finite) <= _BARS
     lines = max(len(said) for _, _, said in panels)
     row = alt.hconcat(
@@ -112,7 +113,7 @@ def specification(values: Values, found: Score, title: str, path: str = "plot") 
                     anchor="start",
                     fontSize=14,
                     subtitleFontSize=11,
-                    dy=-5 if at == 1 and bars else 0,  # no label of a tick pushes this one up
+                    dy=-5 if at == 1 and bars else 0,  # aligns this title with those of panels with tick labels
                 ),
             )
             for at, (panel, title, said) in enumerate(panels)
@@ -130,7 +131,7 @@ def specification(values: Values, found: Score, title: str, path: str = "plot") 
 
 
 def styled(alt: Any, chart: Any, title: str, subtitle: str) -> dict[str, Any]:
-    """The whole picture, in the look that all of them have."""
+    """The whole picture, with the style that all pictures share."""
     head = alt.TitleParams(title, subtitle=subtitle, anchor="start", fontSize=18, subtitleFontSize=12, offset=16)
     spec: dict[str, Any] = (
         chart.properties(title=head, padding=16, background="white")
@@ -155,7 +156,7 @@ def styled(alt: Any, chart: Any, title: str, subtitle: str) -> dict[str, Any]:
 
 
 def _counted(values: Values) -> _Counts:
-    """Two runs over the samples: the range of the losses, then the counts."""
+    """Counts in two passes over the samples: the first finds the range of the losses."""
     low, high = math.inf, 0.0
     for block in values.blocks():
         for parts in block.losses.values():
@@ -200,14 +201,14 @@ def _counted(values: Values) -> _Counts:
 
 
 def _spread_panel(alt: Any, counts: _Counts, found: Score) -> Any:
-    """The share of samples by their loss, on a scale of decades."""
+    """The share of samples by their loss, on a logarithmic scale."""
     names = [name for name in _COLOURS if name in found.losses]
     rows = [
         {"loss": name, "from": float(10**a), "to": float(10**b), "share": float(count) / found.samples}
         for name in names
         for a, b, count in zip(counts.edges[:-1], counts.edges[1:], counts.of_losses[name], strict=True)
     ]
-    # A point at the end lets each curve come down to the axis.
+    # A last point at 0 makes each curve end on the axis.
     end = float(10 ** counts.edges[-1])
     rows += [{"loss": name, "from": end, "to": end, "share": 0.0} for name in names]
     marks = [
@@ -272,7 +273,7 @@ def _not_drawn(counts: _Counts) -> list[str]:
 
 
 def _ticks(edges: Any) -> list[float]:
-    """Powers of ten, and some between where there are few."""
+    """Ticks at powers of ten, and between them where there are few."""
     first, last = round(edges[0]), round(edges[-1])
     between = (1, 2, 5) if last - first <= 2 else (1,)
     return [float(f"{digit}e{decade}") for decade in range(first, last + 1) for digit in between]
@@ -333,7 +334,7 @@ def _classes(counts: _Counts, found: Score) -> list[str]:
 
 
 def _from_zero(alt: Any, rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """A scale that holds 0 and has a length, whatever there is to draw, and ends on a tick: titles then line up."""
+    """A scale from 0 to a tick, never of length 0, so that the titles of the panels are aligned."""
     values = [float(row[key]) for row in rows] + [0.0]
     low, high = min(values), max(values)
     high = high if high > low else 1.0
@@ -347,12 +348,12 @@ def _from_zero(alt: Any, rows: list[dict[str, Any]], key: str) -> dict[str, Any]
 
 
 def _some_ranks(count: int) -> list[int]:
-    """All ranks at the start, fewer and fewer towards the end: evenly on a scale of decades."""
+    """The ranks that are drawn, equally spaced on a logarithmic scale."""
     return sorted({round(x) - 1 for x in np.geomspace(1, count, _POINTS)})
 
 
 def _confidence_panel(alt: Any, counts: _Counts) -> Any:
-    """How sure the student is against how sure the teacher is."""
+    """The confidence of the student by that of the teacher."""
     side = 1 / _CELLS
     rows = [
         {"student": i * side, "student_to": (i + 1) * side, "teacher": j * side, "teacher_to": (j + 1) * side}
@@ -393,23 +394,23 @@ def _confidence_panel(alt: Any, counts: _Counts) -> Any:
 
 
 def rendered(spec: dict[str, Any], suffix: str) -> bytes:
-    """A specification as the content of a file of that suffix."""
+    """A specification as the content of a file with this suffix."""
     import vl_convert
 
     if suffix == ".png":
         png: bytes = vl_convert.vegalite_to_png(spec, scale=2)
         return png
     if suffix == ".svg":
-        # The one gradient is numbered by how many the process has drawn.
+        # Vega numbers its gradients through the process: with a fixed number equal pictures are equal files.
         return re.sub(r'((?:id="|url\(#)gradient_)\d+', r"\g<1>0", vl_convert.vegalite_to_svg(spec)).encode()
-    # Within a script a `<!--<script>` of a file's name would swallow the page: it gets no `<`, but its escape.
+    # In a script, `<!--<script>` in a file's name would swallow the rest of the page: `<` is escaped.
     spared = json.dumps(spec).replace("<", _STAND_IN)
     library, script, page = vl_convert.vegalite_to_html(spared, bundle=True).rpartition("<script")
     return f"{library}{script}{page.replace(_STAND_IN, _LESS_THAN)}".encode()
 
 
 def altair_for(path: str) -> Any:
-    """Altair; ValueError where it, or what draws for it, is not here."""
+    """Altair; ValueError where it or its renderer is not installed."""
     try:
         import altair
         import vl_convert  # noqa: F401

@@ -1,4 +1,4 @@
-"""A picture of several candidates: how far each has moved, with error and quantiles, and what became of the targets."""
+"""A picture of several candidates: the loss of each with error and quantiles, and the change of the targets' p."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ _BANDS = (("1 to 99 %", "p1", "p99", 6), ("10 to 90 %", "p10", "p90", 16))
 
 
 def draw_candidates(found: Scores, path: str) -> None:
-    """Draws the candidates into a file whose suffix says how."""
+    """Draws the candidates into a file; its suffix chooses the format."""
     write(specification(found, path), path)
 
 
 def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
-    """The picture in Vega-Lite's words."""
+    """The picture as a Vega-Lite specification."""
     alt = altair_for(path)
     names = short_names(list(found.students))
     scores = dict(zip(names, found.students.values(), strict=True))
@@ -33,14 +33,14 @@ def specification(found: Scores, path: str = "plot") -> dict[str, Any]:
 
 
 def _loss_panel(alt: Any, scores: dict[str, Score], loss: str) -> Any:
-    """Mean and its error, the median, and the quantiles as bands; on a scale of decades where nothing forbids it."""
+    """Mean with its error, median, and quantiles as bands; on a logarithmic scale where all numbers are positive."""
     numbers = {name: score.losses[loss]._asdict() for name, score in scores.items()}
     drawn = {name: of for name, of in numbers.items() if math.isfinite(of["mean"]) and math.isfinite(of["p99"])}
     lowest = min((of["p1"] for of in drawn.values()), default=0.0)
     scale = alt.Scale(type="log", nice=True) if lowest > 0 else alt.Scale(zero=True)
     marks = [
         {"candidate": name, **{key: of[key] for key in ("mean", "stderr", "median", "p1", "p10", "p90", "p99")}}
-        # An error bar must not leave a scale of decades at its foot.
+        # On a logarithmic scale an error bar must end above 0.
         | {"low": max(of["mean"] - _or_0(of["stderr"]), lowest) if lowest > 0 else of["mean"] - _or_0(of["stderr"])}
         | {"high": of["mean"] + _or_0(of["stderr"])}
         for name, of in drawn.items()
@@ -52,7 +52,7 @@ def _loss_panel(alt: Any, scores: dict[str, Score], loss: str) -> Any:
 
 
 def _delta_panel(alt: Any, scores: dict[str, Score]) -> Any:
-    """What became of the targets' probabilities, in percentage points."""
+    """The change of the targets' probabilities, in percentage points."""
     marks = []
     for name, score in scores.items():
         assert score.delta_p is not None
@@ -103,7 +103,7 @@ def _bands(
 
 
 def _agreement_panel(alt: Any, scores: dict[str, Score]) -> Any:
-    """How often both name the same class."""
+    """The share of samples for which both networks have the same top class."""
     rows = [{"candidate": name, "agreement": score.top1_agreement} for name, score in scores.items()]
     return (
         alt.Chart(alt.InlineData(values=rows))
@@ -130,5 +130,5 @@ def _agreement_panel(alt: Any, scores: dict[str, Score]) -> Any:
 
 
 def _or_0(stderr: float) -> float:
-    """A standard error as it is drawn: none where it is not known."""
+    """A standard error as it is drawn: 0 where it is NaN."""
     return stderr if math.isfinite(stderr) else 0.0

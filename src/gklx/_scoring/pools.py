@@ -1,7 +1,7 @@
-"""Who works the chunks off: threads of this process, or the workers of a Dask cluster.
+"""Computes chunks on threads of this process or on the workers of a Dask cluster.
 
-Both give results in the order of the chunks, with a bounded number under way, so that reading, transfer and computing
-overlap and memory does not grow.
+Both return results in the order of the chunks. A bounded number of chunks is in progress at a time, so that reading,
+transfer and computing overlap and the memory is bounded.
 """
 
 import collections
@@ -17,24 +17,25 @@ from .backend import threads as own_threads
 
 @dataclass(frozen=True)
 class Pool:
-    """An executor and what its tasks are told."""
+    """An executor, and what its tasks need to know."""
 
     executor: Executor
     width: int
-    """Tasks that run at once."""
+    """The number of tasks that run at the same time."""
     place: Backend | None
-    """Where they compute; None on a cluster, where each worker is asked for its own."""
+    """The backend that tasks compute on; None on a cluster, where each worker makes its own."""
     share: Callable[[Any], Any]
-    """What to hand to every task in place of an array that all of them need."""
+    """Makes an array that all tasks need into an argument for each: on a cluster a handle, sent once."""
     name: str
     device: str
 
     def in_order(
         self, f: Callable[..., Any], calls: Iterable[tuple[Any, ...]], ahead: int | None = None
     ) -> Generator[Any, None, None]:
-        """The results of calls, in their order; an error comes in its place, and what has not begun is dropped.
+        """The results of calls, in the order of the calls. An error is raised in the place of its result.
 
-        At most `ahead` are under way or wait for those before them; twice the width by default.
+        Calls that have not started by then are cancelled. At most `ahead` calls are in progress or have results that
+        wait for earlier ones; the default is twice `width`.
         """
         ahead = 2 * self.width if ahead is None else ahead
         waiting: collections.deque[Future[Any]] = collections.deque()
@@ -60,7 +61,7 @@ def threads(place: Backend, count: int) -> Iterator[Pool]:
 
 @contextlib.contextmanager
 def cluster(scheduler: str | None) -> Iterator[Pool]:
-    """The Dask cluster of a scheduler's address, or one in this process for the time being."""
+    """The Dask cluster at a scheduler's address, or a temporary one in this process."""
     try:
         from dask.distributed import Client, LocalCluster
     except ImportError:
@@ -86,7 +87,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
 
 
 def _own_cluster(cluster: Callable[..., Any]) -> Any:
-    """Threads of this process, which nobody but this machine can speak to."""
+    """A cluster of threads in this process, which listens on the loopback interface only."""
     here = "127.0.0.1:0"
     return cluster(
         n_workers=1,
@@ -99,7 +100,7 @@ def _own_cluster(cluster: Callable[..., Any]) -> Any:
 
 @contextlib.contextmanager
 def working(place: Backend | None) -> Iterator[Backend]:
-    """Where a task computes: as the pool says, or on a worker in its NumPy."""
+    """The backend of a task: the pool's, or NumPy on a worker of a cluster."""
     if place is None:
         with backend("numpy", None) as own, own.working():
             yield own

@@ -13,11 +13,11 @@ from .streams import say
 
 
 class Progress:
-    """What the run tells about itself, on a terminal."""
+    """The progress bar of a run, on a terminal."""
 
     def __init__(self, samples: int | None, *, shown: bool) -> None:
         self._samples, self._shown = samples, shown
-        # Where the stream is closed there is none, and rich would take standard output for it.
+        # If standard error is closed, `sys.stderr` is None, and rich would write to standard output.
         console = Console(file=sys.stderr or io.StringIO(), highlight=False)
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -42,20 +42,20 @@ class Progress:
         self.end()
 
     def end(self) -> None:
-        """Takes the bar away, and gives the standard streams back, which go through it as long as it is there."""
+        """Removes the bar and restores the standard streams, which rich redirects while it is shown."""
         if not self._ended:
             self._ended = True
             self._bar.stop()
 
     def at(self, stage: str, samples: int) -> None:
-        """So many samples are through a stage."""
+        """Shows how many samples a stage has done."""
         if stage not in self._tasks:
-            # A resumed run starts where it is, so that its rate is of what it did itself.
+            # A resumed run starts at its first own sample, so that the rate counts only those computed now.
             self._tasks[stage] = self._bar.add_task(stage, total=self._samples, completed=samples)
         self._bar.update(self._tasks[stage], completed=samples)
 
     def note(self, text: str) -> None:
-        """A line that stays, in a pipe too."""
+        """Prints a line above the bar; also where standard error is no terminal."""
         if self._shown:
             say(text)
 

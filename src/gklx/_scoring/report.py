@@ -32,7 +32,7 @@ _ROWS = (
     ("maximum", "max"),
 )
 _OF_TARGETS = ("min", "p0_1", "p1", "p5", "p10", "p99_9")
-"""The rows that a single student's table has with targets alone."""
+"""The rows of a single student's table that need targets."""
 _PERPLEXITIES = (
     ("perplexity of the student", "student"),
     ("perplexity of the teacher", "teacher"),
@@ -57,15 +57,15 @@ _DELTA_P = (
 )
 _SKETCHED = {key for _, key in _DELTA_P} - {"max", "min"}
 _MEASURES = ("mean", "stderr", "mse", "ce", "median", "p90", "p95", "p99", "max")
-"""The numbers that decide how many decimals a column has."""
+"""The statistics whose sizes decide the number of decimals of a column."""
 _NONE = "–"
 _BY_TOOL = "kl and p(target) by llama.cpp's rule: the base as stored, classes of log p ≤ -16 left out"
 _PLAIN = str.maketrans({"–": "-", "±": "+-", "·": "|", "γ": "gamma", "×": "*", "Δ": "d", "≤": "<="})
-"""For a standard output that spells no more than ASCII."""
+"""Replacements for a standard output whose encoding is ASCII."""
 
 
 def as_json(found: Score | Scores) -> str:
-    """A score as strict JSON: a number that is not finite is null."""
+    """A score as strict JSON: null for a number that is not finite."""
     if isinstance(found, Score):
         document = _document(found)
     else:
@@ -125,10 +125,10 @@ def _of_estimate(x: Estimate) -> dict[str, float | None]:
 
 
 def as_table(found: Score | Scores) -> str:
-    """A score as tables, styled and as wide as standard output is."""
+    """A score as tables, in the colours and the width that standard output has."""
     console = Console(highlight=False, emoji=False)
     parts: list[Table | Text] = _of_one(found) if isinstance(found, Score) else _of_several(found)
-    # Wider than a narrow terminal rather than a number cut short.
+    # On a narrow terminal the table is too wide: a number must not be truncated.
     roomy = console.options.update(width=1000)
     needed = max(Measurement.get(console, roomy, part).maximum for part in parts if isinstance(part, Table))
     console.width = max(console.width, needed)
@@ -175,7 +175,7 @@ def _changes(found: DeltaP) -> Table:
 
 
 def _of_several(found: Scores) -> list[Table | Text]:
-    """A table with a column a candidate: what one asks about each of them first, then the quantiles of each loss."""
+    """A table with a column for each candidate: the most important numbers first, then the quantiles of each loss."""
     scores = list(found.students.values())
     first = scores[0]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -320,9 +320,9 @@ def _worst(score: Score) -> Table:
 
 
 def _aligned(values: Iterable[float | None], measures: Iterable[float | None] | None = None) -> list[str]:
-    """Numbers of one column, with the decimals that give the smallest of them four digits, or with exponents.
+    """The numbers of one column, with as many decimals as give the smallest of them four digits, or with exponents.
 
-    With `measures` the smallest of these decides: the low quantiles may be as good as 0.
+    Where `measures` are given, the smallest of these decides, since the low quantiles may be almost 0.
     """
     given = list(values)
     sizes = [abs(x) for x in (measures or given) if x is not None and math.isfinite(x) and x != 0]

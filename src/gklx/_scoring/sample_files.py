@@ -14,7 +14,7 @@ _SUFFIXES = (".npy", ".parquet")
 
 
 def check_sample_file(path: str) -> None:
-    """ValueError where the values could not be written: said before the work."""
+    """ValueError where the values cannot be written; called before the work."""
     suffix = Path(path).suffix
     if suffix not in _SUFFIXES:
         raise ValueError(f"{path}: per-sample values must go to a .npy or .parquet file, got {suffix or 'no suffix'}")
@@ -24,7 +24,7 @@ def check_sample_file(path: str) -> None:
 
 
 def write_samples(values: Values, path: str) -> None:
-    """Writes a record a sample, in the order of the input.
+    """Writes one record for each sample, in the order of the input.
 
     The columns are each loss's ``NAME`` and, where it has parts, ``NAME_mse`` and ``NAME_ce``; ``student_class``,
     ``teacher_class``, ``student_confidence``, ``teacher_confidence``, ``label`` where there are labels, with targets

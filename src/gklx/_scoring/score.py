@@ -1,4 +1,4 @@
-"""A comparison from what was asked for to its score: checks everything, runs, and writes what is to be written."""
+"""Scores a request: checks its arguments, runs it, and writes its files."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ from .work_file import WorkFile, job_folder
 
 
 class Request(NamedTuple):
-    """What was asked for, as in `gklx.score`."""
+    """The arguments of `gklx.score`."""
 
     student: Any
     teacher: Any
@@ -48,7 +48,7 @@ class Request(NamedTuple):
     per_sample: str | None
     plot: str | None
     output: str | None = None
-    """Where `report` of `score` writes to, if that is a file."""
+    """The file that `report`, an argument of `score`, writes to; None for standard output."""
     targets: Any = None
     sample_weight: Any = None
     where_label: int | None = None
@@ -58,11 +58,14 @@ class Request(NamedTuple):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with a word on how far the run came."""
+    """Ctrl-C; its message says how many samples were done."""
 
 
 def score(request: Request, report: Callable[[Score | Scores], None] = lambda found: None) -> Score | Scores:
-    """The score; files are written once everything is known, then `report` is called, then the progress is dropped."""
+    """The score of a request.
+
+    The files are written after the last sample, then `report` is called, then the saved progress is removed.
+    """
     names, parameters = _checked(request)
     if request.output is not None:
         check_writable(request.output)
@@ -91,7 +94,7 @@ def score(request: Request, report: Callable[[Score | Scores], None] = lambda fo
                 raise ValueError(str(error)) from None
             note, by_prior = f"ikl and gkl are weighed by the teacher: {error}", False
             pool, rows = stack.enter_context(_pool(request, inputs, by_prior=by_prior))
-        # The tool knows the temperature 1 alone.
+        # llama.cpp's tool has no temperature: its rules hold at temperature 1 only.
         by_tool = tuple(each and parameters.temperature == 1 for each in inputs.by_tool)
         asked = (request.top_k, request.where_label, inputs.candidates, by_tool)
         job = Job(names, parameters, rows, request.strict, by_prior, *asked)
@@ -110,7 +113,7 @@ def score(request: Request, report: Callable[[Score | Scores], None] = lambda fo
             report(found)
             done = True
         except ChangedError:
-            done = True  # what was computed is of no use
+            done = True  # the records are of the old content: remove them
             raise
         except KeyboardInterrupt:
             raise Interrupted(_how_far(work, inputs)) from None
@@ -120,7 +123,7 @@ def score(request: Request, report: Callable[[Score | Scores], None] = lambda fo
 
 
 def _found(request: Request, inputs: Inputs, job: Job, pool: Pool, work: WorkFile) -> Score | Scores:
-    """What the records of all samples say, and the files that hold more of it."""
+    """The score from the records of all samples; writes the file of samples and the picture."""
     masking = inputs.masked or job.where_label is not None
     every, scores = [], []
     for at, by_tool in enumerate(job.by_tool):
@@ -180,7 +183,7 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
 
 
 def _check_against(request: Request, inputs: Inputs, names: tuple[str, ...]) -> None:
-    """ValueError where what was asked for does not go with the inputs."""
+    """ValueError where the request does not fit the inputs."""
     if request.top_k and max(request.top_k) > inputs.classes:
         raise ValueError(f"top_k must be at most the {inputs.classes:,} classes, got {max(request.top_k):,}")
     if request.where_label is not None and not (inputs.labelled or inputs.targeted):
@@ -199,12 +202,12 @@ def _is_whole(x: Any) -> bool:
 
 
 class _NoRoomForPriorError(ValueError):
-    """The run would fit into the memory without a class prior."""
+    """The class prior does not fit into the memory; without it the run would fit."""
 
 
 @contextlib.contextmanager
 def _pool(request: Request, inputs: Inputs, *, by_prior: bool) -> Iterator[tuple[Pool, int]]:
-    """The workers, and the rows of a chunk for each."""
+    """The workers, and the number of rows in a chunk."""
     itemsize = np.dtype(inputs.computed_in).itemsize
     with contextlib.ExitStack() as stack:
         if request.backend == "dask":
@@ -240,7 +243,7 @@ def _rows_and_threads(
 
 
 def _needs(inputs: Inputs, *, by_prior: bool) -> memory.Needs:
-    """What is held beside the blocks: the class prior and the sums for it, and what reading keeps."""
+    """The memory that a run needs in addition to its blocks: the class prior, its sums, and buffers of the readers."""
     held, a_thread, what = inputs.held_bytes, 0, []
     if by_prior:
         table = 8 * inputs.classes**2
@@ -256,7 +259,7 @@ def _work_file(request: Request, inputs: Inputs, job: Job, pool: Pool) -> WorkFi
     stamps = inputs.stamps()
     if request.work_dir is None or stamps is None:
         return WorkFile(dtype, None)
-    # All that a record depends on; the weights of the parts come in later.
+    # Everything that a record depends on. The weights of the two parts are applied later, when records are read.
     numbers = job.parameters._asdict()
     known = {
         "inputs": stamps,
@@ -298,4 +301,4 @@ def _named(teacher: Any) -> str:
 def _short(x: Any) -> str:
     if isinstance(x, (list, tuple)):
         return f"{len(x)} shards"
-    return printable(Path(os.fspath(x)).name)  # else it may not be drawn at all
+    return printable(Path(os.fspath(x)).name)  # control characters would make the picture invalid

@@ -1,4 +1,4 @@
-"""What the command says to people: one line each on the standard error stream, if there is one."""
+"""Messages of the command: single lines on the standard error stream, if it is open."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ _LONGEST = 2000
 
 
 def say(message: str) -> None:
-    """One line, whatever line breaks and control characters a file name or a library's message has."""
+    """Prints one line; line breaks and control characters in file names and messages are escaped."""
     if sys.stderr is None:
         return
     try:
@@ -20,7 +20,7 @@ def say(message: str) -> None:
 
 
 def printable(text: str) -> str:
-    """In one line, with what would steer a terminal or cannot be encoded spelt out, and of bounded length."""
+    """A text in one line of bounded length; control characters and what cannot be encoded are escaped."""
     line = " ".join(text.split())
     line = "".join(x if x.isprintable() else x.encode("unicode_escape").decode("ascii") for x in line)
     half = _LONGEST // 2
@@ -28,13 +28,13 @@ def printable(text: str) -> str:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Paths without their folders, where that tells them apart; printable."""
+    """The paths without their folders if they still differ then, with control characters escaped."""
     short = [printable(Path(name).name) for name in names]
     return short if len(set(short)) == len(names) else [printable(name) for name in names]
 
 
 def drop(stream: TextIO | None) -> None:
-    """Sends what is still buffered nowhere; the interpreter would try to write it once more at its end."""
+    """Discards the buffered output: the interpreter would try to write it again at its exit."""
     if stream is None:
         return
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -49,4 +49,4 @@ def fill_closed() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor

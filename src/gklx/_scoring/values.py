@@ -1,4 +1,4 @@
-"""What is known of every sample once all of them are scored: passed on in blocks, since there may be very many."""
+"""The values of every sample after all are scored, in blocks, since there may be very many."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ class Parts(NamedTuple):
 
 
 class ValueBlock(NamedTuple):
-    """Some consecutive samples, [n] each."""
+    """Consecutive samples; each array is [n]."""
 
     losses: dict[str, Parts]
     """By the loss's name, in the order asked for."""
     student_class: Any
-    """int64, the student's top class; the first of several."""
+    """int64, the student's top class; the first of equal ones."""
     teacher_class: Any
     student_confidence: Any
     """float64, the largest probability of softmax(student / temperature)."""

@@ -1,8 +1,8 @@
-"""The records of the samples scored so far, in a file: what memory need not hold, and what a killed run left behind.
+"""A file of the records of the samples scored so far. It saves memory, and lets a run that was killed be resumed.
 
-A record is written once and never changed, and a checksum goes with every few of them: a later run of the same job
-believes what its checksums vouch for, and makes the rest again. With a folder the file outlives the process; the same
-job finds it by its key and goes on.
+A record is written once and never changed, and each group of records has a checksum. A later run of the same job keeps
+the records whose checksums are right and computes the others again. With a folder the file outlives the process: the
+same job finds it by its key and resumes.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ _RECORDS_A_CHECK = 2**8
 _SECONDS_BETWEEN_SUMS = 20.0
 _RECORDS, _CHECKS, _SUMS = "records.bin", "checks.bin", "class_sums.bin"
 _CHECK = struct.Struct("<Q16s")
-"""So many records from the start on have this digest."""
+"""A line of the checksum file: a number of records from the start, and their digest."""
 _HEAD = struct.Struct("<16sQ")
-"""The digest of what follows, and of how many samples the class sums are."""
+"""The head of the class sums: the digest of what follows, and the number of samples in the sums."""
 
 
 class WorkFile:
@@ -38,9 +38,9 @@ class WorkFile:
     def __init__(self, dtype: Any, folder: Path | None) -> None:
         self.dtype, self.folder = np.dtype(dtype), folder
         self.note: str | None = None
-        """Why no progress is kept although there is a folder."""
+        """The reason why no progress is kept although a folder was given; None where it is kept."""
         self.records, self._saved = 0, time.monotonic()
-        # That of another job's file is another one.
+        # The digest starts from the job's key, so that records of another job never match it.
         self._digest = hashlib.blake2b(b"" if folder is None else folder.name.encode(), digest_size=16)
         self._empty = self._digest.copy()
         self._file, self._checks = self._opened()
@@ -53,7 +53,7 @@ class WorkFile:
         self.resumed_at = self.records
 
     def append(self, records: Any) -> None:
-        """Adds records; OSError where they cannot be written, and then most of those that could be are kept."""
+        """Appends records. OSError where they cannot be written; those written before remain valid."""
         x = np.ascontiguousarray(records, dtype=self.dtype)
         for start in range(0, len(x), _RECORDS_A_CHECK):
             some = x[start : start + _RECORDS_A_CHECK].tobytes()
@@ -64,7 +64,7 @@ class WorkFile:
                 self._write(self._checks, None, _CHECK.pack(self.records, self._digest.digest()))
 
     def blocks(self) -> Iterator[Any]:
-        """All records, up to `RECORDS_A_BLOCK` at a time; OSError where they are not those that were written."""
+        """All records, up to `RECORDS_A_BLOCK` at a time; OSError where the file was changed."""
         digest = self._empty.copy()
         for start in range(0, self.records, RECORDS_A_BLOCK):
             count = min(RECORDS_A_BLOCK, self.records - start)
@@ -76,7 +76,7 @@ class WorkFile:
             raise OSError(errno.EIO, "the records are no longer those that were written", self._name())
 
     def class_sums(self, classes: int) -> tuple[Any, int] | None:
-        """The class sums saved last, [classes, classes], and how many samples are in them."""
+        """The last saved class sums, [classes, classes], and the number of samples in them."""
         if self.folder is None:
             return None
         with contextlib.suppress(OSError), _open_own(self.folder / _SUMS, os.O_RDONLY) as file:
@@ -91,7 +91,7 @@ class WorkFile:
         return None
 
     def save_class_sums(self, sums: Any, samples: int, *, last: bool) -> None:
-        """Keeps class sums for a resumed run, now and then."""
+        """Saves class sums for a resumed run, at intervals."""
         if self.folder is None or not (last or time.monotonic() - self._saved > _SECONDS_BETWEEN_SUMS):
             return
         sums = np.ascontiguousarray(sums, dtype=np.float64)
@@ -101,9 +101,9 @@ class WorkFile:
         self._saved = time.monotonic()
 
     def close(self, *, done: bool) -> None:
-        """Lets go of the file, and of all that was kept where the job is done."""
+        """Closes the file; where the job is done, removes it and its folder."""
         if done and self.folder is not None:
-            # Still locked: no other run may take a part of it for its own.
+            # Removed while the file is locked, so that no other run resumes from a part of it.
             for path in [*self.folder.glob(f".{_SUMS}.*.part"), *(self.folder / x for x in (_SUMS, _CHECKS, _RECORDS))]:
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -114,7 +114,7 @@ class WorkFile:
             self._checks.close()
 
     def _opened(self) -> tuple[IO[bytes], IO[bytes] | None]:
-        """The two files of the folder, locked; or a nameless one without checksums."""
+        """Opens and locks the folder's two files; without a folder, a temporary file without checksums."""
         if self.folder is not None:
             with contextlib.ExitStack() as stack:
                 try:
@@ -130,7 +130,7 @@ class WorkFile:
         return tempfile.TemporaryFile(buffering=0), None
 
     def _resume(self) -> None:
-        """Keeps the records that their checksums vouch for, and drops what comes after."""
+        """Keeps the records whose checksums are right, and truncates the file after them."""
         assert self._checks is not None
         there = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
         self._checks.seek(0)
@@ -153,7 +153,7 @@ class WorkFile:
         return self._file.read(count * self.dtype.itemsize) or b""
 
     def _write(self, file: IO[bytes], at: int | None, some: bytes) -> None:
-        """All of it, from `at` on or where the file stands."""
+        """Writes all of `some`, at the offset `at` or at the file's position."""
         rest = memoryview(some)
         if at is not None:
             file.seek(at)
@@ -181,22 +181,22 @@ def job_folder(parent: Path, job: Any) -> Path:
 
 
 def default_parent() -> Path | None:
-    """Where progress is kept if nothing else is said: the user's cache; None where that cannot be written."""
+    """The default folder of progress, in the user's cache; None where that cannot be written."""
     try:
         parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gklx"
         parent.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter where there is no home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return None
     return parent if os.access(parent, os.W_OK | os.X_OK) else None
 
 
 class _NotOwnError(OSError):
-    """What stands in the place of the progress is not this user's: it may have been put there to lead astray."""
+    """The folder of the progress belongs to another user, who may have planted wrong records."""
 
 
 def _locked(folder: Path) -> IO[bytes] | None:
-    """The records' file in the folder, for this process alone; None where another has it."""
-    for _ in range(1000):  # another run of the job, which has come to its end, may remove the folder at any moment
+    """Opens and locks the records' file in the folder; None where another process holds the lock."""
+    for _ in range(1000):  # another run of the same job may end and remove the folder at any moment
         with contextlib.suppress(FileNotFoundError):
             _make_own(folder)
             path = folder / _RECORDS
@@ -212,7 +212,7 @@ def _locked(folder: Path) -> IO[bytes] | None:
 
 
 def _make_own(folder: Path) -> None:
-    """Makes the folder for this user alone."""
+    """Makes the folder, readable by this user only."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
@@ -236,7 +236,7 @@ def _make_own(folder: Path) -> None:
 
 
 def _open_own(path: Path, flags: int) -> IO[bytes]:
-    """A regular file of this user, reached by no link."""
+    """Opens a regular file of this user; symbolic and hard links are refused."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags, 0o600)

@@ -1,4 +1,4 @@
-"""Collects what backends gave against what was expected, and says in one message who is off, where and how far."""
+"""Compares the results of backends with what was expected, and names every deviation in one message."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ class _Found(NamedTuple):
 
 
 class Agreement:
-    """What is held to one reference, in one assertion."""
+    """The comparisons of one assertion, with one reference."""
 
     def __init__(self, reference: str, *, ulps: float, per: Per) -> None:
         self.problems: list[str] = []
@@ -28,7 +28,7 @@ class Agreement:
         self._cause: Exception | None = None
 
     def attempt(self, place: Place, dtype: str, what: str, f: Callable[[], Results]) -> Results | None:
-        """What a call gives, or None where it raises, which is a problem of that place."""
+        """The result of a call; None where it raises, which is recorded as a problem of that place."""
         try:
             return f()
         except Exception as error:
@@ -46,7 +46,7 @@ class Agreement:
         dtypes: Sequence[str],
         unit_of: str | None = None,
     ) -> None:
-        """Holds results to float64 arrays and to names of dtypes, in units of those dtypes or of `unit_of`."""
+        """Compares results with float64 arrays and names of dtypes, in units of these dtypes or of `unit_of`."""
         where, worst = f"{place.name} in {dtype}: {what}", 0.0
         if len(got.arrays) != len(expected):
             self.problems.append(f"{where} gave {len(got.arrays)} arrays, expected {len(expected)}")
@@ -66,7 +66,7 @@ class Agreement:
         self._found.append(_Found(place.name, dtype, what, got, worst))
 
     def hold_pairs(self) -> None:
-        """Holds what was found to each other, to twice as many units."""
+        """Compares the results with each other; they may be twice as far apart."""
         for one, other in self._pairs():
             for at, (x, y, own) in enumerate(zip(one.got.arrays, other.got.arrays, one.got.dtypes, strict=True)):
                 distance = self._distance(x, y, own)
@@ -78,7 +78,7 @@ class Agreement:
                     )
 
     def settle(self, hint: str = "") -> None:
-        """AssertionError where there is a problem: each on a line, then all distances, the farthest pair and a hint."""
+        """AssertionError if there are problems: a line for each, then all distances, the farthest pair and a hint."""
         if not self.problems:
             return
         lines = list(self.problems)
@@ -107,7 +107,7 @@ class Agreement:
 
 
 def told(distance: Distance, dtype: str, expected: str = "expected") -> str:
-    """Where two arrays lie farthest apart, and how far, as the rest of a sentence."""
+    """The end of a sentence that says where two arrays lie farthest apart, and how far."""
     digits = {"float64": ".17g", "float32": ".9g", "float16": ".5g", "bfloat16": ".4g"}.get(dtype, "")
     element = f" element {list(distance.place)}" if distance.place else ""
     apart = f"{distance.ulps:.4g} ulp off" if math.isfinite(distance.ulps) else "not the same"

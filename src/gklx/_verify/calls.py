@@ -1,4 +1,4 @@
-"""A function of arrays called at a place: its arguments made there, its results and its gradients brought back."""
+"""Calls a function of arrays at a place: copies arguments to it, and results and gradients back."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from .places import Place
 
 
 class Arguments(NamedTuple):
-    """The arguments of a call: NumPy arrays, and anything else, which is passed on as it is."""
+    """The arguments of a call. NumPy arrays are copied to the place; anything else is passed on as it is."""
 
     positional: tuple[Any, ...]
     named: Mapping[str, Any]
 
     def mapped(self, change: Callable[[Any], Any]) -> "Arguments":
-        """The same with every NumPy array changed."""
+        """The arguments with `change` applied to every NumPy array."""
 
         def each(x: Any) -> Any:
             return change(x) if isinstance(x, np.ndarray) else x
@@ -25,26 +25,26 @@ class Arguments(NamedTuple):
         return Arguments(tuple(map(each, self.positional)), {name: each(x) for name, x in self.named.items()})
 
     def rounded(self, dtype: str) -> "Arguments":
-        """Floating arrays in float64, with values that `dtype` holds."""
+        """The arguments with floating arrays rounded to `dtype`, as float64."""
         return self.mapped(lambda x: _rounded(x, dtype) if x.dtype.kind == "f" else x.copy())
 
 
 class Results(NamedTuple):
-    """What a call returned: host arrays, halves widened, and the names of the dtypes that they had."""
+    """The results of a call: host arrays, with half precisions widened, and the names of their original dtypes."""
 
     arrays: list[Any]
     dtypes: list[str]
 
 
 def call(place: Place, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
-    """What a function returns: an array or a tuple of them, of the place's own library and device."""
+    """The results of a function, which returns an array or a tuple of them, of the place's library and device."""
     with place.working():
         here = arguments.mapped(lambda x: place.array(x, dtype))
         return _brought_back(place, f(*here.positional, **here.named))
 
 
 def autodiff(place: Place, dtype: str, f: Callable[..., Any], arguments: Arguments, argnums: Sequence[int]) -> Results:
-    """The gradients, by the library's own autodiff, of a function that returns one number."""
+    """The gradients of a function that returns one number, by the library's autodiff."""
     with place.working():
         here = arguments.mapped(lambda x: place.array(x, dtype))
         if place.library.backend == "jax":
@@ -59,7 +59,7 @@ def autodiff(place: Place, dtype: str, f: Callable[..., Any], arguments: Argumen
 
 
 def _brought_back(place: Place, returned: Any) -> Results:
-    """Host arrays of what was returned at a place; TypeError where it is not an array of the place's library."""
+    """Copies what was returned at a place to the host; TypeError where it is no array of the place's library."""
     arrays = list(returned) if isinstance(returned, (tuple, list)) else [returned]
     for x in arrays:
         if not place.library.recognises(x):

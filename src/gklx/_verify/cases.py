@@ -1,4 +1,4 @@
-"""The calls that are checked: every loss, plain, under each mask and at extreme logits, all of one shape."""
+"""The calls that are checked: every loss, without a mask, with each mask, and at extreme logits; all of one shape."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -23,11 +23,11 @@ class Case(NamedTuple):
     teacher: Any
     arrays: Mapping[str, Any]
     full: bool = False
-    """Whether the reduction "sum" and the library's autodiff are tried as well; masks do not bear on these."""
+    """Whether the reduction "sum" and the library's autodiff are tried as well: no mask changes how they work."""
     confident: bool = False
-    """Whether a normaliser may be 1 to the last digit."""
+    """Whether the softmax of a row may be so peaked that its normaliser rounds to 1."""
     halves: bool = True
-    """Whether halves hold such logits: near 1e4 they know multiples of 8 and of 64."""
+    """Whether half precisions can hold such logits: near 1e4 they are spaced by 8 and by 64."""
 
     def call(self, **more: Any) -> Any:
         """The loss with its settings."""
@@ -37,7 +37,7 @@ class Case(NamedTuple):
 _TEMPERED = {"temperature": 3.0, "mse_weight": 0.5, "ce_weight": 4.0}
 _SMOOTH = {"gamma": 0.3, "temperature": 4.0, "weight_temperature": 4.0, "mse_weight": 4.0}
 _VARIANTS: tuple[tuple[str, str, dict[str, float], bool, bool], ...] = (
-    # name, loss, settings, with a class prior, under each mask too
+    # name, loss, settings, whether with a class prior, whether with each mask too
     ("kl", "kl", {}, False, False),
     ("kl T=2.5", "kl", {"temperature": 2.5}, False, True),
     ("dkl", "dkl", {}, False, False),
@@ -51,19 +51,19 @@ _VARIANTS: tuple[tuple[str, str, dict[str, float], bool, bool], ...] = (
 
 
 def cases() -> Iterator[Case]:
-    """All of them, with the same arrays at every run."""
+    """All cases; the arrays are the same in every run."""
     for name, loss, settings, prior, masked in _VARIANTS:
         for mask in ("", "where", "sample_weight", "-inf")[: 4 if masked else 1]:
             s, t, arrays = _arguments(mask, prior=prior, ruled_out=loss in ("kl", "dkl"))
             yield Case(f"{name} {mask}".strip(), loss, settings, s, t, arrays, full=not mask)
-    for loss in ("kl", "gkl"):  # the two formulas of a value; dkl and ikl are parts of the second
+    for loss in ("kl", "gkl"):  # KL, and the decomposed formula, of which dkl and ikl are special cases
         s, t, _ = _arguments("", prior=False, ruled_out=False)
         yield Case(f"{loss} scale 30", loss, {}, 10 * s, 10 * t, {}, confident=True)
         yield Case(f"{loss} offset 1e4", loss, {}, s - 1e4, t + 1e4, {}, halves=False)
 
 
 def equivalents() -> Iterator[tuple[Case, Case]]:
-    """KL beside DKL, whose gradients are the same at every temperature."""
+    """Pairs of KL and DKL, whose gradients are equal at every temperature."""
     for temperature, mask in ((0.5, ""), (1.0, ""), (1.0, "where"), (4.0, "-inf")):
         s, t, arrays = _arguments(mask, prior=False, ruled_out=True)
         name = f"T={temperature:g} {mask}".strip()
@@ -72,7 +72,7 @@ def equivalents() -> Iterator[tuple[Case, Case]]:
 
 
 def _arguments(mask: str, *, prior: bool, ruled_out: bool) -> tuple[Any, Any, dict[str, Any]]:
-    """Student, teacher and named arrays; whatever a mask takes out is NaN, infinite or names no class."""
+    """Student, teacher and named arrays. What a mask takes out is NaN, infinite or a label that names no class."""
     rng = np.random.default_rng(2305_13948)
     s, t = 3.0 * rng.standard_normal((2, _SAMPLES, _CLASSES))
     arrays: dict[str, Any] = {}
@@ -93,6 +93,6 @@ def _arguments(mask: str, *, prior: bool, ruled_out: bool) -> tuple[Any, Any, di
             arrays["labels"][1] = 10_000
     elif mask == "-inf":
         s[:, 2] = t[:, 2] = s[0, 4] = t[0, 4] = -np.inf
-        if ruled_out:  # by the teacher alone
+        if ruled_out:  # the gradient to the teacher only
             t[1, 3] = -np.inf
     return s, t, arrays

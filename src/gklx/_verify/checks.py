@@ -1,4 +1,4 @@
-"""Runs the cases in every execution, and holds what comes to the definitions and to each other.
+"""Runs the cases in every execution, and compares the results with the definitions and with each other.
 
 The bounds, in units in the last place (ulp), follow from how the package computes; its tests hold the same ones.
 
@@ -9,8 +9,8 @@ The bounds, in units in the last place (ulp), follow from how the package comput
 - 16 for the gradients of DKL from those of KL of one execution, which share all but a few operations; 32 from the
   definition of KL.
 
-Where rows are confident to the last digit their normalisers are 1 + something that is rounded off, so that a small loss
-is known to a unit of 1: for logits of scale 30 the unit of a value is at least that.
+Where the softmax of a row is so peaked that its normaliser rounds to 1, the error of a loss is a unit of 1, however
+small the loss is. So for logits of scale 30 the unit of a value is at least the unit of 1.
 """
 
 import itertools
@@ -47,16 +47,16 @@ class Check(NamedTuple):
     ulps: float
     bound: float
     told: str
-    """What was found, where that breaks the bound."""
+    """A description of the results, where they break the bound."""
 
     @property
     def broken(self) -> bool:
-        """Whether it is off by more than may be."""
+        """Whether the distance is above the bound."""
         return not self.ulps <= self.bound
 
 
 class _Expected(NamedTuple):
-    """One array that a call must give."""
+    """An array that a call must return."""
 
     name: str
     what: str
@@ -78,14 +78,14 @@ class _Subject(NamedTuple):
     case: str
 
     def compared(self, each: _Expected, x: Any, y: Any, bound: float) -> Check:
-        """Of two arrays, in the units of what is expected."""
+        """Compares two arrays, in units of the expected one."""
         distance = farthest(x, y, each.unit, each.dtype)
         broken = not distance.ulps <= bound
         words = f"{each.name}{told(distance, each.dtype)}, allowed {bound:g}" if broken else ""
         return Check(*self, each.what, distance.ulps, bound, words)
 
     def failed(self, each: _Expected, bound: float, why: str) -> Check:
-        """Of a call that gave no arrays to compare."""
+        """The check of a call that returned no arrays to compare."""
         return Check(*self, each.what, math.inf, bound, why)
 
 
@@ -103,7 +103,7 @@ def run(executions: Sequence[Execution]) -> list[Check]:
 
 
 def _of_case(executions: Sequence[Execution], case: Case, dtype: str) -> Iterator[Check]:
-    """What every execution gives against the definition, then some against each other."""
+    """Compares every execution with the definition, and some with each other."""
     given = Arguments((case.student, case.teacher), case.arrays).rounded(dtype)
     of_call, of_autodiff = _expected(case, given, dtype)
     found: dict[str, list[tuple[_Expected, Any]]] = {each.name: [] for each in executions}
@@ -128,7 +128,7 @@ def _of_case(executions: Sequence[Execution], case: Case, dtype: str) -> Iterato
 
 
 def _of_equivalents(executions: Sequence[Execution], kl: Case, dkl: Case, dtype: str) -> Iterator[Check]:
-    """The gradients of DKL against those of KL: by the definitions, then of every execution."""
+    """Compares the gradients of DKL with those of KL: by the definitions, then in every execution."""
     given = Arguments((kl.student, kl.teacher), kl.arrays).rounded(dtype)
     of_kl, of_dkl = (_defined(case, given) for case in (kl, dkl))
     if dtype == "float64":
@@ -156,7 +156,7 @@ def _of_equivalents(executions: Sequence[Execution], kl: Case, dkl: Case, dtype:
 
 
 def _everything(case: Case) -> Callable[..., Any]:
-    """The mean with its gradients, the losses of the samples and their sum, in one function that is called once."""
+    """A function that returns the mean with its gradients, the losses of the samples, and their sum."""
     others = ("none", "sum") if case.full else ("none",)
 
     def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
@@ -179,7 +179,7 @@ def _autodiff_of(execution: Execution, dtype: str, cases_: Sequence[Case], given
 
 
 def _expected(case: Case, given: Arguments, dtype: str) -> tuple[list[_Expected], list[_Expected]]:
-    """What `_everything` must give, and what autodiff must."""
+    """The expected results of `_everything` and of autodiff."""
     defined = _defined(case, given)
     wide = "float32" if dtype in _HALVES else dtype
     mean, none, total = (
@@ -203,10 +203,10 @@ def _gradients(what: str, defined: Exact, dtype: str) -> list[_Expected]:
 
 
 def _attempted(way: Callable[[], Results], expected: Sequence[_Expected]) -> list[Any] | str:
-    """The arrays that a call gives; why they cannot be compared, where it raises or they are of another kind."""
+    """The arrays that a call returns, or why they cannot be compared: it raises, or their shape or dtype is wrong."""
     try:
         got = way()
-    except Exception as error:  # a library that cannot is a finding, and no reason to stop
+    except Exception as error:  # an error of a library is a finding, and the other checks go on
         return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
     for x, dtype, each in zip(got.arrays, got.dtypes, expected, strict=True):
         if (dtype, x.shape) != (each.dtype, each.array.shape):

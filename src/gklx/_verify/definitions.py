@@ -1,8 +1,8 @@
-"""The losses as the papers define them, over all pairs of classes, in NumPy's widest float: what must come out.
+"""The expected results: the losses as the papers define them, over all pairs of classes, in NumPy's widest float.
 
-They share nothing with the package, so that a fault of NumPy's, or of gklx's own formulas, shows too. Gradients are by
-complex steps, which subtract nothing; a stopped gradient is an argument of its own, held real. Each sample is first cut
-down to the classes that count, so no mask reaches a formula.
+They share no code with the package, so that faults of gklx's formulas are found too. Gradients are by complex steps,
+which lose no digits to subtraction; where the gradient stops, a separate argument is held real. Masked classes are
+removed from each sample first, so no formula needs a mask.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _STEP = 1e-30
 
 
 class Exact(NamedTuple):
-    """What a call must give: its value under each reduction, and the gradients of the mean."""
+    """The expected results of a call: the value under each reduction, and the gradients of the mean."""
 
     mean: Any
     sum: Any
@@ -34,7 +34,7 @@ class _Part(NamedTuple):
 
 
 def exact(loss: str, s: Any, t: Any, settings: Mapping[str, float], arrays: Mapping[str, Any]) -> Exact:
-    """What the loss of a name must give at NumPy arrays."""
+    """The expected results of the loss of this name for NumPy arrays."""
     shape = s.shape
     s, t = (x.reshape(-1, shape[-1]).astype(_WIDE) for x in (s, t))
     v = np.asarray(arrays.get("sample_weight", np.ones(shape[:-1])), dtype=_WIDE).reshape(-1)
@@ -44,7 +44,7 @@ def exact(loss: str, s: Any, t: Any, settings: Mapping[str, float], arrays: Mapp
     mass, mse, ce = np.zeros(len(v), dtype=_WIDE), _nothing(s), _nothing(s)
     temperature = settings.get("temperature", 1.0)
     for i in np.flatnonzero(v):
-        # A constant added to a row changes nothing; without one differences of logits are as exact as they can be.
+        # A constant added to a row changes no loss; without one, differences of logits are most exact.
         a, b = (x[i, counts[i]] - x[i, counts[i]].max() for x in (s, t))
         _set(ce, i, counts[i], partial(_kl if loss == "kl" else _ce, temperature=temperature), a, b)
         if loss != "kl":
@@ -77,7 +77,7 @@ def _weights(loss: str, t: Any, i: Any, keep: Any, settings: Mapping[str, float]
     return w ** settings.get("gamma", 1.0)
 
 
-# Of a student, a teacher, and both once more, held constant. Leading axes are steps in different directions.
+# Arguments: student, teacher, and both again, held constant. Leading axes are steps in different directions.
 
 
 def _kl(s: Any, t: Any, s0: Any, t0: Any, temperature: float) -> Any:
@@ -101,7 +101,7 @@ def _dkl_mse(s: Any, t: Any, s0: Any, t0: Any, w: Any, temperature: float) -> An
 
 
 def _log_softmax(x: Any) -> Any:
-    """Less the largest entry with its step, not its real part alone: no slope is then 1 - p of a p near 1."""
+    """Subtracts the largest entry with its imaginary step: else a slope would be 1 - p with p near 1, and inexact."""
     x = x - np.take_along_axis(x, x.real.argmax(axis=-1, keepdims=True), axis=-1)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
@@ -111,7 +111,7 @@ def _nothing(s: Any) -> _Part:
 
 
 def _set(part: _Part, i: Any, keep: Any, f: Callable[..., Any], s: Any, t: Any) -> None:
-    """Fills in one sample."""
+    """Writes the results of one sample into the arrays."""
     steps = 1j * _STEP * np.eye(len(s))
     part.value[i] = f(s, t, s, t)
     part.to_student[i, keep] = f(s + steps, t, s, t).imag / _STEP

@@ -8,14 +8,14 @@ import numpy as np
 from .calls import Arguments
 
 _LEVELS = 18
-_ENOUGH = 2.0**-36  # of the largest derivative
+_ENOUGH = 2.0**-36  # relative to the largest derivative
 
 
 def differences(f: Callable[[Arguments], float], arguments: Arguments, at: int) -> tuple[Any, Any]:
     """The derivatives by each entry of one argument and how far they may be off, NaN where the entry is not finite.
 
-    Ridders' method: the step is halved, each column of the tableau removes one more term of the error, and the number
-    that moved least is taken. It stops where all are good enough: some 10 calls an entry for a smooth function.
+    Ridders' method: the step is halved, each column of the tableau removes one more term of the error, and the estimate
+    that changed least is taken. It stops when all are exact enough: about 10 calls an entry for a smooth function.
     """
     x = arguments.positional[at]
     finite = np.isfinite(x)

@@ -1,4 +1,4 @@
-"""How a place runs the losses: on the row kernel, called as they are or compiled, and by the formulas."""
+"""The executions of a place: the row kernel, called eagerly or from compiled code, and the formulas."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from .ulps import DTYPES
 
 @dataclass(frozen=True)
 class Execution:
-    """One of them."""
+    """One way in which a place runs the losses."""
 
     name: str
     """As "numpy (kernel: avx2)", "torch.compile (kernel: avx2)" or "numpy (formulas)"."""
@@ -27,9 +27,9 @@ class Execution:
     kernel: str | None
     """The kernel's instruction set, "cuda" on a GPU; None for the formulas."""
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
-    """What a function of arrays goes through before it is called."""
+    """The library's compiler, or nothing: what a function of arrays goes through before it is called."""
     dtypes: tuple[str, ...] = DTYPES
-    """Those that it is tried in, where the library has them."""
+    """The dtypes in which it is tried, if the library has them."""
 
     @property
     def differentiates(self) -> bool:
@@ -37,11 +37,11 @@ class Execution:
         return self.place.library.differentiates
 
     def takes(self, dtype: str) -> bool:
-        """Whether it is to be tried in this dtype."""
+        """Whether it is tried in this dtype."""
         return dtype in self.dtypes and dtype in self.place.library.dtypes
 
     def call(self, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
-        """What a function returns."""
+        """The results of a function."""
         with self._running():
             return call(self.place, dtype, self.compiled(f), arguments)
 
@@ -55,12 +55,12 @@ class Execution:
 
 
 def executions(places: Sequence[Place]) -> list[Execution]:
-    """All that are to be had at these places."""
+    """All executions at these places."""
     return [each for place in places for each in _at(place)]
 
 
 def pairs(found: Sequence[Execution]) -> list[tuple[Execution, Execution]]:
-    """Which are compared with each other: kernel and formulas of a place, and the formulas of any two places."""
+    """The pairs that are compared: kernel and formulas of a place, and the formulas of any two places."""
     return [(one, other) for one, other in itertools.combinations(found, 2) if _is_compared(one, other)]
 
 
@@ -75,7 +75,7 @@ def _at(place: Place) -> Iterator[Execution]:
     if kernel is not None:
         yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
     if backend == "torch" and on_cpu is not None:
-        # Each program takes its compiler a second: one dtype stands for all.
+        # The compiler takes a second for each program, so only one dtype is tried.
         yield Execution(f"torch.compile (kernel: {on_cpu})", place, on_cpu, _torch_compiled, ("float32",))
     if backend == "jax" and kernel is not None:
         yield Execution(f"jax.jit (kernel: {kernel})", place, kernel, sys.modules["jax"].jit)
@@ -83,7 +83,7 @@ def _at(place: Place) -> Iterator[Execution]:
 
 
 def _kernel(place: Place) -> str | None:
-    """What runs an eager call there."""
+    """The execution of an eager call at a place."""
     logits = place.array(np.zeros((1, 2)), "float32")
     return dispatch.kernel_of(call_builder(kl)(logits, logits))
 
@@ -102,8 +102,8 @@ def _formulas_alone() -> Iterator[None]:
 
 
 def _torch_compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiler's backend that generates no code, hence needs no C++ compiler: a loss is one operator to any."""
+    """Compiles without a C++ compiler, by a backend that generates no code: to any backend a loss is one operator."""
     torch = sys.modules["torch"]
-    torch.compiler.reset()  # it gives up on a function that it has compiled several times
+    torch.compiler.reset()  # it stops compiling a function that it has recompiled several times
     compiled: Callable[..., Any] = torch.compile(f, backend="aot_eager", fullgraph=True)
     return compiled

@@ -1,4 +1,4 @@
-"""What was found as JUnit XML, which CI systems read."""
+"""The findings as JUnit XML, which CI systems read."""
 
 import itertools
 import xml.etree.ElementTree as ET
@@ -12,7 +12,7 @@ _SUITES = {"definition": "against the definitions", "pair": "against each other"
 
 
 def as_junit(report: Report) -> str:
-    """A test case for each execution, dtype and case, for each pair and dtype, and one skipped for what is not here."""
+    """A test case for each execution, dtype and case, and each pair and dtype; a skipped one for an absent library."""
     root = ET.Element("testsuites", name="gklx verify", time=f"{report.seconds:.3f}")
     here = ET.SubElement(root, "testsuite", name="backends")
     for execution in report.executions:
@@ -51,5 +51,5 @@ def _add(case: ET.Element, checks: Iterable[Check]) -> None:
 
 
 def _clean(text: str) -> str:
-    """XML knows no control characters."""
+    """Escapes control characters, which XML does not allow."""
     return "".join(each for each in text if each.isprintable())

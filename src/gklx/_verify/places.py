@@ -21,20 +21,20 @@ class Place:
     """A library on one of its devices."""
 
     name: str
-    """That of the library, with the device where it is no CPU: "torch", "torch cuda:0"."""
+    """The library's name, and the device unless it is the CPU: "torch", "torch cuda:0"."""
     library: Library
     xp: ModuleType
     device: Any
-    """As the library has it; None for its default."""
+    """The library's object for the device; None for its default."""
     device_name: str
     on_gpu: bool
     home: Any
-    """The device that its arrays tell; None where they tell none."""
+    """The device that arrays made here report; None where they report none."""
     hardware: str
     version: str
 
     def array(self, x: Any, dtype: str) -> Array:
-        """A copy of a NumPy array here, in `dtype` if it is floating; Dask's in up to two chunks an axis."""
+        """Copies a NumPy array here, in `dtype` if it is floating. A copy of Dask has up to two chunks an axis."""
         half = dtype == "bfloat16"
         floating = x.dtype.kind == "f"
         x = x.astype("float32" if half else dtype) if floating else x.copy()
@@ -44,7 +44,7 @@ class Place:
         return self.xp.astype(made, self.xp.bfloat16) if floating and half else made
 
     def on_host(self, results: Sequence[Array]) -> list[Any]:
-        """NumPy arrays of arrays from here; halves are widened to float32."""
+        """Copies arrays from this place to NumPy; half precisions are widened to float32."""
         if self.library.lazy:
             results = sys.modules["dask"].compute(*results, scheduler="synchronous")
             return [np.asarray(x) for x in results]
@@ -54,22 +54,22 @@ class Place:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """What is entered around each call: CuPy's device, and silence about infinities, which are compared."""
+        """The context of each call: CuPy's device, and no warnings about infinities, which are compared."""
         with np.errstate(all="ignore"), self.device if self.library.backend == "cupy" else contextlib.nullcontext():
             yield
 
 
 @contextlib.contextmanager
 def places(names: Sequence[str] | None) -> Iterator[tuple[list[Place], dict[str, str]]]:
-    """The places that can compute, for one `with` block, and for every other library why it cannot.
+    """The places that can compute, and for every other library the reason why it cannot; for one `with` block.
 
-    `names` are those of libraries or places, all of which must then be here. JAX keeps float64 inside, and has its
-    setting back afterwards.
+    `names` are names of libraries or places; all of them must be here. Within the block JAX allows float64; its setting
+    is restored afterwards.
 
     Raises
     ------
     ValueError
-        A name that no library has, or of one that is not here.
+        A name of no library, or of a library that is not here.
     """
     if isinstance(names, str):
         raise TypeError(f"backends must be a sequence of names, got {names!r}")
@@ -109,7 +109,7 @@ def _place(library: Library, name: str, device: str | None) -> Iterator[Place]:
 
 
 def _devices(library: Library) -> Sequence[str | None]:
-    """The devices of a library as it spells them, None for its only one; whatever it raises where it is not here."""
+    """The devices of a library by its own names, None for its only one; an absent library raises any exception."""
     if importlib.util.find_spec(library.backend) is None:
         raise ValueError("not installed")
     try:
@@ -121,7 +121,7 @@ def _devices(library: Library) -> Sequence[str | None]:
         return ["cpu", *(f"cuda:{i}" for i in range(module.cuda.device_count()))]
     if library.backend == "jax":
         default, devices = module.default_backend(), []
-        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may exclude the CPU
             devices += ["cpu"] if module.devices("cpu") else []
         return devices + [f"{default}:{i}" for i in range(len(module.local_devices())) if default != "cpu"]
     if library.backend == "cupy":

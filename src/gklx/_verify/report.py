@@ -1,4 +1,4 @@
-"""What was found as text: tables for people and in Markdown, JSON for programs."""
+"""The findings as text: tables for people and in Markdown, JSON for programs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from .verify import Report
 _NONE, _SHOWN = "–", 20
 _WHATS = ("value", "gradient", "autodiff")
 _PLAIN = str.maketrans({"–": "-", "≡": "=", "·": "|"})
-"""For a standard output that spells no more than ASCII."""
+"""Replacements for a standard output whose encoding is ASCII."""
 _BOUNDS = (
     "in units in the last place; allowed: 32, for gradients in halves 1, between two rows twice that, "
     "DKL from KL in one row 16"
@@ -40,7 +40,7 @@ class _Cell(NamedTuple):
 
 
 def as_table(report: Report) -> str:
-    """As tables, styled and as wide as standard output is."""
+    """Tables, in the colours and the width that standard output has."""
     console = Console(highlight=False, emoji=False)
     parts: list[Table | Text] = []
     for grid in _grids(report):
@@ -51,7 +51,7 @@ def as_table(report: Report) -> str:
             table.add_row(*(Text(cell.text, "bold red" if cell.broken else "") for cell in row))
         parts += [Text(grid.title, "bold"), table, Text("")]
     parts += [Text(_BOUNDS), *(Text(line, "red" if report.broken else "green") for line in _verdict(report))]
-    # Wider than a narrow terminal rather than a number cut short.
+    # On a narrow terminal the table is too wide: a number must not be truncated.
     roomy = console.options.update(width=1000)
     needed = max(Measurement.get(console, roomy, part).maximum for part in parts if isinstance(part, Table))
     console.width = max(console.width, min(needed, 120))
@@ -62,7 +62,7 @@ def as_table(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """As Markdown tables, such as a CI's summary shows; what is broken is in bold."""
+    """Markdown tables, for the summary of a CI run; broken bounds are in bold."""
     lines = [f"# gklx {__version__} verify", ""]
     for grid in _grids(report):
         lines += [f"## {grid.title}", "", _line(grid.header), "|---" * len(grid.header) + "|"]
@@ -72,7 +72,7 @@ def as_markdown(report: Report) -> str:
 
 
 def as_json(report: Report) -> str:
-    """As strict JSON: a distance that is infinite, as from NaN or from an error raised, is null."""
+    """Strict JSON: null for an infinite distance, which NaN or an exception give."""
     equivalent = [check for check in report.checks if check.kind == "equivalence"]
     found = {
         "gklx": __version__,
@@ -104,7 +104,7 @@ def _json(check: Check) -> dict[str, Any]:
 
 
 def _farthest(report: Report) -> Iterator[Check]:
-    """The check nearest to its bound, of every kind, backends, dtype and quantity."""
+    """For each kind, backends, dtype and quantity the check that is nearest to its bound or farthest beyond it."""
     for key in dict.fromkeys((check.kind, check.places, check.dtype, check.what) for check in report.checks):
         check = report.farthest(*key)
         assert check is not None
@@ -148,7 +148,7 @@ def _row(
 
 
 def _of_definition(report: Report, name: str, dtype: str) -> tuple[_Cell, ...]:
-    """A row, empty where the dtype is not tried."""
+    """The cells of a row; empty for a dtype that is not tried."""
     worst = report.farthest("definition", (name,), dtype, *_WHATS)
     if worst is None:
         return ()
@@ -157,7 +157,7 @@ def _of_definition(report: Report, name: str, dtype: str) -> tuple[_Cell, ...]:
 
 
 def _cells(report: Report, kind: str, names: tuple[str, ...], dtype: str, *whats: tuple[str, ...]) -> _Cell:
-    """The farthest of each group of quantities, in one cell."""
+    """The largest distance of each group of quantities, in one cell."""
     found = [report.farthest(kind, names, dtype, *of) for of in whats]
     text = ", ".join(f"{check.ulps:.3g}" for check in found if check is not None)
     return _Cell(text or _NONE, any(check is not None and check.broken for check in found))

@@ -1,7 +1,7 @@
 """How far results lie apart, in units in the last place.
 
-A unit is that of a size: of each expected entry itself, of the largest finite entry of its row (the last axis), or of
-the whole array. Sizes below the dtype's smallest normal number count as that number. Infinities and NaN must be the
+The unit is that of each expected entry, of the largest finite entry of its row (the last axis), or of the largest of
+the whole array. Numbers below the smallest normal one count as that one. Infinities and NaN must be the
 same on both sides; where they are not, the distance is infinite.
 """
 
@@ -27,7 +27,7 @@ class Distance(NamedTuple):
 
 
 def units(expected: Any, dtype: str, per: Per, least: float = 0.0) -> Any:
-    """The unit of each entry: that of its size as `per` says, or of `least` where that is larger."""
+    """The unit of each entry: of the size that `per` chooses, or of `least` where that is larger."""
     size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
     if per != "entry" and size.ndim:
         size = size.max(axis=-1 if per == "row" else None, keepdims=True, initial=0.0)
@@ -55,9 +55,9 @@ def farthest(actual: Any, expected: Any, unit: Any, dtype: str) -> Distance:
 
 
 def _normal(x: Any, dtype: str) -> Any:
-    """Numbers moved towards 0 by the smallest normal one: between it and 0 libraries may flush, JAX on a CPU does.
+    """Moves numbers towards 0 by the smallest normal one, since libraries may flush those below it; JAX does on a CPU.
 
-    Both sides move alike, so other differences stay as they are. No library flushes float16.
+    Both sides move by the same amount, so other differences do not change. No library flushes float16.
     """
     edge = 0.0 if dtype == "float16" else _SMALLEST[dtype]
     return np.sign(x) * np.maximum(np.abs(x) - edge, 0.0)

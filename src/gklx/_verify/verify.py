@@ -1,4 +1,4 @@
-"""`gklx verify`: everything that is here, checked."""
+"""`gklx verify`: checks all libraries and devices that are here."""
 
 import time
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .places import places
 
 
 class Report(NamedTuple):
-    """What was found."""
+    """The findings."""
 
     executions: list[Execution]
     absent: dict[str, str]
@@ -24,7 +24,7 @@ class Report(NamedTuple):
         return [check for check in self.checks if check.broken]
 
     def farthest(self, kind: str, names: tuple[str, ...], dtype: str, *what: str) -> Check | None:
-        """The check of such a kind that comes nearest to its bound, or is beyond it most; None where there is none."""
+        """The check of a kind that is nearest to its bound, or farthest beyond it; None where there is none."""
         found = (
             check
             for check in self.checks

@@ -1,1 +1,1 @@
-"""Arrays in files, a module a format: each opens one as rows, checks it, and holds no handle between reads."""
+"""Arrays in files, one module for each format: it opens and checks an array, and keeps no file open between reads."""

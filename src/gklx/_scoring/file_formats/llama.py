@@ -19,13 +19,13 @@ from .rows import Room, Stamp, reading, stamp
 MAGIC = b"_logits_"
 _HEAD = struct.Struct("<8sIii")
 _LOWEST = -16.0
-"""The tool takes a class of at most this log-probability for one of probability 0."""
+"""llama.cpp's tool treats a class of at most this log-probability as one of probability 0."""
 _BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where what stands in the file."""
+    """The layout of the file."""
 
     context: int
     classes: int
@@ -37,7 +37,7 @@ class _Layout:
 
     @property
     def codes_a_row(self) -> int:
-        """With the scale, the smallest and, where the number of classes is odd, one of padding."""
+        """The 16-bit words of a row: codes, scale, smallest log-probability, and one of padding where C is odd."""
         return 2 * ((self.classes + 1) // 2) + 4
 
     @property
@@ -62,7 +62,7 @@ class LlamaTargets:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """One a row."""
+        """One target for each row."""
         return (self.layout.chunks * self.layout.rows_a_chunk,)
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
@@ -82,7 +82,7 @@ class LlamaTargets:
 
 @dataclass(frozen=True)
 class LlamaRows:
-    """Log-probabilities as they are stored: those of a row add up to 1 within what the codes allow."""
+    """Log-probabilities as they are stored: the probabilities of a row add up to 1 to the precision of the codes."""
 
     name: str
     path: str
@@ -98,7 +98,7 @@ class LlamaRows:
 
     @property
     def targets(self) -> LlamaTargets:
-        """What the file says came next."""
+        """The targets that the file holds."""
         return LlamaTargets(self.name, self.path, self.layout, self.stamps)
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
@@ -151,7 +151,7 @@ def divergence(student: Any, teacher: Any) -> Any:
             s, t = student[start : start + rows], teacher[start : start + rows]
             largest = s.max(axis=-1, keepdims=True)
             p = np.exp(s - largest)
-            # Added up in float64: of a peaked softmax the logarithm is as small as the other classes are.
+            # In float64: the sum of a peaked softmax is 1 plus the small probabilities of the other classes.
             total = largest + np.log(p.sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
             ratios = t - s
             ratios += total
@@ -163,7 +163,7 @@ def divergence(student: Any, teacher: Any) -> Any:
 
 
 def _fill(file: Any, x: Any) -> None:
-    """The bytes from where the file stands on."""
+    """Reads the next bytes of the file."""
     rest = memoryview(x.reshape(math.prod(x.shape)).view(np.uint8))
     while rest:
         count = file.readinto(rest)

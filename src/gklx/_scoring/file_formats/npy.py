@@ -1,4 +1,4 @@
-"""NumPy's `.npy`, and what is stored without compression in an `.npz`: a read takes its window of the file alone."""
+"""NumPy's `.npy`, and uncompressed members of an `.npz`: a read takes only its rows from the file."""
 
 import math
 import os
@@ -24,10 +24,10 @@ class NpyRows:
     offset: int
     shape: tuple[int, ...]
     stored: Any
-    """NumPy's dtype of what is in the file."""
+    """The dtype in the file."""
     fortran: bool
     axes: int
-    """How many of the last axes make a row."""
+    """The number of trailing axes in a row."""
     stamps: tuple[Stamp, ...]
     held_bytes: int = 0
 
@@ -42,7 +42,7 @@ class NpyRows:
             return self.read_mapped(self.path, start, stop, room)
         shape = (stop - start, *self.shape[len(self.shape) - self.axes :])
         x = np.empty(shape, self.stored) if room is None else room.array(shape, self.stored)
-        # Not mapped: a file that another process cuts short meanwhile would kill this one.
+        # Not memory-mapped: if another process truncated the file, a bus error would kill this one.
         with reading(self.name), open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + start * math.prod(shape[1:]) * self.stored.itemsize)
             rest = x.reshape(-1).view(np.uint8).data
@@ -54,14 +54,14 @@ class NpyRows:
         return widened(x, self.axes, room)
 
     def read_mapped(self, file: str | IO[bytes], start: int, stop: int, room: Room | None = None) -> Any:
-        """From a map, rows picked by index: reshaping in Fortran order would copy the whole file."""
+        """Rows of an array in Fortran order, by index from a memory map: a reshape would copy the whole file."""
         leading, row = self.shape[: len(self.shape) - self.axes], self.shape[len(self.shape) - self.axes :]
         index = np.unravel_index(np.arange(start, stop), leading)
         with reading(self.name):
             if not self.fortran:
                 return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes, room)
             x = np.empty((stop - start, math.prod(row)), self.stored)
-            # Every column has pages of its own, which stay in memory as long as the map does.
+            # Each column is on other pages, which stay in memory as long as the map exists.
             for at in range(0, x.shape[1], _COLUMNS_AT_ONCE):
                 into = x[:, at : at + _COLUMNS_AT_ONCE]
                 offset = self.offset + at * math.prod(leading) * self.stored.itemsize
@@ -70,7 +70,7 @@ class NpyRows:
 
 
 def open_npy(name: str, path: str, axes: int) -> NpyRows:
-    """The array in an `.npy` file."""
+    """Opens the array in an `.npy` file."""
     stamps = (stamp(path),)
     with Path(path).open("rb") as file:
         shape, fortran, stored = header(name, file)
@@ -92,14 +92,14 @@ def header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             version = np.lib.format.read_magic(file)
-            # Version 3 differs from 2 in the encoding of field names alone, which logits have not.
+            # Version 3 differs from 2 only in the encoding of field names, and logits have no fields.
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"format version {version}")
             shape, fortran, dtype = read(file)
             if min(shape, default=0) < 0:
                 raise ValueError(f"shape {text(shape)}")
-    except Exception as error:  # tokenizer, parser and dtype errors alike
+    except Exception as error:  # of the tokenizer, the parser or the dtype
         raise ValueError(f"{name}: the .npy file is damaged or cut short ({reason(error)})") from None
     if dtype.hasobject:
         raise ValueError(f"{name}: holds pickled Python objects, which are never loaded")

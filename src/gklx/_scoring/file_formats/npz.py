@@ -1,4 +1,4 @@
-"""NumPy's `.npz`: a member is read as a stream, compressed or not, so that its checksum is compared."""
+"""NumPy's `.npz`: a member is read as a stream, so that its checksum is verified, compressed or not."""
 
 import collections
 import functools
@@ -25,10 +25,10 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class ArchivedRows:
-    """A member, of which no more is unpacked than the rows read about now.
+    """A member, of which only the rows around the current read are unpacked.
 
-    In Fortran order each row is all over the member: the first read in a process unpacks it into TMPDIR, which takes
-    the array's size there.
+    In Fortran order a row is spread over the whole member: the first read in a process unpacks all of it into a file in
+    TMPDIR, as large as the array.
     """
 
     path: str
@@ -57,7 +57,7 @@ class ArchivedRows:
 
     @property
     def held_bytes(self) -> int:
-        """What is unpacked is in a file."""
+        """0: what is unpacked lies in a file."""
         return 0
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
@@ -98,7 +98,7 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:
 
 
 class _Copy:
-    """A member in a nameless file, which is gone with its last reader, however the process ends."""
+    """A member in an unnamed temporary file, which the system removes with its last reader."""
 
     def __init__(self, path: str, member: str) -> None:
         self.file = tempfile.TemporaryFile(prefix="gklx-")  # noqa: SIM115
@@ -115,10 +115,10 @@ class _Copy:
 
 
 class _Stream:
-    """A member that is unpacked from its start to its end, and of which the last pieces are kept.
+    """A member that is unpacked from start to end; the last pieces are kept.
 
-    Threads that take rows in order come a little out of order: by twice as many reads as there are threads at most. Who
-    goes back further makes it start anew.
+    Threads that read rows in order arrive slightly out of order, by at most twice as many reads as there are threads. A
+    read further back starts the unpacking again.
     """
 
     def __init__(self, path: str, member: str) -> None:
@@ -131,10 +131,10 @@ class _Stream:
     def _start(self) -> None:
         self._packed = self._archive.open(self._member)
         self._kept.clear()
-        self._first = self._end = 0  # the kept pieces are these bytes of the member
+        self._first = self._end = 0  # the bytes of the member that the kept pieces hold
 
     def read(self, offset: int, size: int) -> bytearray:
-        """Bytes of the member; zipfile compares its checksum when they end with it."""
+        """Bytes of the member; zipfile verifies the checksum at its end."""
         with self._lock:
             if offset < self._first:
                 self._packed.close()
@@ -156,7 +156,7 @@ class _Stream:
 
 
 def forget() -> None:
-    """Lets go of what is kept of archives."""
+    """Frees what is kept of archives."""
     with _one_at_a_time:
         _stream.cache_clear()
         _copy.cache_clear()
@@ -164,12 +164,12 @@ def forget() -> None:
 
 @functools.lru_cache(maxsize=4)
 def _stream(path: str, member: str, _: Stamp) -> _Stream:
-    """The member of an archive as stamped: the student's, the teacher's and the labels'."""
+    """The open member of an archive, kept for the next read; for student, teacher and labels at the same time."""
     return _Stream(path, member)
 
 
-# The few that student, teacher and labels are read from at once: shard after shard would fill the disk.
+# Only as many as student, teacher and labels are read from at once: copies of all shards would fill the disk.
 @functools.lru_cache(maxsize=8)
 def _copy(path: str, member: str, _: Stamp) -> _Copy:
-    """The copy of an archive as stamped."""
+    """The unpacked copy of an archive's member, kept for the next read."""
     return _Copy(path, member)

@@ -1,4 +1,4 @@
-"""What the formats have in common: rows in the dtype computed in, dtypes by name, and errors in the same words."""
+"""What the formats share: rows in the dtype that is computed in, names of dtypes, and error messages."""
 
 import contextlib
 import functools
@@ -13,21 +13,21 @@ import numpy as np
 
 
 class Stamp(NamedTuple):
-    """A file, or all files of a folder, as they were at one time."""
+    """The state of a file, or of all files of a folder, at one time."""
 
     path: str
     state: str
-    """Another one where the content was changed, or another file has taken the place, whatever its dates say."""
+    """Differs where the content was changed or the file was replaced, even if its modification time is the same."""
 
 
 class Room:
-    """Memory for one read after another: each overwrites what the one before returned."""
+    """A reusable buffer: each read overwrites what the previous one returned."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def array(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array in it."""
+        """An array in the buffer."""
         size = math.prod(shape) * dtype.itemsize
         if self._bytes.size < size:
             self._bytes = np.empty(size, np.uint8)
@@ -35,11 +35,11 @@ class Room:
 
 
 class Rows(Protocol):
-    """An array as rows; may be copied to another thread, process or machine."""
+    """An array as rows; may be sent to another thread, process or machine."""
 
     @property
     def name(self) -> str:
-        """As the user wrote it, for messages."""
+        """The name as the user wrote it, for messages."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,25 +47,25 @@ class Rows(Protocol):
 
     @property
     def dtype(self) -> str:
-        """By name."""
+        """The name of the dtype."""
 
     @property
     def stamps(self) -> tuple[Stamp, ...]:
-        """Of each file behind it, taken before it was opened; none where there is no file."""
+        """The state of each of its files, taken before it was opened; empty where there is no file."""
 
     @property
     def held_bytes(self) -> int:
-        """The memory that reading takes beside the rows it returns."""
+        """The bytes that a read needs in addition to the rows that it returns."""
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes, at least one: halves as float32, labels as int64, in C order.
 
-        With a room the rows may lie in it, and halves may be float16 or ml_dtypes' bfloat16.
+        With a `room` the rows may lie in it, and float16 and bfloat16 (of ml_dtypes) need not be widened.
         """
 
 
 def dtype_of(dtype: Any) -> str:
-    """NumPy's dtype by name; V2 is how bfloat16 is stored by NumPy."""
+    """The name of a NumPy dtype; NumPy stores bfloat16 as V2."""
     found = np.dtype(dtype)
     if found.kind == "V" and found.names is None and found.subdtype is None and found.itemsize == 2:
         return "bfloat16"
@@ -76,7 +76,7 @@ def dtype_of(dtype: Any) -> str:
 
 
 def widened(x: Any, axes: int, room: Room | None = None) -> Any:
-    """Logits in float32 or float64, with a room halves as they are stored; labels in int64."""
+    """Logits in float32 or float64, with a `room` also float16 and bfloat16; labels in int64."""
     if axes == 0:
         return np.ascontiguousarray(x, dtype=np.int64)
     if room is not None and x.dtype.itemsize == 2 and x.dtype.isnative:
@@ -84,7 +84,7 @@ def widened(x: Any, axes: int, room: Room | None = None) -> Any:
             return np.ascontiguousarray(x)
         if (bfloat16 := _bfloat16()) is not None and dtype_of(x.dtype) == "bfloat16":
             return np.ascontiguousarray(x).view(bfloat16)
-    if dtype_of(x.dtype) == "bfloat16":  # the upper half of a float32
+    if dtype_of(x.dtype) == "bfloat16":  # its bits are the upper half of a float32
         bits = np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32)
     return np.ascontiguousarray(x, dtype=np.float64 if x.dtype.itemsize == 8 else np.float32)
@@ -92,7 +92,7 @@ def widened(x: Any, axes: int, room: Room | None = None) -> Any:
 
 @functools.cache
 def _bfloat16() -> Any:
-    """NumPy's dtype of it, None where ml_dtypes is not installed."""
+    """The NumPy dtype of bfloat16; None where ml_dtypes is not installed."""
     try:
         import ml_dtypes
     except ImportError:
@@ -102,7 +102,7 @@ def _bfloat16() -> Any:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Says which file could not be read after it had been opened, whatever a library raises then."""
+    """Turns any exception of a read into an error that names the file."""
     try:
         yield
     except MemoryError:
@@ -112,7 +112,7 @@ def reading(name: str) -> Iterator[None]:
 
 
 def picked(x: Any, shape: tuple[int, ...], axes: int, start: int, stop: int) -> Any:
-    """Rows of the flattened leading axes of what can be indexed by axes alone, and no row beside them."""
+    """Rows of the flattened leading axes of an array that is indexed by axis; no other row is read."""
     leading, row = shape[: len(shape) - axes], shape[len(shape) - axes :]
     found = [np.asarray(x[index]).reshape(-1, *row) for index in _pieces(leading, start, stop)]
     rows = found[0] if len(found) == 1 else np.concatenate(found)
@@ -122,7 +122,7 @@ def picked(x: Any, shape: tuple[int, ...], axes: int, start: int, stop: int) -> 
 
 
 def _pieces(leading: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int | slice, ...]]:
-    """Indices that one after another take these rows: runs of whole entries of an axis, and parts of its entries."""
+    """Indices that together take these rows, in order: runs of whole entries of an axis, and parts of its entries."""
     inner = math.prod(leading[1:])
     while start < stop:
         i, j = divmod(start, inner)
@@ -137,19 +137,19 @@ def _pieces(leading: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[i
 
 
 def stamp(path: str) -> Stamp:
-    """A file or folder as it is now."""
+    """The state of a file or folder now."""
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         return Stamp(os.path.abspath(path), _state(found))
     every = 0
-    for each in files_below(path):  # in whatever order
+    for each in files_below(path):  # in any order
         line = f"{each!r} {_state(os.stat(each))}"
         every ^= int.from_bytes(hashlib.blake2b(line.encode(), digest_size=16).digest())
     return Stamp(os.path.abspath(path), f"{every:x}")
 
 
 def _state(found: os.stat_result) -> str:
-    # The time of change is set by the system alone, unlike that of modification, which `cp -p` sets back.
+    # The change time is set by the system only; the modification time can be set back, as by `cp -p`.
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
@@ -159,7 +159,7 @@ def files_below(folder: str) -> Iterator[str]:
     while waiting:
         at = waiting.pop()
         found = os.stat(at)
-        if (found.st_dev, found.st_ino) in seen:  # a link to a folder above
+        if (found.st_dev, found.st_ino) in seen:  # a link to a parent folder
             continue
         seen.add((found.st_dev, found.st_ino))
         with os.scandir(at) as entries:
@@ -173,12 +173,12 @@ def files_below(folder: str) -> Iterator[str]:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line of bounded length: a damaged header may be quoted in full."""
+    """The message of an exception in one line of bounded length, since it may quote a whole damaged header."""
     return shortened(" ".join(str(error).split()), 200)
 
 
 def shortened(said: str, length: int) -> str:
-    """A text with its middle left out where it is longer."""
+    """The text, without its middle where it is too long."""
     return said if len(said) <= length else f"{said[: length // 2]} … {said[len(said) - length // 2 :]}"
 
 
@@ -188,7 +188,7 @@ def text(shape: tuple[int | str, ...]) -> str:
 
 
 def chosen(name: str, key: str | None, keys: list[str]) -> str:
-    """The key asked for, or the only one there is."""
+    """The key that was asked for, or the only one in the file."""
     if key is None and len(keys) == 1:
         return keys[0]
     if key is None or key not in keys:

@@ -1,4 +1,4 @@
-"""Hugging Face's `.safetensors`, opened for each read: what a read has mapped is let go with it."""
+"""Hugging Face's `.safetensors`, opened anew for each read, so that what a read has mapped is freed after it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ def open_safetensors(name: str, path: str, key: str | None, axes: int) -> Safete
         raise ValueError(f"{name}: the .safetensors file is damaged or cut short ({reason(error)})") from None
     if dtype == "BF16":
         try:
-            import ml_dtypes  # noqa: F401, by which safetensors reads it
+            import ml_dtypes  # noqa: F401, safetensors needs it for bfloat16
         except ImportError:
             raise ValueError(
                 f"{name}: bfloat16 in .safetensors needs ml_dtypes, which is not installed (pip install 'gklx[score]')"

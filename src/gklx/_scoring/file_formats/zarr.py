@@ -18,7 +18,7 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class ZarrRows:
-    """An array in a folder, or in a group in one."""
+    """An array in a folder, or in a group within a folder."""
 
     name: str
     path: str
@@ -31,7 +31,7 @@ class ZarrRows:
 
     @property
     def held_bytes(self) -> int:
-        """A band, as it is kept, as Zarr unpacks it, and as it is stored."""
+        """The memory of a band: the kept copy, Zarr's unpacked copy, and the stored bytes."""
         return 3 * self.band.size
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
@@ -52,16 +52,16 @@ class ZarrRows:
 
 @dataclass(frozen=True)
 class Band:
-    """The fewest consecutive rows that are whole chunks."""
+    """The smallest run of consecutive rows that consists of whole chunks."""
 
     rows: int
     size: int
-    """Bytes."""
+    """In bytes."""
     period: int
-    """Bands start anew after so many rows: the last one of each may be shorter."""
+    """Bands start again after so many rows; the last one before may be shorter."""
 
     def parts(self, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        """The bands in which these rows lie, each from row to row, and which of its rows are meant."""
+        """The bands that hold these rows: first and last row of each, and which of its rows are asked for."""
         found = []
         while start < stop:
             origin = start - start % self.period
@@ -75,11 +75,11 @@ class Band:
 def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
     """An array in a folder; ValueError where there is none of that key."""
     zarr = _library(name)
-    for _ in files_below(path):  # each can be read without waiting for somebody who writes
+    for _ in files_below(path):  # refuses pipes, which would block the read
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files that are none of Zarr's
+            warnings.simplefilter("ignore")  # about files that do not belong to Zarr
             found = zarr.open(path, mode="r")
             held = None if hasattr(found, "shape") else dict(found.members(max_depth=None))
             if held is not None:
@@ -88,7 +88,7 @@ def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
                 raise ValueError(f"{name}: a Zarr array has no others in it, got the key {key!r}")
             stamps = (stamp(os.path.join(path, key or "")),)
             found = zarr.open_array(path, mode="r", path=key)
-    except Exception as error:  # whatever its stores and codecs raise
+    except Exception as error:  # stores and codecs raise errors of any kind
         if str(error).startswith(f"{name}: "):
             raise
         raise ValueError(f"{name}: not a Zarr array or group that can be read ({reason(error)})") from None
@@ -99,7 +99,7 @@ def open_zarr(name: str, path: str, key: str | None, axes: int) -> ZarrRows:
 
 def _band_of(shape: tuple[int, ...], chunks: tuple[int, ...], axes: int, itemsize: int) -> Band:
     leading = len(shape) - axes
-    if leading < 1 or 0 in shape:  # refused later, or nothing to read
+    if leading < 1 or 0 in shape:  # refused later, or empty
         return Band(1, 0, 1)
     at = next((i for i in range(leading) if chunks[i] > 1), leading - 1)
     inner, period = math.prod(shape[at + 1 : leading]), math.prod(shape[at:leading])
@@ -116,12 +116,12 @@ def store_of(path: str) -> str:
 
 
 def forget() -> None:
-    """Lets go of the bands that are kept."""
+    """Frees the bands that are kept."""
     with _one_at_a_time:
         _band.cache_clear()
 
 
-# The last one of the student's, the teacher's and the labels'.
+# One each for student, teacher and labels.
 @functools.lru_cache(maxsize=3)
 def _band(of: ZarrRows, first: int, last: int) -> Any:
     array = _library(of.name).open_array(of.path, mode="r", path=of.key)

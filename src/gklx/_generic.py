@@ -1,0 +1,30 @@
+"""Type variables of named tuples, for type checkers alone.
+
+At run time a `NamedTuple` of `Generic` has a second base. Older versions of PyTorch take only tuples with a single base
+for named tuples, and would not look for tensors in it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Generic
+
+    from typing_extensions import TypeVar  # its default is Any: an annotation may leave the array's type out
+
+    ArrayT = TypeVar("ArrayT", default=Any)
+else:
+    from typing import TypeVar
+
+    ArrayT = TypeVar("ArrayT")
+
+    class Generic:
+        """Stands in a list of bases and leaves no base behind."""
+
+        def __class_getitem__(cls, item):
+            return cls()
+
+        def __mro_entries__(self, bases):
+            return ()
+
+
+__all__ = ["ArrayT", "Generic"]
