@@ -14,7 +14,7 @@ import pytest
 
 import backends
 import gklx
-import gklx._scoring.score
+import gklx._scoring.comparison
 from gklx._cli import main
 from gklx._core.libraries import LIBRARIES
 
@@ -394,7 +394,7 @@ def test_trouble_inside(run, monkeypatch, raised, status, line):
     def trouble(request, report):
         raise raised
 
-    monkeypatch.setattr(gklx._scoring.score, "score", trouble)
+    monkeypatch.setattr(gklx._scoring.comparison, "score", trouble)
     assert run("score", *FILES) == (status, "", line + "\n")
 
 
@@ -548,7 +548,7 @@ def test_streams_that_are_closed(tmp_path, closed, case):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-@pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.score", "rich.progress", "psutil"])
+@pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.comparison", "rich.progress", "psutil"])
 def test_interrupt_during_imports(tmp_path, module):
     """It ends at once without output: an interrupted import could print a traceback of any kind."""
     code = (

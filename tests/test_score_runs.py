@@ -253,7 +253,7 @@ def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
 def test_another_job_starts_anew(files, tmp_path, monkeypatch):
     """Other inputs or settings make another job; other weights of the parts do not, since they are applied later."""
     folders = []
-    monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: folders.append(json.dumps(job)))
+    monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: folders.append(json.dumps(job)))
     for kwargs in ({}, {"mse_weight": 3.0, "ce_weight": 2.0, "batch_size": 7}):
         gklx.score(*files[:2], work_dir=tmp_path, **kwargs)
     assert len(set(folders)) == 1
@@ -425,7 +425,7 @@ def test_sketched_quantiles_are_close(monkeypatch):
 
 def test_sketch_asks_for_its_library_first(files, monkeypatch):
     monkeypatch.setattr(statistics, "EXACT_QUANTILES", 1000)
-    monkeypatch.setattr("gklx._scoring.score.EXACT_QUANTILES", 1000)
+    monkeypatch.setattr("gklx._scoring.comparison.EXACT_QUANTILES", 1000)
     monkeypatch.setitem(sys.modules, "datasketches", None)
     with pytest.raises(ValueError, match=r"^more than 1,000 samples need datasketches .* 'gklx\[score\]'"):
         gklx.score(*files[:2])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gklx
-import gklx._scoring.score
+import gklx._scoring.comparison
 from dumps import command
 from gklx._scoring import work_file
 from gklx._scoring.work_file import WorkFile, job_folder
@@ -81,7 +81,7 @@ def test_what_was_planted_is_not_followed_and_costs_the_progress_alone(files, tm
     work = tmp_path / "work"
     work.mkdir()
     try:
-        monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
+        monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: parent / "kept")
         planted(work / "kept", aim)
     except PermissionError:
         pytest.skip("only root makes another user's folder")
@@ -117,7 +117,7 @@ def test_what_others_put_into_the_folder_stays(tmp_path):
 
 
 def test_a_second_run_says_that_it_keeps_no_progress(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("gklx._scoring.score.job_folder", lambda parent, job: parent / "kept")
+    monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: parent / "kept")
     first = WorkFile(DTYPE, tmp_path / "kept")
     gklx.score(*files, work_dir=tmp_path, progress=True)
     assert capsys.readouterr().err == "gklx: no progress is kept: another run of this job is under way\n"

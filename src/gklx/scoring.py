@@ -144,7 +144,7 @@ def score(
     0.065406 50%
     """
     try:
-        from ._scoring.score import Request, score
+        from ._scoring.comparison import Request, score
     except ModuleNotFoundError as error:
         if error.name not in ("psutil", "rich"):
             raise

@@ -87,9 +87,10 @@ def _run(argv: Sequence[str] | None) -> int:
         say(f"error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRA:
             raise
-        say(f"error: gklx {arguments.command} needs {error.name}, which is not installed (pip install 'gklx[cli]')")
+        say(f"error: gklx {arguments.command} needs {missing}, which is not installed (pip install 'gklx[cli]')")
         return 2
 
 

@@ -175,9 +175,9 @@ def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
 
     with ended_by_interrupts():
         from .._scoring.atomic import replacing
+        from .._scoring.comparison import Request, score
         from .._scoring.gates import broken
         from .._scoring.report import as_json, as_table
-        from .._scoring.score import Request, score
         from .._scoring.work_file import default_parent
 
     def report(found: Score | Scores) -> None:
