@@ -32,8 +32,13 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", chosen, ids=[each.name for each in chosen], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what a backend has others stand for."""
+    """Leaves out what a backend has others stand for, and marks what is compiled as a user's step is."""
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if isinstance(backend, backends.Backend) and backend.traced:
+            item.add_marker("optimized_programs")
 
     def left_out(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}

@@ -399,6 +399,7 @@ def test_a_traced_number_of_zero(jax, execution, name, zero):
             assert (np.asarray(gradients[1]) == 0).all()
 
 
+@pytest.mark.optimized_programs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_programs_of_many_rows_with_x64(jax, execution, dtype, name):
