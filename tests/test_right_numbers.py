@@ -220,10 +220,15 @@ def test_a_prior_of_zeros(backend, dtype):
     assert_close(value, np.log(np.exp(s).sum()) - p @ s, backend, "float64", ulps=4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25])
+SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("normalize", ["batch", "samples"])
 def test_scales_of_the_prior(backend, dtype, scale, normalize):
     """GKL over the batch does not depend on it; over the samples the loss goes with its square."""
+    if backend.costly and not backends.EXHAUSTIVE and SCALES.index(scale) % 2 == (normalize == "batch"):
+        pytest.skip("the other normaliser has this scale")
     rng = np.random.default_rng(4)
     s, t = 3.0 * rng.standard_normal((2, 4, 5))
     prior = rng.dirichlet(np.ones(5), 4)
