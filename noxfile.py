@@ -83,17 +83,21 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
 
 
-# XLA compiles so in a quarter of the time: it simplifies and fuses as ever, and LLVM does not optimise what comes of it.
+# XLA compiles so in a quarter of the time: its own passes run as ever, and LLVM does not optimise what comes of them.
 UNOPTIMIZED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
+
+
+def _unoptimized() -> dict[str, str]:
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMIZED}".strip()}
 
 
 def _pytest(session: nox.Session, marked: str, backends: str, *, optimized: bool = False) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
     environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
     if "jax" in backends and not optimized:
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMIZED}".strip()
+        environment |= _unoptimized()
     # Two processes, several sessions and the next run share what JAX has compiled.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.resolve() / "jax")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -129,7 +133,19 @@ def together(session: nox.Session) -> None:
     """All libraries in one process: that they agree with each other, and that mixing them is an error."""
     _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS, "scipy>=1.14")
     _pytest(session, "together", "numpy,torch,jax,dask,array_api_strict")
-    session.run("gklx", "verify", "--format", "markdown")
+    session.run("gklx", "verify", "--format", "markdown", env=_unoptimized())
+
+
+@nox.session(python=PYTHONS[0])
+@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES if name != "numpy"])
+def exhaustive(session: nox.Session, library: str) -> None:
+    """Every case under every mask, JAX's all optimised, and `gklx verify`: half an hour a library, for every night."""
+    extras, more, backends = LIBRARIES[library]
+    _install(session, extras, *TOOLS, *more)
+    marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent"
+    session.env["GKLX_EXHAUSTIVE"] = "1"
+    _pytest(session, marked, backends, optimized=True)
+    session.run("gklx", "verify", "--backend", backends, "--format", "markdown")
 
 
 @nox.session(python=PYTHONS[0])
