@@ -117,7 +117,9 @@ def library(session: nox.Session, library: str) -> None:
     marked = "not cuda_kernels and not evidence and not side_by_side"
     if library != "numpy" or session.python == "3.12":
         marked += " and not library_independent"
-    if library == "numpy" and session.python != PYTHONS[0]:
+    if library != "numpy":
+        marked += " and not numpy_alone"
+    elif session.python != PYTHONS[0]:
         marked += " and not version_independent"
     if library == "jax" and session.python != PYTHONS[0]:
         # The others are minutes of compiling.
@@ -142,7 +144,7 @@ def exhaustive(session: nox.Session, library: str) -> None:
     """Every case under every mask, JAX's all optimised, and `gklx verify`: half an hour a library, for every night."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *TOOLS, *more)
-    marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent"
+    marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent and not numpy_alone"
     session.env["GKLX_EXHAUSTIVE"] = "1"
     _pytest(session, marked, backends, optimized=True)
     session.run("gklx", "verify", "--backend", backends, "--format", "markdown")

@@ -16,6 +16,7 @@ from closeness import assert_close
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.many_programs,
+    pytest.mark.version_independent,
 ]
 
 INF, NAN = np.inf, np.nan
