@@ -458,6 +458,8 @@ def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
     """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
     if how == "func" and execution == "kernel":
         pytest.skip("a transform within the compiler runs on the formulas")
+    if dtype != "float32" and execution == "kernel" and not backends.EXHAUSTIVE:
+        pytest.skip("the operator is one node in every dtype, whose strides float32 tests")
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     s, t = torch.randn(1, 21, 16, 16, dtype=kind), torch.randn(1, 16, 16, 21, dtype=kind)
