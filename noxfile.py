@@ -141,7 +141,7 @@ def together(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES if name != "numpy"])
 def exhaustive(session: nox.Session, library: str) -> None:
-    """Every case under every mask, JAX's all optimised, and `gklx verify`: half an hour a library, for every night."""
+    """Every case under every mask, JAX's programs optimised, and `gklx verify`: for every night."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *TOOLS, *more)
     marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent and not numpy_alone"
