@@ -88,18 +88,39 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
 
 
-def _pytest(session: nox.Session, marked: str, backends: str, *, measure: bool = False) -> None:
+# XLA compiles so in a quarter of the time: its own passes run as ever, and LLVM does not optimise what comes of them.
+UNOPTIMIZED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+
+
+def _unoptimized() -> dict[str, str]:
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {UNOPTIMIZED}".strip()}
+
+
+def _pytest(
+    session: nox.Session, marked: str, backends: str, *, optimized: bool = False, measured_as: str = ""
+) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
     environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
+    if "jax" in backends and not optimized:
+        environment |= _unoptimized()
     # Two processes, several sessions and the next run share what JAX has compiled.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.resolve() / "jax")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    measured: tuple[str, ...] = ()
-    if measure and not session.posargs:
-        environment["COVERAGE_FILE"] = str(session.cache_dir.resolve() / "coverage" / backends)
-        measured = ("--cov", "--cov-report=")
-    session.run("pytest", "-n", "2", *measured, "-m", marked, *session.posargs, env=environment)
+    # A worker that has run out of tests takes some of the other's. What stands behind `--` may name no test of these.
+    codes = [0, 5] if session.posargs else [0]
+    options = ["-n", "2", "--dist", "worksteal", "-m", marked]
+    if measured_as and not session.posargs:
+        environment["COVERAGE_FILE"] = str(_measured(session) / measured_as)
+        options += ["--cov", "--cov-report="]
+    session.run("pytest", *options, *session.posargs, env=environment, success_codes=codes)
+
+
+def _measured(session: nox.Session) -> pathlib.Path:
+    """The folder of what the sessions have measured of the coverage."""
+    return session.cache_dir.resolve() / "coverage"
 
 
 @nox.session(python=PYTHONS)
@@ -111,12 +132,18 @@ def library(session: nox.Session, library: str) -> None:
     marked = "not cuda_kernels and not evidence and not side_by_side"
     if library != "numpy" or session.python == "3.12":
         marked += " and not library_independent"
-    if library == "numpy" and session.python != PYTHONS[0]:
+    if library != "numpy":
+        marked += " and not numpy_alone"
+    elif session.python != PYTHONS[0]:
         marked += " and not version_independent"
     if library == "jax" and session.python != PYTHONS[0]:
         # The others are minutes of compiling.
         marked = "version_dependent_jax"
-    _pytest(session, marked, backends, measure=session.python == PYTHONS[0])
+    elif library == "jax":
+        of_optimized = f"{marked} and optimized_programs"
+        _pytest(session, of_optimized, backends, optimized=True, measured_as="jax-optimized")
+        marked += " and not optimized_programs"
+    _pytest(session, marked, backends, measured_as=library if session.python == PYTHONS[0] else "")
 
 
 @nox.session(python=PYTHONS[0])
@@ -124,19 +151,31 @@ def together(session: nox.Session) -> None:
     """All libraries in one process: that they agree with each other, and that mixing them is an error."""
     _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS, "scipy>=1.14")
     _pytest(session, "together", "numpy,torch,jax,dask,array_api_strict")
-    session.run("gklx", "verify", "--format", "markdown")
+    session.run("gklx", "verify", "--format", "markdown", env=_unoptimized())
+
+
+@nox.session(python=PYTHONS[0])
+@nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES if name != "numpy"])
+def exhaustive(session: nox.Session, library: str) -> None:
+    """Every case under every mask, JAX's programs optimised, and `gklx verify`: for every night."""
+    extras, more, backends = LIBRARIES[library]
+    _install(session, extras, *TOOLS, *more)
+    marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent and not numpy_alone"
+    session.env["GKLX_EXHAUSTIVE"] = "1"
+    _pytest(session, marked, backends, optimized=True)
+    session.run("gklx", "verify", "--backend", backends, "--format", "markdown")
 
 
 @nox.session(python=PYTHONS[0])
 def coverage(session: nox.Session) -> None:
     """The lines and branches of the package that the sessions of one library ran, added up; 95 % are required."""
-    paths = {name: session.cache_dir.resolve() / "coverage" / backend for name, (_, _, backend) in LIBRARIES.items()}
-    missing = [f"library-{PYTHONS[0]}({name})" for name, path in paths.items() if not path.exists()]
+    missing = [f"library-{PYTHONS[0]}({name})" for name in LIBRARIES if not (_measured(session) / name).exists()]
     if missing:
         session.skip(f"they measure it and have not run: {', '.join(missing)}")
     session.install("coverage>=7.10")
-    environment = {"COVERAGE_FILE": str(session.cache_dir.resolve() / "coverage" / "all")}
-    session.run("coverage", "combine", "--keep", *map(str, paths.values()), env=environment, silent=True)
+    paths = [_measured(session) / name for name in (*LIBRARIES, "jax-optimized")]
+    environment = {"COVERAGE_FILE": str(_measured(session) / "all")}
+    session.run("coverage", "combine", "--keep", *map(str, paths), env=environment, silent=True)
     session.run("coverage", "report", env=environment)
 
 

@@ -3,6 +3,8 @@
 `GKLX_BACKENDS` (names, separated by commas) names those that are required: where such a library is absent its tests
 fail, and the other libraries are left out. By default every library that can be imported takes part.
 
+`GKLX_EXHAUSTIVE=1` crosses cases, masks and settings; otherwise each one meets some of the others (`takes_part`).
+
 With `GKLX_DEVICE=cuda` PyTorch and JAX are tested on a GPU only, as CuPy is; there every synchronisation raises.
 
 Where a library has the row kernel, each execution is a backend of its own: "torch" runs on the kernel, "torch-formulas"
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from cases import CASES, MASKS, Case
 from gklx._core.libraries import LIBRARIES, Library
 from gklx._run import cpu
 
@@ -39,7 +42,8 @@ class Backend:
     execution: Literal["kernel", "formulas"] | None = None
     """None where the library has no kernel to choose."""
     thorough: tuple[str, ...] | None = None
-    """The dtypes in which all calls of cases.py are made, None for all; others make `FEW_CASES` with `FEW_MASKS`."""
+    """The dtypes in which all cases of cases.py are run, None for all; the others run `FEW_CASES` under `FEW_MASKS`: see
+    `takes_part`."""
 
     @property
     def xp(self) -> ModuleType:
@@ -153,6 +157,7 @@ def _cupy(x: np.ndarray) -> Any:
     return cupy.asarray(x)
 
 
+EXHAUSTIVE = os.environ.get("GKLX_EXHAUSTIVE") == "1"
 FEW_CASES = ("kl-T", "ikl-tau", "gkl-prior", "gkl-asymmetric")
 FEW_MASKS = ("none", "elements", "samples")
 
@@ -176,7 +181,13 @@ BACKENDS = (
     ),
     Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16"), thorough=("float32",)),
     Backend("strict", BY_BACKEND["array_api_strict"], _strict),
-    Backend("strict-device1", BY_BACKEND["array_api_strict"], lambda x: _strict(x, "device1")),
+    # The numbers are those of "strict"; what may differ is where a new array is made.
+    Backend(
+        "strict-device1",
+        BY_BACKEND["array_api_strict"],
+        lambda x: _strict(x, "device1"),
+        thorough=None if EXHAUSTIVE else (),
+    ),
     Backend("cupy", BY_BACKEND["cupy"], _cupy),
 )
 
@@ -255,6 +266,18 @@ def absent(backend: str) -> str | None:
     if ON_GPU and backend == "jax" and importlib.import_module("jax").default_backend() != "gpu":
         return "JAX sees no GPU"
     return None
+
+
+def takes_part(backend: Backend, dtype: str | None, case: Case | None, mask: str | None) -> bool:
+    """Whether a test of a costly backend is run; another dtype, case or mask stands for those that are not."""
+    few = (case is None or case.id in FEW_CASES) and (mask is None or mask in FEW_MASKS)
+    if backend.thorough is None or few:
+        return True
+    if dtype not in backend.thorough:
+        return False
+    # Each case meets one mask, and each mask three cases.
+    crossed = case in CASES and mask in MASKS
+    return EXHAUSTIVE or not crossed or mask == MASKS[CASES.index(case) % len(MASKS)]
 
 
 def needs(backend: str) -> None:

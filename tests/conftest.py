@@ -32,19 +32,24 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", chosen, ids=[each.name for each in chosen], indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases that a backend does not run: others stand for them."""
+    """Deselects the cases that a backend does not run, for which others stand; marks those to be compiled optimised."""
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if isinstance(backend, backends.Backend) and backend.traced:
+            item.add_marker("optimized_programs")
 
     def left_out(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
         backend, dtype, case, mask = (given.get(name) for name in ("backend", "dtype", "case", "mask"))
-        if not isinstance(backend, backends.Backend) or backend.thorough is None or dtype in backend.thorough:
+        if not isinstance(backend, backends.Backend):
             return False
-        if item.get_closest_marker("many_programs") and dtype in ("float16", "bfloat16"):
+        halves = dtype in ("float16", "bfloat16") and dtype not in (backend.thorough or ())
+        if backend.costly and halves and item.get_closest_marker("many_programs"):
             return True
-        return (isinstance(case, Case) and case.id not in backends.FEW_CASES) or (
-            isinstance(mask, str) and mask not in backends.FEW_MASKS
-        )
+        case, mask = case if isinstance(case, Case) else None, mask if isinstance(mask, str) else None
+        return not backends.takes_part(backend, dtype, case, mask)
 
     out = [item for item in items if left_out(item)]
     if out:

@@ -427,6 +427,7 @@ def test_names_do_not_steer_the_terminal(fails, name):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.library_independent
 def test_module_is_the_command():
     done = process("score", *FILES, "--labels", LABELS, "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
@@ -436,6 +437,7 @@ def test_module_is_the_command():
     assert done.stderr == "gklx: error: none.npy: No such file or directory\n"
 
 
+@pytest.mark.library_independent
 def test_nothing_but_ascii_where_no_more_can_be_spelt():
     done = process("score", *FILES, "--labels", LABELS, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -453,6 +455,7 @@ def test_import_brings_no_command():
     ("argv", "absent"),
     [(["score", *FILES], "rich"), (["score", *FILES], "psutil"), (["verify", "--backend", "numpy"], "rich")],
 )
+@pytest.mark.library_independent
 def test_without_the_extra(argv, absent):
     """A plain install has neither package: one line says what to install."""
     code = f"import sys; sys.modules[{absent!r}] = None; from gklx._cli import main; sys.exit(main())"
@@ -462,6 +465,7 @@ def test_without_the_extra(argv, absent):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
+@pytest.mark.library_independent
 def test_score_in_python_without_the_extra():
     code = "import sys, gklx; sys.modules['psutil'] = None; gklx.score([[0.0, 1.0]], [[1.0, 0.0]])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
@@ -469,6 +473,7 @@ def test_score_in_python_without_the_extra():
     assert re.match(expected, done.stderr.splitlines()[-1])
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
 def test_nobody_reads(tmp_path, argv, statuses):
@@ -486,6 +491,7 @@ def test_nobody_reads(tmp_path, argv, statuses):
     assert done.stderr == b""
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
 @pytest.mark.parametrize("by", ["standard output", "--output"])
 def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
@@ -503,6 +509,7 @@ def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="streams of POSIX")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
 @pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
@@ -547,6 +554,7 @@ def test_streams_that_are_closed(tmp_path, closed, case):
         assert json.loads(out.read_text())["samples"] == 899
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.comparison", "rich.progress", "psutil"])
 def test_interrupt_during_imports(tmp_path, module):
@@ -571,6 +579,7 @@ def test_interrupt_during_imports(tmp_path, module):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(("command", "status"), [(["gklx", "--version"], -signal.SIGINT), (["script.py"], 1)])
 def test_interrupt_while_the_package_itself_is_imported(command, status):
@@ -592,6 +601,7 @@ def test_interrupt_while_the_package_itself_is_imported(command, status):
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
+@pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_interrupt(tmp_path):
     code = (

@@ -18,6 +18,8 @@ BASE, QUANTISED = (str(DUMPS / f"{name}.kld") for name in ("f32", "q4_0"))
 PRINTED = (DUMPS / "q4_0-against-f32.txt").read_text()
 rng = np.random.default_rng(5)
 
+pytestmark = pytest.mark.library_independent
+
 
 def same(found, expected):
     assert (found.shape, found.tolist()) == (expected.shape, expected.tolist())

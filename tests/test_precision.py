@@ -10,6 +10,8 @@ import gklx
 from cases import CASES, Case, loss_of, on, rounded
 from closeness import assert_close, assert_near
 
+pytestmark = pytest.mark.version_independent
+
 NUMPY = backends.BACKENDS[0]
 MANY = [case for case in CASES if case.prior == ""]
 
@@ -42,6 +44,8 @@ def everything_on(name):
 def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps, monkeypatch):
     if backend.name in ("dask", "numpy-readonly", "strict-device1") and classes == 100_000:
         pytest.skip(f"{backend.name} runs what another backend runs at this size")
+    if backend.costly and not backends.EXHAUSTIVE and classes == 1_000 and kind != "plain":
+        pytest.skip("another number of classes has this kind")
     if backend.name == "jax-jit":  # for one CPU programs have a branch, and sums, of their own
         monkeypatch.setattr("jax.device_count", lambda: 1)
     s, t = logits(np.random.default_rng(1), kind, 4 if classes > 10 else 64, classes)
@@ -70,6 +74,7 @@ def scale_of(s, t):
     return spread / len(s)
 
 
+@pytest.mark.numpy_alone
 @pytest.mark.parametrize("kind", ["plain", "offsets"])
 @pytest.mark.parametrize(("classes", "ulps"), [(10, 32), (1_000, 32), (100_000, 128)])
 @pytest.mark.parametrize("case", [case for case in CASES if case.prior], ids=lambda case: case.id)
@@ -91,6 +96,7 @@ def test_float32_gradients_under_a_prior_are_within_rounding(case, kind, classes
         assert_close(gradient, row, NUMPY, "float32", ulps=ulps)
 
 
+@pytest.mark.numpy_alone
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_kl_of_close_rows_keeps_its_digits(size):
     """KL is of second order in the difference; the plain sum of p (log p - log q) keeps none of it at 1e-4."""
@@ -106,6 +112,7 @@ def test_kl_of_close_rows_keeps_its_digits(size):
     assert_near(pairwise.astype("float64"), np.zeros(50), "float32", ulps=0)
 
 
+@pytest.mark.numpy_alone
 def test_float64_is_near_rounding_of_extended_precision():
     import oracle
 
@@ -122,6 +129,7 @@ def test_float64_is_near_rounding_of_extended_precision():
             assert_near(to_t, exact_t, "float64", ulps=40, scale=scale_of(s, t))
 
 
+@pytest.mark.numpy_alone
 def test_gamma_reaches_below_underflow():
     """p = exp(-150) is 0 in float32, its 0.1th power is not."""
     s, t = np.zeros((1, 3), dtype="float32"), np.asarray([[0.0, -150.0, -1.0]], dtype="float32")

@@ -26,6 +26,7 @@ def masked(case, mask="none"):
     return arrays
 
 
+@pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, shift=arrays("float64", (2, 4, 1), elements=st.integers(-1000, 1000)))
 def test_a_constant_added_to_a_row_changes_nothing(case, logits, shift):
     logits = np.round(logits * 2**20) / 2**20  # so that the shifted logits are exact
@@ -35,6 +36,7 @@ def test_a_constant_added_to_a_row_changes_nothing(case, logits, shift):
     assert_near(shifted_gradients, gradients, "float64", ulps=0)
 
 
+@pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS)
 def test_each_gradient_row_sums_to_zero(case, logits):
     _, gradients = both(case, *logits, masked(case))
@@ -42,6 +44,7 @@ def test_each_gradient_row_sums_to_zero(case, logits):
     assert (np.abs(gradients.sum(axis=-1)) <= 1e-13 * size + 1e-16).all()
 
 
+@pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, order=st.permutations(range(6)))
 def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
     given_, order = masked(case), np.asarray(order)
@@ -58,6 +61,7 @@ def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
     )
 
 
+@pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, cut=st.integers(0, 4))
 def test_a_batch_may_be_split(case, logits, cut):
     """Samples are independent but for the normaliser: sums add up, with "batch" after undoing it."""
@@ -75,6 +79,7 @@ def test_a_batch_may_be_split(case, logits, cut):
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), np.stack(of_whole), rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.numpy_alone
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @given(logits=LOGITS, junk=st.sampled_from([np.nan, np.inf, -np.inf, 1e308]))
 def test_samples_of_weight_zero_might_as_well_be_absent(case, logits, junk):
@@ -95,6 +100,7 @@ def test_samples_of_weight_zero_might_as_well_be_absent(case, logits, junk):
     assert (entries[~some] == 0).all()
 
 
+@pytest.mark.numpy_alone
 @given(logits=LOGITS, temperature=st.floats(0.5, 5))
 def test_asymmetric_gkl_has_the_gradients_of_dkl(logits, temperature):
     gkl = partial(
@@ -106,6 +112,7 @@ def test_asymmetric_gkl_has_the_gradients_of_dkl(logits, temperature):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.numpy_alone
 @given(logits=LOGITS)
 def test_gkl_of_samples_is_ikl_and_so_is_gkl_of_a_normalised_prior(logits):
     rng = np.random.default_rng(0)
@@ -118,6 +125,7 @@ def test_gkl_of_samples_is_ikl_and_so_is_gkl_of_a_normalised_prior(logits):
             np.testing.assert_allclose(np.stack(gkl[1]), np.stack(ikl[1]), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.numpy_alone
 @given(logits=LOGITS, weights=arrays("float64", 4, elements=st.floats(0.1, 3)))
 def test_reductions_agree_with_each_other(logits, weights):
     for case in CASES:
@@ -142,6 +150,7 @@ def test_boolean_and_integer_weights_are_cast(backend, case):
         assert_close(found, backend.numpy(expected), backend, "float64", ulps=0)
 
 
+@pytest.mark.numpy_alone
 def test_rows_of_the_prior_are_chosen_by_label_whatever_is_raised_first():
     """Large batches raise the table to gamma, small ones the chosen rows: the same to the last bit."""
     rng = np.random.default_rng(5)

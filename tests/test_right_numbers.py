@@ -16,6 +16,7 @@ from closeness import assert_close
 pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.many_programs,
+    pytest.mark.version_independent,
 ]
 
 INF, NAN = np.inf, np.nan
@@ -220,10 +221,15 @@ def test_a_prior_of_zeros(backend, dtype):
     assert_close(value, np.log(np.exp(s).sum()) - p @ s, backend, "float64", ulps=4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25])
+SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25)
+
+
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("normalize", ["batch", "samples"])
 def test_scales_of_the_prior(backend, dtype, scale, normalize):
     """GKL over the batch does not depend on it; over the samples the loss goes with its square."""
+    if backend.costly and not backends.EXHAUSTIVE and SCALES.index(scale) % 2 == (normalize == "batch"):
+        pytest.skip("the other normaliser has this scale")
     rng = np.random.default_rng(4)
     s, t = 3.0 * rng.standard_normal((2, 4, 5))
     prior = rng.dirichlet(np.ones(5), 4)
@@ -399,6 +405,7 @@ def test_a_traced_number_of_zero(jax, execution, name, zero):
             assert (np.asarray(gradients[1]) == 0).all()
 
 
+@pytest.mark.optimized_programs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_programs_of_many_rows_with_x64(jax, execution, dtype, name):
@@ -451,6 +458,8 @@ def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
     """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
     if how == "func" and execution == "kernel":
         pytest.skip("a transform within the compiler runs on the formulas")
+    if dtype != "float32" and execution == "kernel" and not backends.EXHAUSTIVE:
+        pytest.skip("the operator is one node in every dtype, whose strides float32 tests")
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     s, t = torch.randn(1, 21, 16, 16, dtype=kind), torch.randn(1, 16, 16, 21, dtype=kind)

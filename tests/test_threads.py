@@ -116,6 +116,7 @@ def test_a_small_batch_takes_one(four_cores, monkeypatch):
     assert allowed == [1, 4]
 
 
+@pytest.mark.numpy_alone
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
