@@ -42,8 +42,8 @@ class Backend:
     execution: Literal["kernel", "formulas"] | None = None
     """None where the library has no kernel to choose."""
     thorough: tuple[str, ...] | None = None
-    """The dtypes in which all cases of cases.py are run, None for all; the others run `FEW_CASES` under `FEW_MASKS`: see
-    `takes_part`."""
+    """The dtypes in which all cases of cases.py are run, None for all. The others run `FEW_CASES` under `FEW_MASKS`, as
+    `takes_part` says."""
 
     @property
     def xp(self) -> ModuleType:
