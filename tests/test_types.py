@@ -36,6 +36,11 @@ def test_named_tuple_of_arrays_has_the_bases_of_a_tuple(cls):
     assert cls.__bases__ == (tuple,)
 
 
+@pytest.mark.parametrize("cls", [gklx.Terms, gklx.ClassPriorState, gklx.ClassPrior])
+def test_annotations_may_name_the_type_of_arrays(cls):
+    assert cls[np.ndarray].__args__ == (np.ndarray,)
+
+
 def test_what_score_returns_is_public():
     x = np.eye(3)
     found = gklx.score_candidates({"one": x, "other": x + 1}, x, np.arange(3), losses=["kl"], targets=np.arange(3))

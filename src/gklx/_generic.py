@@ -7,7 +7,7 @@ for named tuples, and would not look for tensors in it.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing import Generic
+    from typing import Generic as TupleGeneric
 
     from typing_extensions import TypeVar  # its default is Any: an annotation may leave the array's type out
 
@@ -17,7 +17,7 @@ else:
 
     ArrayT = TypeVar("ArrayT")
 
-    class Generic:
+    class TupleGeneric:
         """Stands in a list of bases and leaves no base behind."""
 
         def __class_getitem__(cls, item):
@@ -27,4 +27,4 @@ else:
             return ()
 
 
-__all__ = ["ArrayT", "Generic"]
+__all__ = ["ArrayT", "TupleGeneric"]
