@@ -1,7 +1,7 @@
 """Type variables of named tuples, for type checkers alone.
 
-At run time a `NamedTuple` of `Generic` has a second base. Older versions of PyTorch take only tuples with a single base
-for named tuples, and would not look for tensors in it.
+At run time a `NamedTuple` of `Generic` has a second base. Older versions of PyTorch, among other libraries, recognise
+as a named tuple only a class whose single base is `tuple`, and would find no tensors in another one.
 """
 
 from typing import TYPE_CHECKING, Any
