@@ -32,8 +32,13 @@ def test_uses(tool):
 
 @pytest.mark.parametrize("cls", [gklx.Terms, gklx.ClassPriorState])
 def test_named_tuple_of_arrays_has_the_bases_of_a_tuple(cls):
-    """PyTorch 2.6 finds tensors in no other named tuple."""
+    """Older versions of PyTorch find tensors in no other named tuple."""
     assert cls.__bases__ == (tuple,)
+
+
+@pytest.mark.parametrize("cls", [gklx.Terms, gklx.ClassPriorState, gklx.ClassPrior])
+def test_annotations_may_name_the_type_of_arrays(cls):
+    assert cls[np.ndarray].__args__ == (np.ndarray,)
 
 
 def test_what_score_returns_is_public():

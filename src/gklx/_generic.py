@@ -1,13 +1,13 @@
 """Type variables of named tuples, for type checkers alone.
 
-At run time a `NamedTuple` of `Generic` has a second base. Older versions of PyTorch take only tuples with a single base
-for named tuples, and would not look for tensors in it.
+At run time a `NamedTuple` of `Generic` has a second base. Older versions of PyTorch, among other libraries, recognise
+as a named tuple only a class whose single base is `tuple`, and would find no tensors in another one.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing import Generic
+    from typing import Generic as TupleGeneric
 
     from typing_extensions import TypeVar  # its default is Any: an annotation may leave the array's type out
 
@@ -17,7 +17,7 @@ else:
 
     ArrayT = TypeVar("ArrayT")
 
-    class Generic:
+    class TupleGeneric:
         """Stands in a list of bases and leaves no base behind."""
 
         def __class_getitem__(cls, item):
@@ -27,4 +27,4 @@ else:
             return ()
 
 
-__all__ = ["ArrayT", "Generic"]
+__all__ = ["ArrayT", "TupleGeneric"]

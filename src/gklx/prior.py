@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, SupportsIndex, TypeVar, cast
+from typing import Any, Generic, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ._core.checks import class_count, computed_in, known_library, labelled_logi
 from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
-from ._generic import ArrayT, Generic
+from ._generic import ArrayT, TupleGeneric
 
 _Array = TypeVar("_Array")
 
@@ -95,7 +95,7 @@ def class_sums(
     return cast(_Array, sums if ranks is None else ranks.total(sums))
 
 
-class ClassPriorState(NamedTuple, Generic[ArrayT]):
+class ClassPriorState(NamedTuple, TupleGeneric[ArrayT]):
     """The class prior as a value: two arrays and two functions that return a new state.
 
     A named tuple, hence a pytree: it lives inside `jax.jit` and `jax.lax.scan`, and `torch.func` and `torch.compile`

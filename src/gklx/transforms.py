@@ -10,14 +10,14 @@ import numpy as np
 from . import _autodiff
 from ._core.call import Array, Call
 from ._core.checks import whole_number
-from ._generic import ArrayT, Generic
+from ._generic import ArrayT, TupleGeneric
 from .losses import call_builder, kl
 
 _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")
 
 
-class Terms(NamedTuple, Generic[ArrayT]):
+class Terms(NamedTuple, TupleGeneric[ArrayT]):
     """The two weighted parts of a loss; their sum is the loss."""
 
     mse: ArrayT
