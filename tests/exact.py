@@ -267,7 +267,8 @@ class _Evaluation:
         if row.vague:
             return NOTHING, NOTHING
         if by > self.largest / 64:
-            return ZERO, Decimal(INF)
+            opposite = len(set(row.infinite.values())) == 2 and row.u[j]  # there is no mean of d
+            return (NOTHING, NOTHING) if opposite else (ZERO, Decimal(INF))
         if row.infinite and by:
             signs = {row.infinite[j]} if j in row.infinite else {-x for x in row.infinite.values()}
             if not row.u[j]:

@@ -554,6 +554,20 @@ def test_the_scale_of_a_prior(kernel, scale, gamma, kind):
     compare(kernel, "gkl", s, t, prior=small, gamma=gamma, asked=asked, **settings)
 
 
+@pytest.mark.parametrize("kind", ["rows", "labels"])
+def test_the_least_weights_of_a_small_prior(kernel, kind):
+    """Products with weights below the normal numbers keep their digits where the whole row is small."""
+    s, t = logits(1, 1, 4)
+    prior = np.asarray([[4e-11, 3e-12, 1.7e-44, 2e-30]] * (4 if kind == "labels" else 1), np.float32)
+    settings = {"prior": prior, "sample_weight": [4e29], "reduction": "sum", "ce_weight": 0.0}
+    if kind == "labels":
+        settings["labels"] = np.asarray([2])
+    asked = ("to_student", "to_teacher")
+    found, exact = run(kernel, "ikl", s, t, asked=asked, **settings), definition("ikl", s, t, **settings)
+    for key in asked:
+        np.testing.assert_allclose(found[key], exact[key].astype(np.float64), rtol=4e-6)
+
+
 def test_gamma_reaches_below_underflow(kernel):
     """p = exp(-150) is 0 in float32, its 0.1th power is not."""
     s, t = np.zeros((1, 3), np.float32), np.asarray([[0.0, -150.0, -1.0]], np.float32)

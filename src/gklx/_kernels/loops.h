@@ -250,9 +250,10 @@ APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_t
   return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
 }
 
-// Whether a row of weights with this largest one can be used as it is: products with differences neither overflow nor
-// underflow. A number and the power of two below it, which is all that a raised prior keeps of it, give the same answer.
-bool is_ordinary(double largest) { return largest >= 0x1p-60 && largest < 2; }
+// Whether a row of weights with this largest one can be used as it is: as large as it would be after division by a power
+// of two, so that products with differences neither overflow nor lose digits below the normal numbers. A number and the
+// power of two below it, which is all that a raised prior keeps of it, give the same answer.
+bool is_ordinary(double largest) { return largest >= 0.5 && largest < 2; }
 
 template <class R> struct PriorSeen {
   R largest;
@@ -296,11 +297,17 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       for (int64_t j = begin; j < end; ++j) w[j] = R(1);
       a = R(end - begin);
       largest = R(1);
+    } else if (gamma == R(1)) {
+      SIMD(reduction(+ : a))
+      for (int64_t j = begin; j < end; ++j) {
+        w[j] = x[j] * per_base;
+        a += w[j];
+      }
+      largest = seen.largest * per_base;
     } else {
       SIMD(reduction(+ : a) reduction(max : largest))
       for (int64_t j = begin; j < end; ++j) {
-        R here = x[j] * per_base;
-        here = gamma == R(1) ? here : power(here, gamma);
+        R here = power(x[j] * per_base, gamma);
         w[j] = here;
         a += here;
         largest = here > largest ? here : largest;
