@@ -98,7 +98,7 @@ def _pytest(session: nox.Session, marked: str, backends: str, *, measure: bool =
     measured: tuple[str, ...] = ()
     if measure and not session.posargs:
         environment["COVERAGE_FILE"] = str(session.cache_dir.resolve() / "coverage" / backends)
-        measured = ("--cov", "--cov-report=")
+        measured = ("--cov", "--cov-report=", "--cov-fail-under=0")  # one session alone is below the bound
     session.run("pytest", "-n", "2", *measured, "-m", marked, *session.posargs, env=environment)
 
 
