@@ -114,7 +114,7 @@ def _pytest(
     options = ["-n", "2", "--dist", "worksteal", "-m", marked]
     if measured_as and not session.posargs:
         environment["COVERAGE_FILE"] = str(_measured(session) / measured_as)
-        options += ["--cov", "--cov-report="]
+        options += ["--cov", "--cov-report=", "--cov-fail-under=0"]  # one session alone is below the bound
     session.run("pytest", *options, *session.posargs, env=environment, success_codes=codes)
 
 
