@@ -291,8 +291,10 @@ def test_padding_does_not_count(by):
         assert numbers(found.losses[name]) == pytest.approx(numbers(each), rel=1e-12), name
     assert found.top1_agreement == own.top1_agreement
     assert found.perplexity == own.perplexity
-    if "labels" in kwargs:
-        assert found.worst_classes == own.worst_classes
+    for one, other in zip(found.worst_classes or (), own.worst_classes or (), strict=True):
+        assert one[:3] == other[:3]
+        # A product of matrices with rows of 0, of which the class prior is made, may round otherwise.
+        assert one.means == pytest.approx(other.means, rel=1e-12)
 
 
 def test_padding_in_the_reports(run, files, tmp_path):
