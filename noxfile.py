@@ -4,6 +4,7 @@
 the sessions, `nox -s 'library-3.11(torch)'` runs one, and what stands behind `--` goes to pytest.
 """
 
+import functools
 import os
 import pathlib
 import shutil
@@ -28,8 +29,11 @@ LIBRARIES = {
     "jax": (["jax"], ["scikit-learn>=1.5", "optax>=0.2.5"], "jax"),
     "dask": (["dask"], [], "dask"),
 }
-# Whose sessions measure the coverage, beside `together`: measuring costs the others minutes for a few lines.
+# The libraries whose sessions measure coverage, as `together` does. In the others it costs minutes for a few lines.
 MEASURED = ("numpy", "torch", "jax")
+# Which tests the session of a library runs, by their marks.
+OF_ONE_LIBRARY = "not cuda_kernels and not evidence and not side_by_side"
+NOT_NUMPYS = "not library_independent and not numpy_alone"
 KERNELS = pathlib.Path("src", "gklx", "_kernels")
 
 # pyenv shows the interpreters it holds only where asked to.
@@ -90,14 +94,15 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
 
 
-# XLA compiles so in a quarter of the time: its own passes run as ever, and LLVM does not optimise what comes of them.
+# With these flags XLA compiles in a quarter of the time. Its own passes still run; LLVM does not optimise their result.
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 UNFUSED = "--xla_cpu_use_fusion_emitters=false"
 
 
-def _unoptimized(session: nox.Session) -> dict[str, str]:
-    """These flags, as far as the session's XLA knows them: it ends every process where it does not know one."""
-    python, given = shutil.which("python", path=session.bin), os.environ.get("XLA_FLAGS", "")
+@functools.cache
+def _unoptimized(folder: str) -> dict[str, str]:
+    """The flags for the Python of a folder, without those that its XLA does not know: such a one ends the process."""
+    python, given = shutil.which("python", path=folder), os.environ.get("XLA_FLAGS", "")
     for flags in (f"{given} {UNOPTIMIZED} {UNFUSED}".strip(), f"{given} {UNOPTIMIZED}".strip()):
         found = {"XLA_FLAGS": flags}
         compiles = [str(python), "-c", "import jax; jax.numpy.zeros(1) + 1"]
@@ -112,12 +117,12 @@ def _pytest(
     # The wheel has the row kernel: a test that needs it fails without it.
     environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
     if "jax" in backends and not optimized:
-        environment |= _unoptimized(session)
+        environment |= _unoptimized(session.bin)
     # Two processes, several sessions and the next run share what JAX has compiled.
     environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.resolve() / "jax")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # A worker that has run out of tests takes some of the other's. What stands behind `--` may name no test of these.
+    # Under `worksteal` an idle worker takes tests of the other. What stands behind `--` may choose no test.
     codes = [0, 5] if session.posargs else [0]
     options = ["-n", "2", "--dist", "worksteal", "-m", marked]
     if measured_as and not session.posargs:
@@ -127,7 +132,7 @@ def _pytest(
 
 
 def _measured(session: nox.Session) -> pathlib.Path:
-    """The folder of what the sessions have measured of the coverage."""
+    """The folder of the coverage data."""
     return session.cache_dir.resolve() / "coverage"
 
 
@@ -137,11 +142,11 @@ def library(session: nox.Session, library: str) -> None:
     """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *TOOLS, *more)
-    marked = "not cuda_kernels and not evidence and not side_by_side"
-    if library != "numpy" or session.python == "3.12":
-        marked += " and not library_independent"
+    marked = OF_ONE_LIBRARY
     if library != "numpy":
-        marked += " and not numpy_alone"
+        marked += f" and {NOT_NUMPYS}"
+    elif session.python == "3.12":
+        marked += " and not library_independent and not version_independent"
     elif session.python != PYTHONS[0]:
         marked += " and not version_independent"
     if library == "jax" and session.python != PYTHONS[0]:
@@ -160,7 +165,7 @@ def together(session: nox.Session) -> None:
     """All libraries in one process: that they agree with each other, and that mixing them is an error."""
     _install(session, ["torch", "jax", "dask", "strict", "score"], *TOOLS, "scipy>=1.14")
     _pytest(session, "together", "numpy,torch,jax,dask,array_api_strict", measured_as="together")
-    session.run("gklx", "verify", "--format", "markdown", env=_unoptimized(session))
+    session.run("gklx", "verify", "--format", "markdown", env=_unoptimized(session.bin))
 
 
 @nox.session(python=PYTHONS[0])
@@ -169,15 +174,14 @@ def exhaustive(session: nox.Session, library: str) -> None:
     """Every case under every mask, JAX's programs optimised, and `gklx verify`: for every night."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *TOOLS, *more)
-    marked = "not cuda_kernels and not evidence and not side_by_side and not library_independent and not numpy_alone"
     session.env["GKLX_EXHAUSTIVE"] = "1"
-    _pytest(session, marked, backends, optimized=True)
+    _pytest(session, f"{OF_ONE_LIBRARY} and {NOT_NUMPYS}", backends, optimized=True)
     session.run("gklx", "verify", "--backend", backends, "--format", "markdown")
 
 
 @nox.session(python=PYTHONS[0])
 def coverage(session: nox.Session) -> None:
-    """The lines and branches of the package that some sessions ran, added up; 95 % are required."""
+    """The coverage of the package by all sessions that measure it, lines and branches; 95 % are required."""
     measured = {**{name: f"library-{PYTHONS[0]}({name})" for name in MEASURED}, "together": "together"}
     missing = [each for name, each in measured.items() if not (_measured(session) / name).exists()]
     if missing:

@@ -30,7 +30,7 @@ EXEMPT = {
 }
 
 
-# Their blocks run in processes of their own; and the libraries that each runs on.
+# Frameworks whose blocks each run in a process of their own, and the libraries on which they run.
 FRAMEWORKS = {"keras": ("torch", "jax"), "lightning": ("torch",), "transformers": ("torch",), "accelerate": ("torch",)}
 
 

@@ -146,10 +146,11 @@ def score(
     try:
         from ._scoring.comparison import Request, score
     except ModuleNotFoundError as error:
-        if error.name not in ("psutil", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("psutil", "rich"):
             raise
         raise ModuleNotFoundError(
-            f"gklx.score needs {error.name}, which is not installed (pip install 'gklx[cli]')", name=error.name
+            f"gklx.score needs {missing}, which is not installed (pip install 'gklx[cli]')", name=missing
         ) from None
 
     found = score(

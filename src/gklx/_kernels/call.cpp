@@ -251,7 +251,7 @@ void presume(const Pass &pass) {
   const gklx_call &c = *pass.call;
   for (int64_t i = 0; i < c.rows; ++i) {
     Row &row = pass.rows[i];
-    row = {sample_weight(c, i), 1, 1, 0, 0, 0, 0};
+    row = {sample_weight(c, i), 1, 1};
     if (pass.weights == TEACHER_POWER && c.gamma == 0) row.mass = double(c.classes);
     if (pass.weights != PRIOR_POWER || !pass.raised) continue;
     const int64_t at = pass.raised->of_row[i];
@@ -280,7 +280,7 @@ void run_call(const gklx_call &c) {
   Totals totals = {1, 1, 0, 0};
   if (c.totals) totals = {c.totals[0], c.totals[1], c.totals[2], c.totals[3]};
   const bool presumes = gradients && !c.totals && (c.reduction == MEAN || squares);
-  // W is 1 where the weights are probabilities. Else masks or the teacher's logits may decide on it.
+  // W is 1 where the weights are probabilities; otherwise it may depend on masks or on the teacher's logits.
   const bool of_probabilities = pass.weights == PROBABILITIES || (pass.weights == TEACHER_POWER && c.gamma == 1);
   const bool needs_pass = presumes && squares && !of_probabilities &&
                           (c.where || (pass.weights == TEACHER_POWER && c.gamma != 0));

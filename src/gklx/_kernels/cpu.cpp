@@ -62,7 +62,7 @@ struct Exceptions {
 };
 
 template <class R> Exceptions exceptions_of(const R *s, const R *t, int64_t n) {
-  Exceptions found = {false, false, false, false};
+  Exceptions found = {};
   for (int64_t j = 0; j < n; ++j) {
     found.student_nan |= is_nan(s[j]);
     found.teacher_nan |= is_nan(t[j]);
@@ -158,12 +158,12 @@ template <class R> struct Rower {
     x.s_top = seen.s_top;
     x.t_top = seen.t_top;
     x.per_temperature = R(1) / temperature;
-    if (seen.moderate) return finish<false>(row, weight, valid, x, {false, false, false, false});
+    if (seen.moderate) return finish<false>(row, weight, valid, x, {});
     finish<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
   }
 
   void absent(int64_t row) {
-    report(row, {0, 0, 0, 0, 0, 0, 0}, false, false, 1, 1);
+    report(row, {}, false, false, 1, 1);
     for (int side = 0; side < 2; ++side) {
       if (!(side ? pass.to_teacher : pass.to_student)) continue;
       int64_t size = call.classes * bytes_of(side ? call.teacher_type : call.student_type);
@@ -176,7 +176,7 @@ template <class R> struct Rower {
     const bool student_defined = !exceptions.student_nan && !is_infinite(x.s_top);
     const bool teacher_defined = !exceptions.teacher_nan && !is_infinite(x.t_top);
     const double nan = double(nan_of<R>());
-    Row found = {weight, 1, 1, 0, 0, 0, 0};
+    Row found = {weight, 1, 1};
     Weighing<R> weighing = weights_of(row, valid, x, teacher_defined);
     found.mass = pass.masses_known ? pass.rows[row].mass : weighing.mass;
     found.base = pass.masses_known ? pass.rows[row].base : weighing.base;
@@ -319,7 +319,7 @@ template <class R> struct Rower {
     }
     if (pass.kl) return gap ? sums<R, Careful, Spread, true, true>(x) : sums<R, Careful, Spread, false, true>(x);
     if (gap) return sums<R, Careful, Spread, true, false>(x);
-    return Spread ? sums<R, Careful, Spread, false, false>(x) : Sums{0, 0, 0, 0, 0};
+    return Spread ? sums<R, Careful, Spread, false, false>(x) : Sums{};
   }
 
   template <bool Careful> Sums sums_of(Line<R> &x) const {

@@ -1,4 +1,5 @@
-// What the library offers, and what its two halves share: call.cpp runs a call, cpu.cpp works on rows.
+// What the library offers, and what its parts share: call.cpp runs a call, cpu.cpp works on rows, overlap.cpp finds the
+// largest logits of a row.
 
 #pragma once
 
@@ -11,7 +12,7 @@
 #define GKLX_PUBLIC extern "C" __attribute__((visibility("default")))
 #endif
 
-// Before a loop: the compiler may make vectors of it.
+// Stands before a loop that the compiler may vectorise.
 #if defined(_MSC_VER)
 #define SIMD(...) __pragma(omp simd __VA_ARGS__)
 #else
@@ -53,7 +54,7 @@ typedef struct {
 GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
 GKLX_PUBLIC const char *gklx_instruction_set(void);
 
-// --- between call.cpp and cpu.cpp ------------------------------------------------------------------------------------
+// --- within the library ----------------------------------------------------------------------------------------------
 
 struct Row;
 struct Totals;
@@ -87,7 +88,7 @@ struct Pass {
   Row *rows;                   // what was found
 };
 
-// The overlaps of one row. `scratch` is four arrays, each as large as the row.
+// Fills `overlaps` of one row. `scratch` are four arrays, each as large as the row.
 void overlaps_of(const gklx_call &call, int64_t row, const float *s, const float *t, float *const scratch[4]);
 void overlaps_of(const gklx_call &call, int64_t row, const double *s, const double *t, double *const scratch[4]);
 

@@ -146,7 +146,7 @@ APART Sums sums(const Line<R> &x) {
   const R scale = R(difference_scale<Careful>) * x.per_temperature;
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
-  Sums found = {0, 0, 0, 0, 0};
+  Sums found = {};
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
     Product a = 0, b = 0;

@@ -1,7 +1,8 @@
 // How many classes are among the k largest of both networks.
 //
-// Compiled once, for what every processor of the family has: what two instruction sets instantiate of the standard
-// library would become one function, which might be the other's.
+// Compiled once, with the instructions that every processor of the family has. A function template of the standard
+// library that is instantiated for several instruction sets is linked once, perhaps with instructions that the processor
+// lacks.
 
 #include <algorithm>
 
@@ -20,7 +21,8 @@ template <class R> R maximum(const R *x, int64_t n) {
 // The classes of the k largest logits, the largest first and the lower class first of equal ones; NaN is none of them.
 // Returns how many there are.
 template <class R> int64_t largest(const R *x, int64_t n, int64_t k, R *maxima, int32_t *classes) {
-  // The k groups with the largest maxima hold k logits that are not below the k-th maximum: nor are the k largest.
+  // Each of the k groups with the largest maxima holds a logit that is not below the k-th maximum. So none of the k
+  // largest logits is below it.
   int64_t size = 256;
   while (size > 8 && n / size < 4 * k) size /= 2;
   const int64_t groups = (n + size - 1) / size;
@@ -52,7 +54,7 @@ template <class R> void find_overlaps(const gklx_call &call, int64_t row, const 
   int32_t *const of_student = (int32_t *)scratch[0], *const of_teacher = (int32_t *)scratch[1];
   const int64_t students = largest(s, n, k, scratch[2], of_student);
   const int64_t teachers = largest(t, n, k, scratch[2], of_teacher);
-  // The ranks of the student's classes, by class.
+  // The ranks of the student's classes, sorted by class.
   int32_t *const ranks = (int32_t *)scratch[3];
   for (int64_t i = 0; i < students; ++i) ranks[i] = int32_t(i);
   std::sort(ranks, ranks + students, [=](int32_t a, int32_t b) { return of_student[a] < of_student[b]; });

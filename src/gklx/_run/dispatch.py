@@ -77,12 +77,10 @@ def sample_losses(
     `top_k` is in ascending order.
     """
     if all(rows.serves(each) for each in calls):
-        samples = partial(rows.samples, threads=threads)
-        return _sample_losses_by_kernel(
-            calls, samples, partial(samples, top_k=top_k), ["reverse_kl"] if reverse else []
-        )
+        beside = [*(["reverse_kl"] if reverse else []), *(["overlaps"] if top_k else [])]
+        return _sample_losses_by_kernel(calls, partial(rows.samples, threads=threads, top_k=top_k), beside)
     if all(cuda.serves(each) for each in calls):
-        return _sample_losses_by_kernel(calls, cuda.samples, cuda.samples)
+        return _sample_losses_by_kernel(calls, cuda.samples)
     call, xp = calls[0], calls[0].xp
     of_rows = formulas.rows_of(call)
     mse: list[Array | None] = []
@@ -119,7 +117,6 @@ _OF_EVERY_CALL = ("student_peak", "teacher_peak", "student_class", "teacher_clas
 def _sample_losses_by_kernel(
     calls: Sequence[Call],
     samples: Callable[[Call, Sequence[str]], dict[str, Array]],
-    first_samples: Callable[[Call, Sequence[str]], dict[str, Array]],
     beside: Sequence[str] = (),
 ) -> SampleLosses:
     """One pass for all calls that weigh the classes alike; the first finds as well what is the same for every call."""
@@ -130,8 +127,7 @@ def _sample_losses_by_kernel(
     passes: dict[object, dict[str, Array]] = {}
     for call in decomposed or calls[:1]:
         if _weighing(call) not in passes:
-            every = [*own, *common, *beside, *_OF_EVERY_CALL]
-            passes[_weighing(call)] = samples(call, own) if passes else first_samples(call, every)
+            passes[_weighing(call)] = samples(call, own if passes else [*own, *common, *beside, *_OF_EVERY_CALL])
     found = next(iter(passes.values()))
     of_calls = [passes[_weighing(call)] if call.formula.decomposed else {} for call in calls]
     return SampleLosses(

@@ -17,7 +17,13 @@ from .._core.libraries import dtype_name, library_of
 from . import cpu
 
 _ONE_THREAD = 2**16  # pairs of logits that are not worth a second thread
-_NOT_REAL = {"has_valid": "bool", "undefined": "bool", "student_class": "int64", "teacher_class": "int64"}
+_NOT_REAL = {
+    "has_valid": "bool",
+    "undefined": "bool",
+    "student_class": "int64",
+    "teacher_class": "int64",
+    "overlaps": "int32",
+}
 
 
 class _Host(NamedTuple):
@@ -87,19 +93,17 @@ def evaluate(
 def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int] = ()) -> dict[str, Array]:
     """What is asked for of each sample, [...], from one pass over the logits: fields of `cpu.RowCall` by name.
 
-    With `top_k`, in ascending order, "overlaps" as well, [..., len(top_k)] and int32: how many classes are among the k
-    largest of both networks; of equal logits the first counts.
+    "overlaps" is [..., len(top_k)]: for each k, in ascending order, how many classes are among the k largest of both
+    networks; of equal logits the first counts.
     """
     request, host, _kept = _request(call)
     request.threads = min(request.threads, threads)
     shape, like, found = call.arrays.student.shape[:-1], call.arrays.student, {}
-    if top_k:
-        ks = np.minimum(np.asarray(top_k, np.int64), request.classes)
-        found["overlaps"] = host.empty((*shape, len(ks)), call.xp.int32, like)
-        request.top_k, request.top_ks, request.overlaps = ks.ctypes.data, len(ks), host.address(found["overlaps"])
+    ks = np.minimum(np.asarray(top_k, np.int64), request.classes)
+    request.top_k, request.top_ks = ks.ctypes.data, len(ks)
     for name in names:
         dtype = getattr(call.xp, _NOT_REAL[name]) if name in _NOT_REAL else call.dtype
-        found[name] = host.empty(shape, dtype, like)
+        found[name] = host.empty((*shape, len(ks)) if name == "overlaps" else shape, dtype, like)
         setattr(request, name, host.address(found[name]))
     cpu.run(request)
     return found

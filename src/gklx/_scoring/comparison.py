@@ -96,7 +96,7 @@ def score(request: Request, report: Callable[[Score | Scores], None] = lambda fo
             pool, rows = stack.enter_context(_pool(request, inputs, by_prior=by_prior))
         # llama.cpp's tool has no temperature: its rules hold at temperature 1 only.
         by_tool = tuple(each and parameters.temperature == 1 for each in inputs.by_tool)
-        asked = (request.top_k, request.where_label, inputs.candidates, by_tool)
+        asked = (tuple(sorted(request.top_k)), request.where_label, inputs.candidates, by_tool)
         job = Job(names, parameters, rows, request.strict, by_prior, *asked)
         progress = stack.enter_context(Progress(inputs.samples, shown=request.progress))
         work = _work_file(request, inputs, job, pool)

@@ -29,6 +29,7 @@ class Job(NamedTuple):
     by_prior: bool = False
     """Whether a pass over the teacher alone comes first, for the class prior."""
     top_k: tuple[int, ...] = ()
+    """In ascending order."""
     where_label: int | None = None
     """The label or target of a sample that does not count."""
     candidates: tuple[str, ...] = ()

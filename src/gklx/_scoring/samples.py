@@ -83,7 +83,7 @@ def scored(
     prior: Array | None,
     top_k: tuple[int, ...] = (),
 ) -> Any:
-    """The records of some rows; `prior` [C, C] may be on the device already."""
+    """The records of some rows; `prior` [C, C] may be on the device already, and `top_k` is in ascending order."""
     of_prior = (None, None) if prior is None else (place.put(prior), place.put(rows.labels))
     targets = None if rows.targets is None else place.put(rows.targets)
     given = (place.put(rows.student), place.put(rows.teacher), *of_prior, targets)
@@ -102,8 +102,8 @@ def scored(
     records["label"] = -1 if rows.labels is None else rows.labels
     counts = found[len(fields) + 4 :]  # which only the row kernel has found by now
     if top_k and not len(counts):
-        counts = overlaps(to_numpy(rows.student), to_numpy(rows.teacher), tuple(sorted(top_k)))
-    for k, count in zip(sorted(top_k), counts, strict=True):
+        counts = overlaps(to_numpy(rows.student), to_numpy(rows.teacher), top_k)
+    for k, count in zip(top_k, counts, strict=True):
         records[f"top_{k}"] = count
     return records
 
@@ -159,7 +159,7 @@ def _raw(
         problems[name] = call_builder(LOSSES[name])(s, t, **_takes(name, parameters), **weights[name])
     first = next(iter(problems.values()))
     reverse = REVERSE in names
-    xp, found = first.xp, sample_losses(list(problems.values()), threads, reverse=reverse, top_k=sorted(top_k))
+    xp, found = first.xp, sample_losses(list(problems.values()), threads, reverse=reverse, top_k=top_k)
     mse, mass = (dict(zip(forward, of_names, strict=True)) for of_names in (found.mse, found.mass))
     columns = [found.kl] if "kl" in names else []
     if reverse and found.reverse_kl is not None:

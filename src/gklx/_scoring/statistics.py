@@ -232,7 +232,7 @@ def _summary(values: Values, name: str, totals: _Totals) -> Summary:
 
 
 def _estimates(blocks: Callable[[], Iterator[dict[str, Any]]]) -> dict[str, Estimate]:
-    """The means of columns that come in blocks, twice; NaN where there is no number."""
+    """The means of columns, with standard errors; NaN of no numbers. Each of two passes calls `blocks`."""
     sums: dict[str, list[float]] = {}
     n = 0
     for block in blocks():
@@ -252,7 +252,7 @@ def _standard_error(squares: list[float], mean: float, n: int) -> float:
 
 
 def _beside_losses(values: Values) -> Iterator[dict[str, Any]]:
-    """What is asked for beside the losses, of the samples that are scored."""
+    """Columns of the scored samples, in blocks: overlaps as shares of k, and what follows from the targets."""
     for block in values.blocks(()):
         here = block.scored
         columns = {f"top_{k}": count[here] / k for k, count in (block.overlaps or {}).items()}
