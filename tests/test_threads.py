@@ -1,5 +1,6 @@
-"""The number of threads of the row kernel, and that it does not change results."""
+"""The threads of the row kernel: how many, whose, and that they do not change results."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -133,6 +134,67 @@ def test_results_do_not_depend_on_their_number(threads_of_calls, monkeypatch, ca
         found.append([np.asarray(value).tobytes(), *(x.tobytes() for x in gradients)])
     assert threads_of_calls == [1, 2, 3, 8]
     assert all(each == found[0] for each in found)
+
+
+def on_threads_of_pytorch(count):
+    """The bytes of value and gradients of a batch that is large enough for so many threads."""
+    torch = pytest.importorskip("torch")
+    s, t = np.random.default_rng(0).standard_normal((2, 4001, 100))
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        value, gradients = gklx.value_and_grad(gklx.gkl, (0, 1))(torch.from_numpy(s), torch.from_numpy(t))
+    finally:
+        torch.set_num_threads(before)
+    return [x.numpy().tobytes() for x in (value, *gradients)]
+
+
+def test_pytorch_runs_the_kernel_on_its_own_threads(monkeypatch):
+    """Bit for bit as on one thread."""
+    backends.run_on("kernel", "torch", monkeypatch)
+    torch = pytest.importorskip("torch")
+    loops, run = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda request: loops.append(bool(request.parallel_for)) or run(request))
+    of_one, of_two, of_three = map(on_threads_of_pytorch, (1, 2, 3))
+    assert of_one == of_two == of_three
+    has_one = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+    assert loops == [False, has_one, has_one]
+
+
+def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
+    """A loop that fails has done nothing."""
+    backends.run_on("kernel", "torch", monkeypatch)
+    expected, asked = on_threads_of_pytorch(1), []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    def failing(begin, end, grain, work, context):
+        asked.append((begin, end, grain))
+        return 1
+
+    host = rows._HOSTS["torch"]._replace(parallel_for=lambda: ctypes.cast(failing, ctypes.c_void_p).value)
+    monkeypatch.setitem(rows._HOSTS, "torch", host)
+    assert on_threads_of_pytorch(3) == expected
+    assert asked == [(0, 3, 1)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_fork_of_pytorch_computes_on_threads_of_its_own(monkeypatch):
+    """PyTorch's own loop would wait forever for the threads of the parent."""
+    backends.run_on("kernel", "torch", monkeypatch)
+    program = """
+import os
+import torch
+import gklx
+torch.set_num_threads(2)
+s, t = torch.randn(2, 4000, 100)
+own = gklx.grad(gklx.gkl)(s, t)
+child = os.fork()
+if child == 0:
+    found = gklx.grad(gklx.gkl)(s, t)
+    os._exit(0 if found.numpy().tobytes() == own.numpy().tobytes() else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run_alone(program) == ["0"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")

@@ -88,8 +88,9 @@ struct Free {
   void operator()(void *memory) const { std::free(memory); }
 };
 
-// `work(begin, end, scratch)` for all of [0, n), in pieces that whichever thread is free takes. Threads are started for
-// the call: none is left behind that a fork would lose.
+// `work(begin, end, scratch)` for all of [0, n), in pieces that whichever thread is free takes. The threads are those of
+// the caller's library, which after its own work keep their cores busy for a while as they wait for more; or they are
+// started for the call, and none is left behind that a fork would lose.
 template <class Work> void in_parallel(const gklx_call &call, int64_t n, Work work) {
   int64_t threads = n * call.classes / ELEMENTS_A_THREAD;
   threads = threads > call.threads ? call.threads : threads;
@@ -106,6 +107,11 @@ template <class Work> void in_parallel(const gklx_call &call, int64_t n, Work wo
       work(begin, begin + piece < n ? begin + piece : n, aligned + bytes * size_t(thread));
     }
   };
+  using Take = decltype(take);
+  auto take_all = [](int64_t begin, int64_t end, void *context) {
+    for (int64_t thread = begin; thread < end; ++thread) (*(Take *)context)(thread);
+  };
+  if (threads > 1 && call.parallel_for && call.parallel_for(0, threads, 1, take_all, &take) == 0) return;
   std::vector<std::thread> others;
   try {
     for (int64_t i = 1; i < threads; ++i) others.emplace_back(take, i);

@@ -34,8 +34,9 @@ class RowCall(ctypes.Structure):
             "reduction", "upstream_per_row", "threads",
         )),
         *((name, ctypes.c_void_p) for name in (
-            "value", "to_student", "to_teacher", "totals_out", "kl", "mse", "ce", "mass", "student_peak",
-            "teacher_peak", "reverse_kl", "has_valid", "undefined", "student_class", "teacher_class", "top_k",
+            "parallel_for", "value", "to_student", "to_teacher", "totals_out", "kl", "mse", "ce", "mass",
+            "student_peak", "teacher_peak", "reverse_kl", "has_valid", "undefined", "student_class", "teacher_class",
+            "top_k",
         )),
         ("top_ks", ctypes.c_int64),
         ("overlaps", ctypes.c_void_p),

@@ -3,8 +3,11 @@
 An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 """
 
+import contextlib
 import ctypes
+import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +19,7 @@ from .._core.call import Array, Call, Result, are_static
 from .._core.libraries import dtype_name, library_of
 from . import cpu
 
+_PROCESS = os.getpid()
 _ONE_THREAD = 2**16  # pairs of logits that are not worth a second thread
 _NOT_REAL = {
     "has_valid": "bool",
@@ -35,6 +39,8 @@ class _Host(NamedTuple):
     empty: Callable[[tuple[int, ...], Any, Array], Array]
     """Of a shape and dtype, like an array."""
     threads: Callable[[], int]
+    parallel_for: Callable[[], int]
+    """The address of the library's own loop over its threads; 0 where it has none."""
     finished: Callable[[Array], Array]
     """A result as the library would return it."""
 
@@ -162,6 +168,8 @@ def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
         0,
         1 if rows * classes < 2 * _ONE_THREAD else host.threads(),
     )
+    if request.threads > 1:
+        request.parallel_for = host.parallel_for()
     return request, host, kept
 
 
@@ -221,6 +229,15 @@ def _torch_contiguous(x: Any, dtype: Any) -> Any:
     return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
 
 
+@functools.cache
+def _torch_parallel_for() -> int:
+    """PyTorch's `at::parallel_for`, whose stable name came with PyTorch 2.10."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(sys.modules["torch"]._C.__file__)
+        return ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value or 0
+    return 0
+
+
 def _are_native(call: Call) -> bool:
     """Whether the arrays that go to the kernel as they are have the machine's byte order."""
     arrays = call.arrays
@@ -257,6 +274,7 @@ _HOSTS = {
         address=_numpy_address,
         empty=lambda shape, dtype, _: np.empty(shape, dtype),
         threads=cpu.threads,
+        parallel_for=lambda: 0,
         finished=lambda x: x[()],
     ),
     "torch": _Host(
@@ -264,6 +282,8 @@ _HOSTS = {
         address=lambda x: int(x.data_ptr()),
         empty=lambda shape, dtype, like: like.new_empty(shape, dtype=dtype, requires_grad=False),
         threads=lambda: int(sys.modules["torch"].get_num_threads()),
+        # A fork inherits no threads, but PyTorch's loop would wait for them.
+        parallel_for=lambda: _torch_parallel_for() if os.getpid() == _PROCESS else 0,
         finished=lambda x: x,
     ),
 }
