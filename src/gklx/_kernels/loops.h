@@ -305,9 +305,12 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       }
       largest = seen.largest * per_base;
     } else {
+      // Two short loops: in one, a processor would wait for each logarithm's exponential.
+      SIMD()
+      for (int64_t j = begin; j < end; ++j) w[j] = gamma * logarithm(x[j] * per_base);
       SIMD(reduction(+ : a) reduction(max : largest))
       for (int64_t j = begin; j < end; ++j) {
-        R here = power(x[j] * per_base, gamma);
+        R here = power_by(x[j] * per_base, w[j]);
         w[j] = here;
         a += here;
         largest = here > largest ? here : largest;

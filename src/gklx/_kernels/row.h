@@ -187,8 +187,9 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// x^gamma for 0 <= x < 2 and gamma > 0.
-template <class R> GKLX_BOTH R power(R x, R gamma) { return x > R(0) ? exponential(gamma * logarithm(x)) : x; }
+// x^gamma for 0 <= x < 2 and gamma > 0, `exponent` being gamma log(x).
+template <class R> GKLX_BOTH R power_by(R x, R exponent) { return x > R(0) ? exponential(exponent) : x; }
+template <class R> GKLX_BOTH R power(R x, R gamma) { return power_by(x, gamma * logarithm(x)); }
 
 // --- one class -------------------------------------------------------------------------------------------------------
 
