@@ -31,6 +31,9 @@ LIBRARIES = {
 }
 # The libraries whose sessions measure coverage, as `together` does. In the others it costs minutes for a few lines.
 MEASURED = ("numpy", "torch", "jax")
+# Of a parametrised test's cases NumPy's session runs all, the other sessions one in three; `exhaustive` runs all of
+# them, every night.
+SAMPLED = {"GKLX_SAMPLE": "3"}
 # Which tests the session of a library runs, by their marks.
 OF_ONE_LIBRARY = "not cuda_kernels and not evidence and not side_by_side"
 NOT_NUMPYS = "not library_independent and not numpy_alone"
@@ -112,10 +115,16 @@ def _unoptimized(folder: str) -> dict[str, str]:
 
 
 def _pytest(
-    session: nox.Session, marked: str, backends: str, *, optimized: bool = False, measured_as: str = ""
+    session: nox.Session,
+    marked: str,
+    backends: str,
+    *,
+    sampled: bool = False,
+    optimized: bool = False,
+    measured_as: str = "",
 ) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
-    environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
+    environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1", **(SAMPLED if sampled else {})}
     if "jax" in backends and not optimized:
         environment |= _unoptimized(session.bin)
     # Two processes, several sessions and the next run share what JAX has compiled.
@@ -139,7 +148,7 @@ def _measured(session: nox.Session) -> pathlib.Path:
 @nox.session(python=PYTHONS)
 @nox.parametrize("library", [nox.param(name, id=name) for name in LIBRARIES])
 def library(session: nox.Session, library: str) -> None:
-    """All tests that one library can run; NumPy's include the mutations, the files and the processes."""
+    """The tests that one library can run, NumPy's with the mutations, files and processes; of the others a sample."""
     extras, more, backends = LIBRARIES[library]
     _install(session, extras, *TOOLS, *more)
     marked = OF_ONE_LIBRARY
@@ -154,10 +163,11 @@ def library(session: nox.Session, library: str) -> None:
         marked = "version_dependent_jax"
     elif library == "jax":
         of_optimized = f"{marked} and optimized_programs"
-        _pytest(session, of_optimized, backends, optimized=True, measured_as="jax-optimized")
+        _pytest(session, of_optimized, backends, sampled=True, optimized=True, measured_as="jax-optimized")
         marked += " and not optimized_programs"
     measured_as = library if session.python == PYTHONS[0] and library in MEASURED else ""
-    _pytest(session, marked, backends, measured_as=measured_as)
+    all_cases = library == "numpy" and session.python == PYTHONS[0]
+    _pytest(session, marked, backends, sampled=not all_cases, measured_as=measured_as)
 
 
 @nox.session(python=PYTHONS[0])
@@ -197,7 +207,7 @@ def coverage(session: nox.Session) -> None:
 def oldest(session: nox.Session) -> None:
     """The oldest supported NumPy and array-api-compat."""
     _install(session, [], *TOOLS, "numpy==1.26.*", "array-api-compat==1.12.*")
-    _pytest(session, "not library_independent and not cuda_kernels and not evidence", "numpy")
+    _pytest(session, "not library_independent and not cuda_kernels and not evidence", "numpy", sampled=True)
 
 
 @nox.session(python=PYTHONS[0])

@@ -4,6 +4,7 @@
 fail, and the other libraries are left out. By default every library that can be imported takes part.
 
 `GKLX_EXHAUSTIVE=1` crosses cases, masks and settings; otherwise each one meets some of the others (`takes_part`).
+`GKLX_SAMPLE=3` keeps about a third of each parametrised test's cases, the same in every run.
 
 With `GKLX_DEVICE=cuda` PyTorch and JAX are tested on a GPU only, as CuPy is; there every synchronisation raises.
 
@@ -157,6 +158,7 @@ def _cupy(x: np.ndarray) -> Any:
     return cupy.asarray(x)
 
 
+SAMPLE = int(os.environ.get("GKLX_SAMPLE", "1"))
 EXHAUSTIVE = os.environ.get("GKLX_EXHAUSTIVE") == "1"
 FEW_CASES = ("kl-T", "ikl-tau", "gkl-prior", "gkl-asymmetric")
 FEW_MASKS = ("none", "elements", "samples")

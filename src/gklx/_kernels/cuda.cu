@@ -123,7 +123,7 @@ GKLX_BOTH REAL teacher_weight(const Given &g, REAL below_top) {
 GKLX_BOTH REAL prior_weight(const Given &g, REAL x, REAL base) {
   if (g.gamma == REAL(0)) return REAL(1);
   REAL relative = base == REAL(0) ? x : x / base;
-  return g.gamma == REAL(1) ? relative : power(relative, g.gamma);
+  return g.gamma == REAL(1) ? relative : exponential(log_power(relative, g.gamma));
 }
 
 // --- statistics ------------------------------------------------------------------------------------------------------

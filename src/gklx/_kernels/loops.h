@@ -307,10 +307,10 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
     } else {
       // Two short loops: in one, a processor would wait for each logarithm's exponential.
       SIMD()
-      for (int64_t j = begin; j < end; ++j) w[j] = gamma * logarithm(x[j] * per_base);
+      for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_base, gamma);
       SIMD(reduction(+ : a) reduction(max : largest))
       for (int64_t j = begin; j < end; ++j) {
-        R here = power_by(x[j] * per_base, w[j]);
+        R here = exponential(w[j]);
         w[j] = here;
         a += here;
         largest = here > largest ? here : largest;

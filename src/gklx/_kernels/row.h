@@ -187,9 +187,8 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// x^gamma for 0 <= x < 2 and gamma > 0, `exponent` being gamma log(x).
-template <class R> GKLX_BOTH R power_by(R x, R exponent) { return x > R(0) ? exponential(exponent) : x; }
-template <class R> GKLX_BOTH R power(R x, R gamma) { return power_by(x, gamma * logarithm(x)); }
+// gamma log(x), whose exponential is x^gamma, for 0 <= x < 2 and gamma > 0.
+template <class R> GKLX_BOTH R log_power(R x, R gamma) { return x > R(0) ? gamma * logarithm(x) : x - Real<R>::inf; }
 
 // --- one class -------------------------------------------------------------------------------------------------------
 
