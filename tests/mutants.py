@@ -173,12 +173,12 @@ _SELECTED = {
     "kernel": "numpy and not formulas and not float16",
 }
 _TESTS = (
-    "test_against_definition.py::test_value_and_gradients",
+    "test_against_definition.py::test_value_and_gradients_are_those_of_the_definition",
     "test_extremes.py",
-    "test_right_numbers.py::test_the_same_fill_in_both_networks",
-    "test_right_numbers.py::test_opposite_offsets",
+    "test_right_numbers.py::test_same_fill_value_in_both_networks",
+    "test_right_numbers.py::test_opposite_offsets_of_the_networks",
     "test_right_numbers.py::test_kl_is_not_negative",
-    "test_blocks.py::test_blocks_are_the_whole",
+    "test_blocks.py::test_blocks_give_the_results_of_the_whole_batch",
 )
 MUTANTS = {"formulas": of_formulas, "kernel": of_kernel}
 
@@ -280,7 +280,7 @@ EQUIVALENT: dict[str, str] = {
         "NumPy's expm1(-x) is never below -x, as another library's may be; test_kl_is_not_negative"
     ),
     "formulas.class_weights: ~rows.has_valid  ->  ~~rows.has_valid": (
-        "NumPy's labels are read and refused; test_what_nobody_read_is_nan_and_no_plausible_number"
+        "NumPy's labels are read and refused; test_invalid_arguments_of_a_compiled_loss_give_nan"
     ),
     "batch.factors_of: share * upstream  ->  share / upstream": (
         "NumPy has no upstream gradient; test_compiled_without_a_graph_break"

@@ -19,7 +19,7 @@ NUMPY = backends.BACKENDS[0]
 
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_library_agrees_with_numpy(backend, dtype, case, mask):
+def test_library_agrees_with_numpy(backend, dtype, case, mask):
     if dtype == "bfloat16":
         pytest.skip("NumPy has no bfloat16; the comparison with the definition covers it")
     arguments = call(case, mask, batch=(3, 2), classes=11, seed=7)

@@ -72,7 +72,7 @@ def test_fuzz_of_files_finds_nothing(seed):
 # --- compare.py -------------------------------------------------------------------------------------------------------
 
 
-def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
+def test_compare_times_every_call_with_its_peer_and_a_copy(tmp_path):
     """One test, since parallel workers would each repeat the run."""
     page = quick("compare.py", "--output", str(tmp_path))
     rows = {(row["size"], row["library"], row["what"], row["peer"]): row for row in table(tmp_path)}
@@ -108,7 +108,7 @@ def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
         assert f"]({picture})" in page
 
 
-def test_compare_scores_files_beside_another_version(tmp_path):
+def test_compare_scores_files_with_another_version_too(tmp_path):
     """The other version is this one too, imported by another interpreter."""
     python = tmp_path / "python"
     source = shlex.quote(str(Path(gklx.__file__).parents[1]))
@@ -127,7 +127,7 @@ def test_compare_scores_files_beside_another_version(tmp_path):
     assert 0.01 < float(rows["peak resident memory", "1 GB"]["ratio"]) < 1
 
 
-def test_compare_leaves_out_what_is_missing_and_writes_nothing_unasked(tmp_path):
+def test_compare_reports_missing_libraries_and_writes_only_to_output(tmp_path):
     (tmp_path / "jax.py").write_text("raise ImportError('hidden by the test')")
     before = files(BENCHES)
     page = quick("compare.py", "--only", "JAX|NumPy 8", before=tmp_path)
@@ -148,7 +148,7 @@ def test_compare_refuses_to_time_a_wrong_result():
     assert "from the definition in float64" in done.stderr
 
 
-def test_goals_are_met_on_their_side(monkeypatch):
+def test_goal_is_a_lower_or_an_upper_bound(monkeypatch):
     compare, timing = bench("compare", monkeypatch), bench("timing", monkeypatch)
     row = compare.Row("8 × 50", "NumPy", "kl", "a copy", 2.0, 1.0, timing.Spread(2.0, 1.5, 2.5), 2.0, False)
     cases = ((2.0, False, True), (1.9, False, False), (2.0, True, True), (2.1, True, False))
@@ -156,7 +156,7 @@ def test_goals_are_met_on_their_side(monkeypatch):
         assert row._replace(goal=goal, at_least=at_least).met is met
 
 
-def test_differences_are_by_the_largest_entry_of_a_row_and_nan_is_one(monkeypatch):
+def test_difference_is_relative_to_the_largest_entry_of_a_row(monkeypatch):
     difference = bench("definitions", monkeypatch).difference
     expected = [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.0]])]
     assert difference(expected, [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.5]])]) == 0.5
@@ -204,13 +204,13 @@ def test_scaling_fits_the_exponent(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
-def test_peak_of_memory(monkeypatch):
+def test_memory_peak_of_a_call(monkeypatch):
     found = bench("memory", monkeypatch).peak(lambda: np.ones(2**23))
     assert 2**26 <= found <= 1.1 * 2**26
 
 
 @pytest.mark.parametrize(("script", "said"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")])
-def test_quick_run_writes_nothing_unasked(script, said):
+def test_quick_run_writes_no_file(script, said):
     before = files(BENCHES)
     assert said in quick(script)
     assert files(BENCHES) == before
@@ -230,7 +230,7 @@ def gpu_sh(tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
-def test_gpu_script_says_what_it_skips(tmp_path):
+def test_gpu_script_reports_skipped_parts(tmp_path):
     done, summary = gpu_sh(tmp_path, PARTS="a d")
     assert done.returncode == 0, done.stdout
     assert "a, kernels: skipped" in summary
@@ -243,7 +243,7 @@ def test_gpu_script_says_what_it_skips(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
 @pytest.mark.skipif("torch" not in HERE, reason="PyTorch is not installed")
-def test_gpu_script_holds_a_library_to_the_definition_and_goes_on(tmp_path):
+def test_gpu_script_reports_a_wrong_loss_and_continues(tmp_path):
     """A wrong loss, imported in place of gklx's own, makes part a fail; part d still runs."""
     done, summary = gpu_sh(tmp_path, PARTS="a", DRY="1")
     assert done.returncode == 0, summary

@@ -51,7 +51,7 @@ def outcomes(case, s, t, given):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
-def test_blocks_are_the_whole(backend, case, mask, blocks_of):
+def test_blocks_give_the_results_of_the_whole_batch(backend, case, mask, blocks_of):
     in_blocks(backend)
     for shape in SHAPES:
         s, t, arrays = call(case, mask, batch=shape)
@@ -70,7 +70,7 @@ def test_blocks_are_the_whole(backend, case, mask, blocks_of):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (3, 7), (7,), (1, 3, 7), (2, 1, 7), (2, 3, 1), (1, 1, 1)])
-def test_where_of_fewer_axes_follows_its_block(backend, shape, blocks_of):
+def test_broadcast_where_is_cut_with_its_block(backend, shape, blocks_of):
     in_blocks(backend)
     s, t, _ = call(CASES[0], "none", batch=(2, 3))
     where = np.random.default_rng(0).random(shape) < 0.7
@@ -80,7 +80,7 @@ def test_where_of_fewer_axes_follows_its_block(backend, shape, blocks_of):
     assert_close(found, expected, backend, "float64", ulps=16)
 
 
-def test_one_row_may_be_larger_than_a_block(blocks_of):
+def test_row_may_be_larger_than_a_block(blocks_of):
     s, t, _ = call(CASES[0], "none")
     expected = gklx.grad(gklx.gkl)(s, t)
     blocks_of(1)
@@ -101,7 +101,7 @@ EXTREMES = {
 @pytest.mark.parametrize("row", [0, 4])
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
-def test_a_row_of_extremes_comes_out_alike_in_whichever_block(backend, case, extreme, row, blocks_of):
+def test_extreme_row_gives_the_same_results_in_any_block(backend, case, extreme, row, blocks_of):
     in_blocks(backend)
     s, t, given = call(case, "none", batch=(5,))
     s[row], t[row] = EXTREMES[extreme](s[row], t[row])
@@ -116,7 +116,7 @@ def test_a_row_of_extremes_comes_out_alike_in_whichever_block(backend, case, ext
 
 
 @pytest.mark.parametrize("samples", [5, 9])
-def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, blocks_of):
+def test_invalid_label_of_weight_zero_is_ignored_in_any_block(backend, samples, blocks_of):
     """Of a table of 7 rows, of which the samples may be fewer or more."""
     in_blocks(backend)
     case = next(case for case in CASES if case.id == "gkl-prior")
@@ -138,7 +138,7 @@ def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, b
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_torch_half_gradients_take_the_upstream_gradient_of_their_block(dtype, reduction, blocks_of):
+def test_torch_half_precision_gradients_use_the_upstream_gradient_of_their_block(dtype, reduction, blocks_of):
     """They are computed in the backward pass: multiplied by the upstream gradient, then rounded once."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
@@ -207,7 +207,7 @@ def padded(torch, dtype):
 
 @pytest.mark.supports("memory of a few row blocks", "PyTorch")
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)], ids=["student", "both"])
-def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(monkeypatch, wanted, execution):
+def test_torch_memory_of_vocabulary_size_bfloat16_is_a_few_row_blocks(monkeypatch, wanted, execution):
     """Forward and backward; a row of 150,000 classes in float32 is 600 KB, and a block holds a row or two a thread."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
@@ -232,7 +232,7 @@ def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(monkeypatch, w
 
 
 @pytest.mark.supports("memory of a few row blocks", "NumPy")
-def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks(monkeypatch, execution):
+def test_numpy_memory_of_vocabulary_size_float16_is_a_few_row_blocks(monkeypatch, execution):
     """A thread; each has its own."""
     monkeypatch.setenv("GKLX_NUM_THREADS", "1")
     rng = np.random.default_rng(0)
@@ -250,7 +250,7 @@ def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks(monkeypatch, execu
     assert to_student.nbytes < most < to_student.nbytes + rows * VOCABULARY * 4
 
 
-def test_jax_vocabulary_size_bfloat16_takes_what_the_page_says(monkeypatch):
+def test_jax_temporary_memory_of_vocabulary_size_bfloat16_is_four_float32_arrays(monkeypatch):
     """As XLA plans it, beyond inputs and gradient: four arrays in float32, the gradient and the logits among them."""
     backends.needs("jax")
     jax = pytest.importorskip("jax")

@@ -50,7 +50,7 @@ def computed(x):
 
 @pytest.mark.parametrize("known", [True, False], ids=["an empty chunk", "unknown sizes"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_and_gradients(name, known):
+def test_losses_and_gradients_agree_with_numpy(name, known):
     loss, settings = LOSSES[name]
     here = {key: x[KEEP] if np.shape(x)[:1] == (N,) else x for key, x in settings.items()}
     there = {key: filtered(x, known) if np.shape(x)[:1] == (N,) else lazily(x) for key, x in settings.items()}
@@ -68,7 +68,7 @@ def test_losses_and_gradients(name, known):
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["an empty chunk", "unknown sizes"])
-def test_the_class_prior(known):
+def test_class_prior_agrees_with_numpy(known):
     logits, labels, weights = (filtered(x, known) for x in (T, LABELS, WEIGHTS))
     for own, lazy in ((None, None), (WEIGHTS[KEEP], weights)):
         found = gklx.class_sums(logits, labels, C, sample_weight=lazy)
@@ -96,7 +96,7 @@ def test_batch_axes_with_an_empty_chunk():
     np.testing.assert_allclose(computed(found), expected, rtol=1e-14)
 
 
-def test_a_batch_of_which_nothing_is_left_is_0():
+def test_loss_of_a_batch_filtered_to_nothing_is_zero():
     import dask.array
 
     none = dask.array.from_array(S, (2, C))[dask.array.from_array(KEEP & ~KEEP, 2)]
@@ -106,14 +106,14 @@ def test_a_batch_of_which_nothing_is_left_is_0():
         assert computed(gradient).shape == (0, C)
 
 
-def test_a_known_size_does_not_go_with_an_unknown_one():
+def test_known_and_unknown_sizes_must_not_be_mixed():
     with pytest.raises(
         ValueError, match=re.escape("teacher_logits must have the shape of student_logits, [nan, 3], got [5, 3]")
     ):
         gklx.kl(filtered(S, known=False), filtered(T, known=True))
 
 
-def test_the_number_of_classes_must_be_known():
+def test_number_of_classes_must_be_known():
     s = filtered(np.ascontiguousarray(np.tile(S, (1, 2)).T.repeat(2, 0)[:N]), known=False).T
     with pytest.raises(ValueError, match=r"^student_logits must have at least 1 class on the last axis, got .*nan\]$"):
         gklx.kl(s, s)

@@ -99,7 +99,7 @@ def test_block_prints_what_the_page_shows(test):
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
     if modules & FRAMEWORKS.keys():
-        pytest.skip("test_block_of_a_framework runs it")
+        pytest.skip("test_framework_block_prints_what_the_page_shows runs it")
     found = problems(test)
     assert not found, found
 
@@ -113,7 +113,7 @@ FRAMEWORK_BLOCKS = [
 
 
 @pytest.mark.parametrize(("test", "framework", "library"), FRAMEWORK_BLOCKS)
-def test_block_of_a_framework(test, framework, library):
+def test_framework_block_prints_what_the_page_shows(test, framework, library):
     """In a process of its own: Keras has one backend a process, and each has warnings that are not of gklx."""
     backends.needs(library)
     if importlib.util.find_spec(framework) is None:

@@ -96,7 +96,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_losses(wrong):
+def test_loss_raises_the_documented_error(wrong):
     loss, logits, settings, kind, message = WRONG[wrong]
     for call in (loss, gklx.grad(loss), gklx.value_and_grad(loss, (0, 1))):
         with pytest.raises(kind, match=exactly(message)):
@@ -106,7 +106,7 @@ def test_losses(wrong):
             gklx.terms(loss)(*logits, **settings)
 
 
-def test_the_same_errors_on_every_backend(backend):
+def test_errors_are_the_same_on_every_backend(backend):
     """Kinds, shapes and dtypes everywhere; values where reading them is free, NaN elsewhere."""
     s, t, table = backend.array(S), backend.array(T), backend.array(TABLE)
     with pytest.raises(ValueError, match=r"^teacher_logits must have the shape"):
@@ -129,7 +129,7 @@ def test_the_same_errors_on_every_backend(backend):
         assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(S - 1))))
 
 
-def test_two_libraries(backend):
+def test_arrays_of_two_libraries_are_refused(backend):
     if backend.library.backend == "numpy":
         strict = pytest.importorskip("array_api_strict")
         other, name = strict.asarray(T), "array-api-strict"
@@ -144,21 +144,21 @@ def test_two_libraries(backend):
         gklx.kl(s, backend.array(T), sample_weight=other[:, 0])
 
 
-def test_two_devices():
+def test_arrays_on_two_devices_are_refused():
     strict = pytest.importorskip("array_api_strict")
     there = strict.asarray(T, device=strict.Device("device1"))
     with pytest.raises(ValueError, match=r"^teacher_logits must be on the device of student_logits, .*CPU.*, got .*1"):
         gklx.kl(strict.asarray(S), there)
 
 
-def test_two_devices_of_torch():
+def test_tensors_on_two_devices_are_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match=r"^teacher_logits must be on the device of student_logits, cpu, got meta$"):
         gklx.kl(torch.tensor(S), torch.tensor(T, device="meta"))
 
 
 @pytest.mark.parametrize("transform", [gklx.grad, gklx.value_and_grad, gklx.terms])
-def test_transforms_take_the_four_losses_only(transform):
+def test_transforms_accept_only_the_four_losses(transform):
     message = "loss must be gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl or a functools.partial of one, got "
     with pytest.raises(TypeError, match=exactly(message + "sum")):
         transform(sum)
@@ -168,7 +168,7 @@ def test_transforms_take_the_four_losses_only(transform):
         transform("kl")
 
 
-def test_argnums():
+def test_invalid_argnums_are_refused():
     for wrong in (2, -1, (0, 2)):
         with pytest.raises(ValueError, match=r"^argnums must be made of 0 \(student\) and 1 \(teacher\), got"):
             gklx.grad(gklx.kl, wrong)
@@ -179,7 +179,7 @@ def test_argnums():
             gklx.value_and_grad(gklx.kl, wrong)
 
 
-def test_no_gradient_of_unreduced_losses():
+def test_gradient_of_an_unreduced_loss_is_refused():
     for transform in (gklx.grad, gklx.value_and_grad):
         with pytest.raises(ValueError, match=r'^reduction must be "mean" or "sum" for a gradient, got "none"$'):
             transform(gklx.kl)(S, T, reduction="none")
@@ -190,7 +190,7 @@ def test_kl_has_no_terms():
         gklx.terms(gklx.kl)
 
 
-def test_unknown_and_missing_arguments():
+def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="unexpected keyword"):
         gklx.kl(S, T, ignore_index=-100)
     with pytest.raises(TypeError, match="unexpected keyword"):
@@ -199,7 +199,7 @@ def test_unknown_and_missing_arguments():
         gklx.kl(S, T, 2.0)
 
 
-def test_class_sums():
+def test_class_sums_raises_the_documented_errors():
     for arguments, kind, message in (
         ((S, LABELS, 4), ValueError, "logits must have num_classes = 4 classes on the last axis, got [2, 3]"),
         ((S, LABELS, 0), ValueError, "num_classes must be at least 1, got 0"),

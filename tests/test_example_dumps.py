@@ -32,7 +32,7 @@ def text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers(text, tmp_path, monkeypatch, dtype):
+def test_transformers_dump_has_the_models_logits_and_targets(text, tmp_path, monkeypatch, dtype):
     """On a tiny random model, saved and loaded as any other."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -65,7 +65,7 @@ def test_transformers(text, tmp_path, monkeypatch, dtype):
     assert found.perplexity.student.value == pytest.approx(np.exp(-own.mean()), rel=1e-5)
 
 
-def test_vllm(text, monkeypatch):
+def test_vllm_dump_has_the_engines_log_probabilities(text, monkeypatch):
     """By an engine of the same shape as vLLM's: prompt_logprobs has None, then a dictionary of every class a token."""
     rng = np.random.default_rng(0)
     words = {word: at for at, word in enumerate(sorted(set(TEXT.split())))}
@@ -100,7 +100,7 @@ def test_vllm(text, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="a shell script")
-def test_llama_cpp(tmp_path):
+def test_llama_cpp_script_scores_the_dumps(tmp_path):
     """With a stand-in for the tool that copies dumps of the real one."""
     tool = tmp_path / "tool"
     tool.write_text(

@@ -29,7 +29,7 @@ def results(example):
     return example.main(SHORT)
 
 
-def test_three_networks(results):
+def test_three_networks_are_trained(results):
     assert list(results) == ["teacher", "student alone", "student distilled"]
     for each in results.values():
         assert len(each.losses) == EPOCHS
@@ -64,7 +64,7 @@ def test_weights_are_warmed_up(example, monkeypatch):
     assert distilled == pytest.approx([min((number + 1) / 20, 1.0) for number in range(22)], rel=1e-6)
 
 
-def test_prior_lives_through_the_epochs(example):
+def test_prior_of_an_epoch_is_the_teachers_mean_softmax(example):
     """The table that an epoch returns is the teacher's mean softmax by class, of the images it went over."""
     import jax
     import jax.numpy as jnp
@@ -84,7 +84,7 @@ def test_prior_lives_through_the_epochs(example):
     assert not np.asarray(after.prior.sums).any()
 
 
-def test_all_epochs_run_what_the_first_compiled(example):
+def test_epochs_compile_once(example):
     import jax
     import jax.numpy as jnp
 
@@ -97,14 +97,14 @@ def test_all_epochs_run_what_the_first_compiled(example):
     assert example.epoch._cache_size() == before + 1
 
 
-def test_same_seed_same_result(example, results):
+def test_same_seed_gives_the_same_result(example, results):
     again = example.main(SHORT)
     for name, each in results.items():
         assert again[name].accuracy == each.accuracy
         assert again[name].losses == each.losses
 
 
-def test_other_seed_other_result(example, results):
+def test_other_seed_gives_another_result(example, results):
     other = example.main((*SHORT, "--seed", "1"))
     for (_, each), (_, its) in zip(results.items(), other.items(), strict=True):
         assert each.losses != its.losses

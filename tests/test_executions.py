@@ -32,7 +32,7 @@ def runs(monkeypatch):
 
 @pytest.mark.parametrize("chosen", EAGER, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_values_and_gradients(chosen, case, runs):
+def test_values_and_gradients_run_on_the_named_execution(chosen, case, runs):
     s, t, given = on(chosen, "float32", *call(case, "elements"))
     loss_of(case)(s, t, **given)
     gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given)
@@ -41,7 +41,7 @@ def test_values_and_gradients(chosen, case, runs):
 
 @pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_backward_passes(chosen, dtype, runs):
+def test_backward_passes_run_on_the_named_execution(chosen, dtype, runs):
     """For half precisions the backward pass computes; for others it scales the gradient of the forward pass."""
     s, t, _ = on(chosen, dtype, *call(CASES[0], "none"))
     gklx.gkl(s.requires_grad_(), t).backward()
@@ -49,7 +49,7 @@ def test_backward_passes(chosen, dtype, runs):
 
 
 @pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
-def test_compiled_pytorch(chosen, runs):
+def test_compiled_pytorch_runs_on_the_named_execution(chosen, runs):
     import torch
 
     torch.compiler.reset()
@@ -61,14 +61,14 @@ def test_compiled_pytorch(chosen, runs):
 
 @pytest.mark.parametrize("chosen", COMPILED, indirect=True)
 @pytest.mark.parametrize("function", [gklx.kl, gklx.value_and_grad(gklx.gkl, (0, 1))], ids=["value", "gradients"])
-def test_compiled_jax(chosen, function):
+def test_compiled_jax_runs_on_the_named_execution(chosen, function):
     s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
     program = chosen.wrap(function).lower(s, t).as_text()
     assert ("@gklx_rows" in program) == (chosen.execution == "kernel")
 
 
 @pytest.mark.parametrize("chosen", ["jax", "jax-formulas"], indirect=True)
-def test_eager_jax_compiles_for_shapes_alone(chosen):
+def test_eager_jax_compiles_once_per_shape(chosen):
     from gklx._run import xla
 
     s, t, _ = on(chosen, "float32", *np.random.default_rng(0).standard_normal((2, 3, 11)), {})
@@ -78,7 +78,7 @@ def test_eager_jax_compiles_for_shapes_alone(chosen):
     assert len(found) == 3
 
 
-def test_without_the_library_its_tests_skip_or_fail(monkeypatch):
+def test_missing_kernel_skips_or_fails_its_tests(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     for required, outcome in ((False, pytest.skip.Exception), (True, pytest.fail.Exception)):
         monkeypatch.setattr(backends, "KERNEL_REQUIRED", required)
@@ -86,7 +86,7 @@ def test_without_the_library_its_tests_skip_or_fail(monkeypatch):
             backends.run_on("kernel", "numpy", monkeypatch)
 
 
-def test_the_two_agree_in_one_process(monkeypatch):
+def test_both_executions_agree_in_one_process(monkeypatch):
     backends.needs_kernel()
     s, t, given = call(CASES[-2], "elements")
     found = []

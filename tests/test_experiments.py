@@ -111,7 +111,7 @@ def run(piece, tmp_path, capsys):
     return ran
 
 
-def test_a_mean_has_students_interval(piece):
+def test_mean_has_the_interval_of_students_t(piece):
     statistics = piece("pieces.statistics")
     estimate = statistics.mean([1.0, 2.0, 3.0])
     half = T_975 / math.sqrt(3)
@@ -123,7 +123,7 @@ def test_a_mean_has_students_interval(piece):
     assert statistics.mean([-11.0, -12.0, -13.0]).excludes_zero
 
 
-def test_one_value_has_no_interval_and_none_no_mean(piece):
+def test_interval_needs_two_values_and_mean_needs_one(piece):
     statistics = piece("pieces.statistics")
     single = statistics.mean([4.0])
     assert single.mean == 4.0
@@ -168,12 +168,12 @@ def test_results_table_and_plot_are_written(toy, run):
     assert all(text in svg for text in ("A toy", "plain", "double", "accuracy, %", "dkl"))
 
 
-def test_a_difference_beyond_its_interval_is_bold(toy, run):
+def test_difference_larger_than_its_interval_is_bold(toy, run):
     _, _, printed, _ = run(toy(conditions={"plain": Settings()}), "--seeds", "5")
     assert "| **+3.0 ± 2.0** |" in printed
 
 
-def test_a_part_of_an_experiment(toy, run):
+def test_options_select_variants_and_conditions(toy, run):
     status, _, printed, _ = run(toy(), "--only", "gkl", "--condition", "double", "--seeds", "1")
     assert status == 0
     assert "| gkl | 92.00 | – | 0.50 | – |" in printed  # nothing to be compared with, and no interval
@@ -182,12 +182,12 @@ def test_a_part_of_an_experiment(toy, run):
     assert "## ten" in run(toy(), "--full", "--seeds", "1")[2]
 
 
-def test_the_limit_of_steps_reaches_the_training(toy, run):
+def test_steps_limit_reaches_the_training(toy, run):
     _, _, printed, _ = run(toy(conditions={"plain": Settings(fault="limit")}), "--steps-limit", "7", "--seeds", "1")
     assert "| kl | 7.00 |" in printed
 
 
-def test_worker_processes_find_the_same(toy, run):
+def test_worker_processes_give_the_same_results(toy, run):
     alone = json.loads((run(toy(), "--seeds", "2")[1] / "toy.json").read_text())
     status, out, *_ = run(toy(), "--seeds", "2", processes=2)
     assert status == 0
@@ -204,7 +204,7 @@ def test_worker_processes_find_the_same(toy, run):
         (["--data", "cifar10"], "unrecognized arguments: --data cifar10"),
     ],
 )
-def test_a_wrong_option_is_one_line(toy, run, wrong, said):
+def test_invalid_option_is_a_one_line_error(toy, run, wrong, said):
     status, out, printed, errors = run(toy(), *wrong)
     assert status == 2
     assert errors.startswith(f"toy.py: error: {said}")
@@ -222,7 +222,7 @@ def test_a_wrong_option_is_one_line(toy, run, wrong, said):
         ("stop", 130, "toy: interrupted, nothing was written\n"),
     ],
 )
-def test_a_run_that_fails_leaves_the_files_as_they_were(toy, run, fault, status, said):
+def test_failed_run_leaves_the_old_files(toy, run, fault, status, said):
     _, out, *_ = run(toy(), "--seeds", "1")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     found, _, printed, errors = run(toy(conditions={"plain": Settings(fault=fault)}), "--seeds", "2")
@@ -233,7 +233,7 @@ def test_a_run_that_fails_leaves_the_files_as_they_were(toy, run, fault, status,
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_run_that_fails_in_a_worker_is_one_line(toy, run):
+def test_failure_in_a_worker_is_a_one_line_error(toy, run):
     status, out, _, errors = run(toy(conditions={"plain": Settings(fault="raise")}), processes=2)
     assert status == 1
     assert errors.splitlines()[-1].endswith("ArithmeticError: no step")
@@ -241,13 +241,13 @@ def test_a_run_that_fails_in_a_worker_is_one_line(toy, run):
     assert not out.exists()
 
 
-def test_cifar_needs_its_folder(toy, run):
+def test_cifar_needs_the_root_option(toy, run):
     status, _, _, errors = run(toy(conditions={"plain": ImageSettings()}), "--data", "cifar100")
     assert status == 2
     assert errors == "toy.py: error: cifar100 needs --root DIR, the folder that holds its files\n"
 
 
-def test_cifar_that_is_not_there_is_one_line(torch, piece, run, tmp_path):
+def test_missing_cifar_files_are_a_one_line_error(torch, piece, run, tmp_path):
     status, out, _, errors = run(
         piece("distillation").EXPERIMENT, "--data", "cifar10", "--root", str(tmp_path), "--seeds", "1"
     )
@@ -270,7 +270,7 @@ def test_mnist_is_split_evenly(mnist):
     assert 0.3 < ink < 0.6  # a one takes less than half of a nought's ink
 
 
-def test_counts_fall_geometrically(piece):
+def test_long_tailed_class_counts_fall_geometrically(piece):
     class_counts = piece("pieces.images").class_counts
     assert class_counts(50, 10).tolist() == [5] * 10
     assert class_counts(1000, 10, 20.0).tolist() == [294, 211, 151, 108, 78, 56, 40, 29, 20, 15]
@@ -278,7 +278,7 @@ def test_counts_fall_geometrically(piece):
     assert class_counts(12, 3, 1e6).min() == 1
 
 
-def test_a_subset_is_of_its_seed(piece):
+def test_subset_is_determined_by_its_seed(piece):
     subset = piece("pieces.images").subset
     labels = np.repeat([0, 1, 2], 20)
     rows = subset(labels, [5, 3, 1], seed=4)
@@ -307,7 +307,7 @@ def gradient_of(torch, piece):
     return gradient
 
 
-def test_one_sided_rows_of_the_ablation_are_kl(piece, gradient_of):
+def test_one_sided_variants_of_the_ablation_have_kls_gradient(piece, gradient_of):
     kl = gradient_of("kl")
     assert_near(gradient_of("dkl"), kl, "float64", ulps=64)
     for name in piece("pieces.losses").ABLATION:
@@ -317,21 +317,21 @@ def test_one_sided_rows_of_the_ablation_are_kl(piece, gradient_of):
             assert np.abs(gradient_of(name) - kl).max() > 1e-3
 
 
-def test_the_ablation_has_gkl_among_its_rows(piece, gradient_of):
+def test_ablation_contains_gkl(piece, gradient_of):
     assert len(set(piece("pieces.losses").ABLATION)) == 16
     assert_near(gradient_of("symmetric-prior-0.5"), gradient_of("gkl"), "float64", ulps=0)
     assert np.abs(gradient_of("symmetric-teacher-0.5") - gradient_of("gkl")).max() > 1e-3
     assert np.abs(gradient_of("symmetric-prior-0.2") - gradient_of("gkl")).max() > 1e-3
 
 
-def test_an_unknown_divergence(piece):
+def test_unknown_divergence_is_an_error(piece):
     losses = piece("pieces.losses")
     with pytest.raises(ValueError, match="unknown divergence 'jsd'; there are none, kl, dkl"):
         losses.divergence("jsd", losses.Weights())
     assert losses.divergence("none", losses.Weights())(None, None) == 0
 
 
-def test_batches_are_of_their_seed_and_end(torch, piece):
+def test_batches_are_determined_by_their_seed_and_stop_at_the_limit(torch, piece):
     schedule = piece("pieces.training").schedule
     epochs = list(schedule(10, 4, 3, seed=1, steps_limit=None))
     assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4, 4, 2]] * 3
@@ -342,7 +342,7 @@ def test_batches_are_of_their_seed_and_end(torch, piece):
     assert again[1][1].tolist() == epochs[1][1].tolist()
 
 
-def test_images_are_moved_and_mirrored(torch, piece):
+def test_augmentation_shifts_and_mirrors_images(torch, piece):
     augment = piece("pieces.training").augment
     images = 1 + torch.arange(40 * 2 * 5 * 5.0).reshape(40, 2, 5, 5)
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
@@ -363,7 +363,7 @@ def test_images_are_moved_and_mirrored(torch, piece):
     assert augment(images, 0, False, torch.Generator()) is images
 
 
-def test_jax_moves_images_as_well(piece):
+def test_augmentation_of_the_jax_recipe_shifts_images(piece):
     backends.needs("jax")
     pytest.importorskip("optax")
     moved = piece("distillation_jax").moved
@@ -397,7 +397,7 @@ class Threshold:
         return torch.stack([0.5 - pixel, pixel - 0.5], dim=-1)
 
 
-def test_an_image_stands_as_far_as_its_margin(torch, piece):
+def test_image_withstands_attacks_within_its_margin(torch, piece):
     attacks = piece("pieces.attacks")
     images = torch.tensor([0.9, 0.6, 0.45, 0.7]).reshape(4, 1, 1, 1)
     labels = torch.tensor([1, 1, 0, 0])  # 0.4, 0.1 and 0.05 from the threshold, and wrong at once
@@ -410,7 +410,7 @@ def test_an_image_stands_as_far_as_its_margin(torch, piece):
             assert standing.tolist() == expected
 
 
-def test_an_attack_stays_within_its_bounds_and_gains(torch, piece):
+def test_attack_stays_within_its_bounds_and_raises_the_loss(torch, piece):
     attacks = piece("pieces.attacks")
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
@@ -432,7 +432,7 @@ def test_an_attack_stays_within_its_bounds_and_gains(torch, piece):
 
 
 @pytest.mark.parametrize("name", ["adversarial", "distillation", "ablation", "vision_language", "language_model"])
-def test_a_recipe_runs(torch, piece, mnist, run, name):
+def test_recipe_runs(torch, piece, mnist, run, name):
     experiment = piece(name).EXPERIMENT
     status, out, printed, errors = run(experiment, "--steps-limit", "2", "--seeds", "1")
     assert status == 0, errors
@@ -443,7 +443,7 @@ def test_a_recipe_runs(torch, piece, mnist, run, name):
     assert by_variant["kl"] != by_variant["symmetric-prior-0.5" if name == "ablation" else "gkl"]
 
 
-def test_the_recipe_in_jax_runs(piece, mnist, run):
+def test_jax_recipe_runs(piece, mnist, run):
     backends.needs("jax")
     pytest.importorskip("optax", reason="optax is not installed, and the recipe in JAX uses it")
     few = ["--only", "teacher", "kl", "gkl", "--condition", "balanced-500"]  # each variant is compiled, for seconds
@@ -458,7 +458,7 @@ def test_the_recipe_in_jax_runs(piece, mnist, run):
     assert kl != gkl
 
 
-def test_the_same_seed_gives_the_same_and_dkl_is_kl(torch, piece, mnist):
+def test_recipe_is_reproducible_and_dkl_trains_as_kl(torch, piece, mnist):
     recipe = piece("distillation")
     settings = recipe.Settings(200, epochs=3, teacher_epochs=1)
     kl = recipe.train("kl", 5, settings)
@@ -469,7 +469,7 @@ def test_the_same_seed_gives_the_same_and_dkl_is_kl(torch, piece, mnist):
     assert recipe.train("teacher", 5, settings)["divergence"] == 0
 
 
-def test_captions_say_what_is_there(piece, mnist):
+def test_captions_describe_the_image(piece, mnist):
     captions = piece("pieces.captions")
     blank = np.zeros((2, 1, 28, 28), np.float32)
     for row in range(4, 24):
@@ -490,7 +490,7 @@ def test_captions_say_what_is_there(piece, mnist):
     assert np.bincount(told.slant).min() > 0.3 * len(mnist.labels)
 
 
-def test_captions_held_out_are_not_learned_from(piece):
+def test_held_out_captions_are_not_trained_on(piece):
     captions = piece("pieces.captions")
     assert not {*captions.HELD_OUT, captions.HELD_OUT_IN_FULL} & set(captions.TO_LEARN)
     with pytest.raises(ValueError, match="may have 64 bytes, got 65"):
@@ -510,7 +510,7 @@ def test_text_is_cut_and_split_by_documents(piece):
     assert 0.1 < len(held_out.bytes) / len(learned.bytes) < 0.4
 
 
-def test_padding_changes_nothing(torch, piece):
+def test_padding_does_not_affect_loss_or_gradient(torch, piece):
     """What a model says after a document's end reaches neither a loss nor a gradient, NaN included."""
     losses = piece("pieces.losses")
     logits, towards = torch.randn(2, 3, 5, 256, generator=torch.Generator().manual_seed(0)).unbind()

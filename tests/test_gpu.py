@@ -47,7 +47,7 @@ def assert_same(one, other):
 
 
 @EACH
-def test_torch_transforms_on_a_gpu(torch, case):
+def test_torch_transforms_on_a_gpu_agree_with_the_cpu(torch, case):
     gradients, samples, tangents, seconds = [], [], [], []
     for loss, s, t in on_both(torch, case):
         gradients.append(torch.func.grad(loss, argnums=(0, 1))(s, t))
@@ -64,7 +64,7 @@ def test_torch_transforms_on_a_gpu(torch, case):
 
 
 @EACH
-def test_torch_compile_on_a_gpu(torch, case):
+def test_torch_compile_on_a_gpu_agrees_with_the_cpu(torch, case):
     found = []
     for loss, s, t in on_both(torch, case, "none"):
         run = torch.compile(loss, fullgraph=True) if s.device.type == "cuda" else loss
@@ -76,7 +76,7 @@ def test_torch_compile_on_a_gpu(torch, case):
         assert_same(one, other)
 
 
-def test_torch_contexts_on_a_gpu(torch):
+def test_torch_contexts_on_a_gpu_agree_with_the_cpu(torch):
     """Checkpoints, tensors made under inference_mode, autocast, a loss scale: backward passes as on a CPU."""
     from torch.utils.checkpoint import checkpoint
 
@@ -93,7 +93,7 @@ def test_torch_contexts_on_a_gpu(torch):
         assert_same(one, other)
 
 
-def test_torch_modules_on_a_gpu(torch):
+def test_torch_modules_on_a_gpu_agree_with_the_cpu(torch):
     from gklx.torch import GKLLoss
 
     s, t, given = call(SOME[2], "none", batch=(12,))
@@ -110,7 +110,7 @@ def test_torch_modules_on_a_gpu(torch):
 
 
 @EACH
-def test_transforms_of_jax_on_a_gpu(jax, case):
+def test_transforms_of_jax_on_a_gpu_agree_with_the_cpu(jax, case):
     s, t, given = call(case, "elements", batch=(6,), classes=64)
     found = []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):

@@ -61,7 +61,7 @@ def kernel(request):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_instruction_set_is_tried(name):
+def test_every_instruction_set_is_tested(name):
     if KERNELS[name] is None:
         pytest.skip(f"this machine, or this library, has no {name}")
     assert KERNELS[name].gklx_instruction_set().decode() == name
@@ -345,7 +345,7 @@ def loss_of(loss, seed, rows, classes, dtype=np.float32):
 
 @ALL
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 10, 41, 1000, 4099])
-def test_every_loss_at_every_width(kernel, loss, classes):
+def test_every_loss_at_every_number_of_classes(kernel, loss, classes):
     rows = 5 if classes <= 1000 else 2
     if "labels" in loss or "recipe" in loss:
         classes = min(classes, 1000)
@@ -361,7 +361,7 @@ def test_every_loss_at_every_width(kernel, loss, classes):
 
 
 @ALL
-def test_float64(kernel, loss):
+def test_every_loss_in_float64(kernel, loss):
     name, settings = loss_of(loss, 1, 6, 301, np.float64)
     s, t = logits(0, 6, 301, "float64")
     compare(kernel, name, s, t, **settings)
@@ -369,7 +369,7 @@ def test_float64(kernel, loss):
 
 @ALL
 @pytest.mark.parametrize(("student", "teacher"), [(a, b) for a in DTYPES for b in DTYPES])
-def test_every_pair_of_types(kernel, loss, student, teacher):
+def test_every_pair_of_dtypes(kernel, loss, student, teacher):
     name, settings = loss_of(loss, 1, 4, 41, DTYPES[teacher])
     s, t = logits(0, 4, 41, student, teacher)
     compare(kernel, name, s, t, **settings)
@@ -427,7 +427,7 @@ ODD = {
 @ALL
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_rows_that_are_not_finite(kernel, loss, odd, dtype):
+def test_rows_with_infinite_or_nan_logits(kernel, loss, odd, dtype):
     classes = 4 + 29
     name, settings = loss_of(loss, 2, 3, classes, DTYPES[dtype])
     s, t = logits(1, 3, classes, dtype)
@@ -446,7 +446,7 @@ def test_rows_that_are_not_finite(kernel, loss, odd, dtype):
 
 
 @pytest.mark.parametrize("loss", ["gkl", "gkl-recipe", "gkl-rows-2", "gkl-own-0.3", "gkl-own-0"])
-def test_a_batch_whose_normalizer_is_not_what_its_shape_says(kernel, loss):
+def test_normalizer_of_rows_without_a_valid_class(kernel, loss):
     """Rows without a valid class, teachers without a softmax: the sums that were assumed are found to be wrong."""
     name, settings = loss_of(loss, 2, 5, 9)
     s, t = logits(1, 5, 9)
@@ -462,7 +462,7 @@ def test_a_batch_whose_normalizer_is_not_what_its_shape_says(kernel, loss):
     assert (found["to_teacher"][2] == 0).all()
 
 
-def test_gradients_outside_are_positive_zeros(kernel):
+def test_masked_classes_have_gradient_positive_zero(kernel):
     s, t = logits(1, 3, 40)
     where = np.random.default_rng(0).random((3, 40)) < 0.5
     s[1, 3] = NAN
@@ -474,7 +474,7 @@ def test_gradients_outside_are_positive_zeros(kernel):
         assert not np.signbit(outside).any()
 
 
-def test_a_weight_that_is_no_weight(kernel):
+def test_invalid_sample_weight_gives_nan(kernel):
     s, t = logits(1, 4, 6)
     for v in (NAN, -1.0):
         found = run(kernel, "kl", s, t, sample_weight=[1.0, v, 0.0, 2.0], reduction="none")
@@ -485,7 +485,7 @@ def test_a_weight_that_is_no_weight(kernel):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("entry", [-0.1, NAN])
-def test_a_prior_entry_that_is_no_weight(kernel, gamma, entry):
+def test_invalid_prior_entry_gives_nan(kernel, gamma, entry):
     s, t = logits(1, 3, 6)
     prior = np.random.default_rng(0).dirichlet(np.ones(6), size=3).astype(np.float32)
     prior[1, 2] = entry
@@ -496,7 +496,7 @@ def test_a_prior_entry_that_is_no_weight(kernel, gamma, entry):
     compare(kernel, "gkl", s, t, asked=asked, where=np.arange(6) != 2, **settings)
 
 
-def test_a_label_that_names_no_class(kernel):
+def test_invalid_label_gives_nan(kernel):
     s, t = logits(1, 4, 6)
     prior = np.random.default_rng(0).dirichlet(np.ones(6), size=6).astype(np.float32)
     for gamma in (1.0, 0.3):
@@ -509,7 +509,7 @@ def test_a_label_that_names_no_class(kernel):
 @ALL
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_opposite_offsets(kernel, loss, dtype, offset):
+def test_opposite_offsets_of_the_networks(kernel, loss, dtype, offset):
     """The exact gradient of the logits as given: their d is larger than a float's digits."""
     name, settings = loss_of(loss, 2, 4, 501, DTYPES[dtype])
     s, t = logits(1, 4, 501, "float64")
@@ -519,7 +519,7 @@ def test_opposite_offsets(kernel, loss, dtype, offset):
 @ALL
 @pytest.mark.parametrize("fill", ["-1e9", "smallest"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_same_fill_in_both(kernel, loss, fill, dtype):
+def test_same_fill_value_in_both_networks(kernel, loss, fill, dtype):
     name, settings = loss_of(loss, 2, 4, 64, DTYPES[dtype])
     s, t = logits(1, 4, 64, dtype)
     s[:, ::3] = t[:, ::3] = -1e9 if fill == "-1e9" else np.finfo(dtype).min
@@ -528,7 +528,7 @@ def test_the_same_fill_in_both(kernel, loss, fill, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("loss", ["kl", "gkl", "gkl-labels", "gkl-labels-0"])
-def test_logits_as_large_as_numbers_go(kernel, dtype, loss):
+def test_logits_near_the_largest_float(kernel, dtype, loss):
     """For large t and s of opposite signs t - s overflows: only the loss may be infinite."""
     name, settings = loss_of(loss, 2, 3, 8, DTYPES[dtype])
     s, t = logits(1, 3, 8, dtype)
@@ -543,7 +543,7 @@ def test_logits_as_large_as_numbers_go(kernel, dtype, loss):
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30])
 @pytest.mark.parametrize("gamma", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize("kind", ["rows", "labels"])
-def test_the_scale_of_a_prior(kernel, scale, gamma, kind):
+def test_scale_of_a_prior_cancels(kernel, scale, gamma, kind):
     """GKL's batch normaliser takes any scale out of the weights again."""
     s, t = logits(1, 7, 50)
     rng = np.random.default_rng(1)
@@ -555,7 +555,7 @@ def test_the_scale_of_a_prior(kernel, scale, gamma, kind):
 
 
 @pytest.mark.parametrize("kind", ["rows", "labels"])
-def test_the_least_weights_of_a_small_prior(kernel, kind):
+def test_subnormal_weights_of_a_small_prior_keep_their_digits(kernel, kind):
     """Products with weights below the normal numbers keep their digits where the whole row is small."""
     s, t = logits(1, 1, 4)
     prior = np.asarray([[4e-11, 3e-12, 1.7e-44, 2e-30]] * (4 if kind == "labels" else 1), np.float32)
@@ -568,7 +568,7 @@ def test_the_least_weights_of_a_small_prior(kernel, kind):
         np.testing.assert_allclose(found[key], exact[key].astype(np.float64), rtol=4e-6)
 
 
-def test_gamma_reaches_below_underflow(kernel):
+def test_power_of_an_underflowing_probability_is_kept(kernel):
     """p = exp(-150) is 0 in float32, its 0.1th power is not."""
     s, t = np.zeros((1, 3), np.float32), np.asarray([[0.0, -150.0, -1.0]], np.float32)
     compare(kernel, "gkl", s, t, gamma=0.1, ulps=8)
@@ -578,7 +578,7 @@ def test_gamma_reaches_below_underflow(kernel):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 0.0])
-def test_kl_of_close_rows(kernel, dtype, size):
+def test_kl_of_close_rows_keeps_its_digits(kernel, dtype, size):
     rng = np.random.default_rng(2)
     t = (3 * rng.standard_normal((50, 1000))).astype(dtype)
     s = (t + size * rng.standard_normal(t.shape)).astype(dtype)
@@ -596,7 +596,7 @@ def test_kl_of_close_rows(kernel, dtype, size):
 
 @pytest.mark.parametrize("kind", ["confident", "confident-teacher", "opposed", "wide"])
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_rows_sure_of_a_class(kernel, kind, classes):
+def test_confident_rows_keep_their_digits(kernel, kind, classes):
     s, t = 3.0 * np.random.default_rng(1).standard_normal((2, 8, classes))
     if kind == "confident":
         s[:, 0] += 20.0
@@ -624,7 +624,7 @@ def scale_of(s, t):
 
 @pytest.mark.parametrize("loss", ["kl", "gkl", "gkl-recipe", "gkl-own-0.3"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_results_do_not_depend_on_threads(kernel, loss, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(kernel, loss, dtype):
     rows, classes = 700, 501
     name, settings = loss_of(loss, 2, rows, classes)
     s, t = logits(1, rows, classes, dtype)
@@ -638,7 +638,7 @@ def test_results_do_not_depend_on_threads(kernel, loss, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 1000])
-def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes):
+def test_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes):
     """The first of several, of a NaN the first NaN, as NumPy has it; whatever else is asked for."""
     s, t = logits(3, 9, classes, dtype)
     at = np.arange(0, 9) * classes // 9
@@ -658,7 +658,7 @@ def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes
 
 
 @ALL
-def test_what_is_asked_for_does_not_depend_on_what_else_is(kernel, loss):
+def test_results_do_not_depend_on_which_are_requested(kernel, loss):
     name, settings = loss_of(loss, 2, 6, 47)
     s, t = logits(1, 6, 47)
     for asked in (
@@ -679,7 +679,7 @@ def test_what_is_asked_for_does_not_depend_on_what_else_is(kernel, loss):
 
 
 @pytest.mark.parametrize("loss", ["gkl", "gkl-recipe", "gkl-rows-2", "kl"])
-def test_a_batch_spread_over_ranks(kernel, loss):
+def test_batch_over_two_ranks_has_the_results_of_the_whole(kernel, loss):
     """Two halves, each with the sums of both, give the whole batch's gradients; their values' mean is its value."""
     name, settings = loss_of(loss, 2, 8, 30)
     s, t = logits(1, 8, 30)
@@ -702,7 +702,7 @@ def test_a_batch_spread_over_ranks(kernel, loss):
     assert_near(np.mean(values), whole["value"].astype(float), "float32", ulps=2)
 
 
-def test_no_rows(kernel):
+def test_loss_of_an_empty_batch_is_zero(kernel):
     s, t = logits(0, 0, 5)
     for name in ("kl", "gkl"):
         for reduction in ("mean", "sum", "none"):
@@ -711,7 +711,7 @@ def test_no_rows(kernel):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_batch_of_no_weight(kernel, loss):
+def test_loss_of_a_batch_without_weight_is_zero(kernel, loss):
     name, settings = loss_of(loss, 2, 3, 6)
     s, t = logits(1, 3, 6)
     s[0], t[1] = NAN, INF
@@ -722,7 +722,7 @@ def test_a_batch_of_no_weight(kernel, loss):
 
 
 @ALL
-def test_the_definition_is_the_oracles(loss):
+def test_definition_agrees_with_the_oracle(loss):
     """Checks the reference of the other tests against all pairs of classes, with complex steps."""
     name, settings = loss_of(loss, 1, 4, 7, np.float64)
     s, t = logits(0, 4, 7, "float64")
@@ -737,7 +737,7 @@ def test_the_definition_is_the_oracles(loss):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_half_is_read_and_written_as_it_is(kernel, dtype):
+def test_every_half_precision_number_is_read_and_written_exactly(kernel, dtype):
     """All 65,536 of them come through a gradient of slope 1: q - p with two classes, scaled by upstream."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
     halves = halves[np.isfinite(halves.astype(np.float32))]
@@ -760,7 +760,7 @@ def test_gradients_are_rounded_once(kernel, dtype):
     assert (found != exact.astype(np.float64).astype(DTYPES[dtype])).mean() < 1e-3
 
 
-def test_the_environment_chooses_the_instruction_set():
+def test_environment_chooses_the_instruction_set():
     script = "from gklx._run import cpu; print(cpu.instruction_set())"
     source = str(Path(cpu.__file__).parents[2])
 

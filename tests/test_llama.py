@@ -61,7 +61,7 @@ def test_rows_and_targets_are_read(tmp_path, classes, context):
         same(carried_targets(rows).read(start, stop), targets[start:stop])
 
 
-def test_shards_carry_their_targets(tmp_path):
+def test_shards_have_their_targets(tmp_path):
     parts = [a_dump(tmp_path / f"x-{i}.kld") for i in range(3)]
     rows = open_logits(str(tmp_path / "x-*.kld"))
     same(rows.read(5, 30), np.concatenate([values for _, values, _ in parts])[5:30])
@@ -136,7 +136,7 @@ CODES = {"mean": 2e-6, "single": 1e-5}
 
 
 @pytest.mark.parametrize("name", OF_TOOL)
-def test_the_tools_own_numbers_are_reached(report, name):
+def test_numbers_agree_with_those_of_the_tool(report, name):
     percent = 100 if "Δp" in name or name in ("Same top p", "Cor(ln(PPL(Q)), ln(PPL(base)))") else 1
     for key, (expected, half_a_unit) in zip(OF_TOOL[name], printed(name), strict=False):
         of_codes = CODES["mean" if "mean" in key or "rms" in key else "single"] * percent
@@ -147,12 +147,12 @@ def test_the_tools_own_numbers_are_reached(report, name):
         assert abs(percent * at(report, key) - expected) <= half_a_unit + of_codes, (key, percent * at(report, key))
 
 
-def test_what_the_table_is_made_of_covers_what_the_tool_prints():
+def test_every_line_of_the_tools_report_is_compared():
     lines = [line.partition(":")[0].strip() for line in PRINTED.splitlines() if ":" in line]
     assert sorted(lines) == sorted(OF_TOOL)
 
 
-def test_the_report_says_by_which_rule(report, capsys, tmp_path):
+def test_report_names_llama_cpps_rule(report, capsys, tmp_path):
     assert report["reading"] == "llama.cpp"
     assert main(["score", QUANTISED, BASE, "--work-dir", str(tmp_path)]) == 0
     assert "by llama.cpp's rule" in capsys.readouterr().out
@@ -162,7 +162,7 @@ def test_the_report_says_by_which_rule(report, capsys, tmp_path):
         assert "reading" not in json.loads(capsys.readouterr().out)
 
 
-def test_classes_that_the_tool_leaves_out_are_left_out(tmp_path):
+def test_classes_of_negligible_probability_are_left_out(tmp_path):
     """Of log-probability -16 and below; what is stored is not normalised for the base, but is for the other."""
     paths, values = [], []
     for name in ("s", "t"):
@@ -183,7 +183,7 @@ def test_classes_that_the_tool_leaves_out_are_left_out(tmp_path):
     assert plain.losses["kl"].mean != pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_blocks_and_shards_change_nothing(tmp_path):
+def test_block_size_does_not_change_the_score(tmp_path):
     found = gklx.score(QUANTISED, BASE, batch_size=7)
     assert found == gklx.score(QUANTISED, BASE)
 
@@ -206,7 +206,7 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize("length", [8, 12, 19, 20, 24, 200, 3091, 3092, 3100, 4000, 229_891])
-def test_a_dump_cut_anywhere(fails, tmp_path, length):
+def test_truncated_dump_is_refused(fails, tmp_path, length):
     cut = tmp_path / "cut.kld"
     cut.write_bytes(Path(QUANTISED).read_bytes()[:length])
     assert "llama.cpp dump is " in (line := fails(cut, BASE))
@@ -216,7 +216,7 @@ def test_a_dump_cut_anywhere(fails, tmp_path, length):
 
 @pytest.mark.parametrize("at", [8, 12, 16])
 @pytest.mark.parametrize("claim", [-(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1])
-def test_a_header_that_claims_what_is_not_there(fails, tmp_path, at, claim):
+def test_header_with_impossible_sizes_is_refused(fails, tmp_path, at, claim):
     """Petabytes among it: nothing is allocated for them."""
     content = bytearray(Path(QUANTISED).read_bytes())
     content[at : at + 4] = struct.pack("<i", claim)
@@ -226,12 +226,12 @@ def test_a_header_that_claims_what_is_not_there(fails, tmp_path, at, claim):
     assert "its header " in line
 
 
-def test_more_than_the_header_says(fails, tmp_path):
+def test_dump_longer_than_its_header_says_is_refused(fails, tmp_path):
     (tmp_path / "more.kld").write_bytes(Path(QUANTISED).read_bytes() + b"\0")
     assert "promises 229,892 bytes" in fails(tmp_path / "more.kld", BASE)
 
 
-def test_dumps_that_do_not_go_together(fails, tmp_path):
+def test_dumps_of_different_texts_are_refused(fails, tmp_path):
     path, _, targets = a_dump(tmp_path / "a", classes=7)
     other = a_dump(tmp_path / "b", classes=8)[0]
     assert "vocabulary mismatch" in fails(path, other)
@@ -245,7 +245,7 @@ def test_dumps_that_do_not_go_together(fails, tmp_path):
     assert "none that could be read as labels" in fails(path, path, "--labels", path)
 
 
-def test_tokens_outside_the_vocabulary(fails, tmp_path):
+def test_tokens_outside_the_vocabulary_are_refused(fails, tmp_path):
     path = a_dump(tmp_path / "a", classes=7)[0]
     content = bytearray(Path(path).read_bytes())
     content[20 + 4 * 6 : 24 + 4 * 6] = struct.pack("<i", 7)

@@ -139,7 +139,7 @@ def second_derivatives(rank, size):
 
 
 @pytest.mark.supports("second derivatives", "PyTorch")
-def test_torch_second_derivatives_see_the_other_ranks(tmp_path):
+def test_torch_second_derivatives_include_the_other_ranks(tmp_path):
     """The normaliser of GKL depends on every rank's teacher."""
     on_ranks(2, second_derivatives, tmp_path)
 
@@ -305,7 +305,7 @@ def module_inside(rank, size):
 
 
 @pytest.mark.supports("batch split over devices", "PyTorch")
-def test_torch_criterion_within_a_wrapped_model(tmp_path):
+def test_torch_criterion_may_be_part_of_the_wrapped_model(tmp_path):
     on_ranks(4, module_inside, tmp_path)
 
 
@@ -316,7 +316,7 @@ def test_torch_distributed_data_parallel_trains_as_one_process_does(size, tmp_pa
     on_ranks(size, distributed_data_parallel, tmp_path)
 
 
-def test_torch_a_world_of_one_needs_no_set_up():
+def test_torch_global_batch_without_a_process_group_does_nothing():
     backends.needs("torch")
     s, t, _ = whole("torch", CASES[0])
     with gklx.global_batch():
@@ -324,7 +324,7 @@ def test_torch_a_world_of_one_needs_no_set_up():
         same(gklx.class_sums(t, s.argmax(-1), C), gklx.class_sums(t, s.argmax(-1), C))
 
 
-def test_nested_batches_and_threads():
+def test_global_batches_nest_and_are_local_to_a_thread():
     """The innermost context holds; another thread has none."""
     import threading
 
@@ -342,7 +342,7 @@ def test_nested_batches_and_threads():
     assert seen == [()]
 
 
-def test_wrong_kinds_of_batch(backend):
+def test_global_batch_of_the_wrong_kind_is_refused(backend):
     s = backend.array(np.zeros((2, 3)))
     name = backend.library.backend
     settings, message = {
@@ -414,7 +414,7 @@ def test_jax_sharded_arrays_give_the_same_numbers(jax, case, axis):
 
 @pytest.mark.supports("batch split over devices", "JAX")
 @pytest.mark.parametrize("case", JAX_CASES, ids=lambda case: case.id)
-def test_jax_meshes_of_explicit_axes(jax, case):
+def test_jax_meshes_of_explicit_axes_give_the_same_numbers(jax, case):
     """A gather is ambiguous there: the prior's rows are taken by the caller, who names their sharding."""
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -466,7 +466,7 @@ def test_jax_shard_map_with_an_axis_name(jax, case, mask):
 
 
 @pytest.mark.supports("batch split over devices", "JAX")
-def test_jax_shard_map_parameters_and_class_prior(jax):
+def test_jax_shard_map_trains_as_one_device_does(jax):
     """As one trains: the mean over the devices is taken of the loss, and the prior is the same everywhere."""
     from jax.sharding import PartitionSpec as P
 
@@ -510,7 +510,7 @@ def test_jax_vmap_with_an_axis_name(jax):
 
 @pytest.mark.supports("batch split over devices", "Dask")
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
-def test_dask_chunks_of_rows_stay_chunks_of_rows(case):
+def test_dask_gradient_has_the_chunks_of_the_logits(case):
     """Uneven ones; nothing is computed before it is asked for, and the gradient is chunked as the logits are."""
     backends.needs("dask")
     import dask

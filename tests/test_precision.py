@@ -113,7 +113,7 @@ def test_kl_of_close_rows_keeps_its_digits(size):
 
 
 @pytest.mark.numpy_alone
-def test_float64_is_near_rounding_of_extended_precision():
+def test_float64_results_are_within_rounding():
     import oracle
 
     rng = np.random.default_rng(3)
@@ -130,7 +130,7 @@ def test_float64_is_near_rounding_of_extended_precision():
 
 
 @pytest.mark.numpy_alone
-def test_gamma_reaches_below_underflow():
+def test_power_of_an_underflowing_probability_is_kept():
     """p = exp(-150) is 0 in float32, its 0.1th power is not."""
     s, t = np.zeros((1, 3), dtype="float32"), np.asarray([[0.0, -150.0, -1.0]], dtype="float32")
     case = Case("", "gkl", {"gamma": 0.1})

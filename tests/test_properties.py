@@ -28,7 +28,7 @@ def masked(case, mask="none"):
 
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, shift=arrays("float64", (2, 4, 1), elements=st.integers(-1000, 1000)))
-def test_a_constant_added_to_a_row_changes_nothing(case, logits, shift):
+def test_constant_added_to_a_row_changes_nothing(case, logits, shift):
     logits = np.round(logits * 2**20) / 2**20  # so that the shifted logits are exact
     value, gradients = both(case, *logits, masked(case))
     shifted, shifted_gradients = both(case, *(logits + shift), masked(case))
@@ -63,7 +63,7 @@ def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
 
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, cut=st.integers(0, 4))
-def test_a_batch_may_be_split(case, logits, cut):
+def test_loss_of_a_batch_is_the_sum_over_its_parts(case, logits, cut):
     """Samples are independent but for the normaliser: sums add up, with "batch" after undoing it."""
     s, t = logits
     given_ = masked(case)
@@ -82,7 +82,7 @@ def test_a_batch_may_be_split(case, logits, cut):
 @pytest.mark.numpy_alone
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @given(logits=LOGITS, junk=st.sampled_from([np.nan, np.inf, -np.inf, 1e308]))
-def test_samples_of_weight_zero_might_as_well_be_absent(case, logits, junk):
+def test_samples_of_weight_zero_are_as_if_absent(case, logits, junk):
     s, t = logits.copy()
     given_ = masked(case)
     weights = np.asarray([1.0, 0.0, 2.0, 0.0])
@@ -114,7 +114,7 @@ def test_asymmetric_gkl_has_the_gradients_of_dkl(logits, temperature):
 
 @pytest.mark.numpy_alone
 @given(logits=LOGITS)
-def test_gkl_of_samples_is_ikl_and_so_is_gkl_of_a_normalised_prior(logits):
+def test_gkl_with_gamma_one_is_ikl(logits):
     rng = np.random.default_rng(0)
     prior, labels = rng.dirichlet(np.ones(6), size=6), rng.integers(0, 6, 4)
     for given_ in ({}, {"prior": prior, "labels": labels}):
@@ -151,7 +151,7 @@ def test_boolean_and_integer_weights_are_cast(backend, case):
 
 
 @pytest.mark.numpy_alone
-def test_rows_of_the_prior_are_chosen_by_label_whatever_is_raised_first():
+def test_prior_rows_raised_before_or_after_selection_are_equal():
     """Large batches raise the table to gamma, small ones the chosen rows: the same to the last bit."""
     rng = np.random.default_rng(5)
     prior, labels = rng.dirichlet(np.ones(6), size=6), rng.integers(0, 6, 40)

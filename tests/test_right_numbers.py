@@ -84,7 +84,7 @@ def fills_of(dtype):
 
 
 @pytest.mark.parametrize("name", ["kl", "ikl", "gkl"])
-def test_the_same_fill_in_both_networks(backend, dtype, name):
+def test_same_fill_value_in_both_networks(backend, dtype, name):
     rng = np.random.default_rng(0)
     s, t = 3.0 * rng.standard_normal((2, len(fills_of(dtype)), 2, 10)) + [[[[15.0]]], [[[22.0]]]]
     for i, fill in enumerate(fills_of(dtype)):
@@ -96,7 +96,7 @@ def test_the_same_fill_in_both_networks(backend, dtype, name):
     check(backend, dtype, *problems)
 
 
-def test_the_same_fill_weighs_nothing_in_the_difference(backend):
+def test_same_fill_value_has_difference_zero(backend):
     """The example by itself: t - s is 0 in the filled classes, whatever fills them."""
     s, t = np.zeros((1, 10)) + 15.0, np.zeros((1, 10)) + 22.0
     for fill in (-1e4, -1e6, -1e9, -3e38):
@@ -111,7 +111,7 @@ def test_the_same_fill_weighs_nothing_in_the_difference(backend):
         assert_close(found, 0.5 * 49 * 0.6 * 0.4, backend, "float32", ulps=4)
 
 
-def test_opposite_offsets(backend, dtype):
+def test_opposite_offsets_of_the_networks(backend, dtype):
     rng = np.random.default_rng(1)
     s, t = 3.0 * rng.standard_normal((2, 6, 2, 8))
     for i, (a, b) in enumerate([(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-3e4, 3e4), (1e2, -1e4), (0.0, 2e4)]):
@@ -134,7 +134,7 @@ def masked_out(dtype):
     return s, t, where
 
 
-def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
+def test_masked_class_is_not_read(backend, dtype):
     s, t, where = masked_out(dtype)
     prior = {"where": where, "prior": np.full_like(s, 0.25)}
     problems = [(name, settings, s, t, {"where": where}) for name, settings in PLAIN]
@@ -151,7 +151,7 @@ def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
 
 
 @pytest.mark.parametrize("low", [-1e4, -1e18, -3e38])
-def test_one_class_is_left_far_from_the_one_taken_out(backend, low):
+def test_only_valid_class_far_from_the_masked_one(backend, low):
     s, t, where = np.asarray([[low, 0.0]]), np.zeros((1, 2)), np.asarray([True, False])
     for logits in ((s, t), (t, s), (s[0], t[0])):
         given = (backend.array(x, "float32") for x in logits)
@@ -163,7 +163,7 @@ def test_one_class_is_left_far_from_the_one_taken_out(backend, low):
             given = (backend.array(x, "float32") for x in logits)
 
 
-def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
+def test_sample_of_weight_zero_is_not_read(backend, dtype):
     s, t, where = masked_out(dtype)
     weight = {"sample_weight": np.where(where.all(axis=-1), 1.0, 0.0)}
     weight["sample_weight"][:, 0] = 0.0
@@ -173,7 +173,7 @@ def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
 
 
 @pytest.mark.parametrize(("name", "side"), [("kl", 0), ("dkl", 1), ("ikl", 1), ("gkl", 0)])
-def test_nan_in_one_row_of_a_large_batch(backend, name, side):
+def test_nan_in_one_row_of_a_large_batch_stays_in_that_row(backend, name, side):
     """Only its row is affected, and only the classes that count, for any number of rows."""
     rng = np.random.default_rng(3)
     shape = (1_000, 1_000)
@@ -200,7 +200,7 @@ def test_nan_in_one_row_of_a_large_batch(backend, name, side):
         assert expected.any() == np.isnan(found[500, where]).any() or name != "kl"
 
 
-def test_a_prior_of_zeros(backend, dtype):
+def test_prior_of_zeros_gives_wmse_zero(backend, dtype):
     """Classes that all weigh nothing: the wMSE is 0 and has no gradient; to the power 0 they weigh 1 each."""
     s, t = np.asarray([0.0, 1.0, 2.0]), np.asarray([1.0, 0.0, 0.0])
     some = np.stack([np.zeros(3), [0.2, 0.3, 0.5]])
@@ -226,7 +226,7 @@ SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25)
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("normalize", ["batch", "samples"])
-def test_scales_of_the_prior(backend, dtype, scale, normalize):
+def test_scale_of_the_prior(backend, dtype, scale, normalize):
     """GKL over the batch does not depend on it; over the samples the loss goes with its square."""
     if backend.costly and not backends.EXHAUSTIVE and SCALES.index(scale) % 2 == (normalize == "batch"):
         pytest.skip("the other normaliser has this scale")
@@ -247,7 +247,7 @@ def test_scales_of_the_prior(backend, dtype, scale, normalize):
 
 
 @pytest.mark.parametrize("scale", [1e-27, 1.1e-3, 5e12, 1.05e18])
-def test_large_logits_and_priors_far_from_one(backend, scale):
+def test_large_logits_with_priors_far_from_one(backend, scale):
     """Products of both are beyond the float's range where the loss is not."""
     rng = np.random.default_rng(11)
     problems = []
@@ -259,7 +259,7 @@ def test_large_logits_and_priors_far_from_one(backend, scale):
     check(backend, "float32", *problems)
 
 
-def test_own_weights_far_apart(backend, dtype):
+def test_teachers_weights_of_very_different_scale(backend, dtype):
     """The teacher's softmax to a high power: sums of W from 1 down to 1e-25, and W below the smallest float."""
     rng = np.random.default_rng(5)
     s, t = 3.0 * rng.standard_normal((2, 4, 7))
@@ -274,7 +274,7 @@ def test_own_weights_far_apart(backend, dtype):
 
 
 @pytest.mark.parametrize("scale", [0.9, 1e-10, 1e-30, "smallest", "subnormal"])
-def test_scales_of_the_sample_weights(backend, dtype, scale):
+def test_scale_of_the_sample_weights(backend, dtype, scale):
     """The mean does not depend on it, up to weights whose sum is beyond the largest float."""
     wide = "float64" if dtype == "float64" else "float32"
     info = np.finfo(wide)
@@ -301,7 +301,7 @@ def check_mean(backend, dtype, s, t, v):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_smallest_float_as_a_logit_of_the_student(backend, dtype, name):
+def test_lowest_float_as_a_student_logit(backend, dtype, name):
     """Finite logits have finite gradients, or infinite ones where they are beyond the dtype; never NaN."""
     low = -exact.LARGEST[dtype]
     s, t = np.asarray([[0.0, low, 1.0], [low, low, 0.0], [0.0, 1.0, 2.0]]), np.asarray([[1.0, 2.0, 0.0]] * 3)
@@ -314,7 +314,7 @@ def test_the_smallest_float_as_a_logit_of_the_student(backend, dtype, name):
     assert np.isfinite(to_s).all()
 
 
-def test_the_least_temperature(backend):
+def test_smallest_temperature(backend):
     """The smallest normal float is the least: differences beyond the float's range are 0 or infinite, never NaN."""
     least = float(np.finfo("float32").smallest_normal)
     s, t = np.asarray([[1.0, 0.0, -3.0], [0.0, 1.0, 1.0]]), np.asarray([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]])
@@ -350,7 +350,7 @@ def test_kl_is_not_negative(backend, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_entries_add_up_to_the_sum(backend, dtype, name):
+def test_unreduced_entries_add_up_to_the_sum(backend, dtype, name):
     """Under "none" a sample's weight is in its entry, as in PyTorch's and Keras' losses."""
     rng = np.random.default_rng(8)
     s, t = 3.0 * rng.standard_normal((2, 3, 2, 5))
@@ -381,7 +381,7 @@ def jax():
 
 @pytest.mark.parametrize("name", ["dkl", "ikl", "gkl"])
 @pytest.mark.parametrize("zero", ["mse_weight", "ce_weight", "gamma"])
-def test_a_traced_number_of_zero(jax, execution, name, zero):
+def test_traced_hyper_parameter_of_zero(jax, execution, name, zero):
     """A warm-up from 0: a part of weight 0 is absent even where it is infinite, as with a static weight."""
     if zero == "gamma" and name != "gkl":
         pytest.skip("only GKL has it")
@@ -408,7 +408,7 @@ def test_a_traced_number_of_zero(jax, execution, name, zero):
 @pytest.mark.optimized_programs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_programs_of_many_rows_with_x64(jax, execution, dtype, name):
+def test_programs_of_many_rows_with_float64_enabled(jax, execution, dtype, name):
     """8 MB of logits and more, with and without powers of the weights."""
     rng = np.random.default_rng(9)
     s, t = rng.standard_normal((2, 2_000, 600))
@@ -454,7 +454,7 @@ def close(torch, found, expected, dtype):
         ("func", "float32"),
     ],
 )
-def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
+def test_compiled_logits_of_different_layouts(torch, execution, how, dtype):
     """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
     if how == "func" and execution == "kernel":
         pytest.skip("a transform within the compiler runs on the formulas")
@@ -494,7 +494,7 @@ def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_teacher_from_inference_mode(torch, execution, compiled, dtype):
+def test_teacher_may_be_an_inference_tensor(torch, execution, compiled, dtype):
     if compiled and dtype not in ("float32", "bfloat16"):
         pytest.skip("compiles what another dtype compiles")
     rng = np.random.default_rng(10)
@@ -537,7 +537,7 @@ def test_a_teacher_from_inference_mode(torch, execution, compiled, dtype):
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in LOSSES), ("kl", True), ("gkl", True)])
-def test_a_teacher_from_inference_mode_in_a_module(torch, execution, name, compiled):
+def test_teacher_of_a_module_may_be_an_inference_tensor(torch, execution, name, compiled):
     import gklx.torch
 
     labels = torch.arange(6) % 5 if name in ("ikl", "gkl") else None
@@ -558,7 +558,7 @@ def test_a_teacher_from_inference_mode_in_a_module(torch, execution, name, compi
         assert math.isclose(float(module.prior.sum()), 5.0, rel_tol=1e-5)
 
 
-def test_a_number_that_the_compiler_leaves_open(torch, execution):
+def test_dynamic_hyper_parameter_of_a_compiled_loss(torch, execution):
     """A warm-up in PyTorch: the weight is a float that changes, 0 among its values."""
     s, t = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]]), torch.tensor([[0.0, 0.5, 1.0], [0.0, -3.0, 1.0]])
 

@@ -34,7 +34,7 @@ def pieces(*arrays, sizes=(1, 30, 0, 19)):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_arrays_of_every_library(backend, dtype, labelled):
+def test_arrays_of_every_library_are_scored(backend, dtype, labelled):
     s, t = (backend.array(x, dtype) for x in (STUDENT, TEACHER))
     found = gklx.score(s, t, backend.array(LABELS) if labelled else None, **NUMBERS)
     assert found.backend == ("numpy" if backend.library.lazy else backend.library.backend)
@@ -44,14 +44,14 @@ def test_arrays_of_every_library(backend, dtype, labelled):
 
 
 @pytest.mark.parametrize("shape", [(5, 10), (2, 5, 5)])
-def test_leading_axes(backend, shape):
+def test_leading_axes_are_samples(backend, shape):
     s, t = (backend.array(x.reshape(*shape, CLASSES), "float32") for x in (STUDENT, TEACHER))
     found = gklx.score(s, t, backend.array(LABELS.reshape(shape)), **NUMBERS, batch_size=7)
     assert means(found) == pytest.approx(expected(), rel=1e-5)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_batches_of_any_size(labelled):
+def test_batches_may_have_any_size(labelled):
     batches = pieces(STUDENT, TEACHER, LABELS) if labelled else pieces(STUDENT, TEACHER)
     wanted = pytest.approx(expected(LABELS if labelled else None), rel=1e-12)
     assert means(gklx.score(batches, **NUMBERS)) == wanted
@@ -61,7 +61,7 @@ def test_batches_of_any_size(labelled):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_the_byte_order_is_no_matter(dtype):
+def test_byte_order_does_not_matter(dtype):
     """Neither to a score nor to a loss."""
     s, t = (x.astype(f"<{dtype}") for x in (STUDENT, TEACHER))
     prior = rng.dirichlet(np.ones(CLASSES), 50)
@@ -76,7 +76,7 @@ def test_the_byte_order_is_no_matter(dtype):
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("halves", ["float16", "bfloat16"])
-def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
+def test_half_precision_scores_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
     """To the last bit, in files and in arrays, though they are not copied into float32."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[halves]
@@ -101,7 +101,7 @@ def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled)
     assert samples(x[0], wide[1]) == wanted
 
 
-def test_one_pass_over_the_logits_where_the_losses_weigh_classes_alike(monkeypatch):
+def test_losses_with_equal_class_weights_share_one_pass(monkeypatch):
     if cpu.instruction_set() is None:
         pytest.skip("the kernel is not in use")
     passes, run = [], cpu.run
@@ -118,13 +118,13 @@ def test_one_pass_over_the_logits_where_the_losses_weigh_classes_alike(monkeypat
 
 
 @pytest.mark.parametrize(("own", "blocks"), [(8, 2), (3, 2), (1, 4)])
-def test_blocks_at_once_share_the_threads(monkeypatch, own, blocks):
+def test_concurrent_blocks_share_the_threads(monkeypatch, own, blocks):
     monkeypatch.setattr(pools, "own_threads", lambda: own)
     with backend_of("numpy", None) as place, pools.threads(place, blocks) as pool:
         assert pool.place.kernel_threads == max(1, own // blocks)
 
 
-def test_iterators_of_batches():
+def test_batches_may_be_iterators():
     batches = pieces(STUDENT, TEACHER)
     assert means(gklx.score(iter(batches), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
     apart = (iter(each) for each in zip(*batches, strict=True))
@@ -134,19 +134,19 @@ def test_iterators_of_batches():
     assert gklx.score(once, losses=["kl"]).losses["kl"].mean == pytest.approx(float(gklx.kl(STUDENT, TEACHER)))
 
 
-def test_each_batch_may_have_a_dtype_of_its_own():
+def test_batches_may_differ_in_dtype():
     batches = pieces(STUDENT, TEACHER)
     batches[1] = tuple(x.astype(np.float32) for x in batches[1])
     assert means(gklx.score(batches, **NUMBERS)) == pytest.approx(expected(None), rel=1e-6)
 
 
-def test_batches_of_a_library_are_computed_where_one_asks(backend):
+def test_batches_are_computed_on_the_requested_backend(backend):
     batches = [tuple(backend.array(x, "float32") for x in each) for each in pieces(STUDENT, TEACHER, sizes=(20, 30))]
     found = gklx.score(batches, backend="numpy", **NUMBERS)
     assert (found.backend, means(found)) == ("numpy", pytest.approx(expected(None), rel=1e-5))
 
 
-def test_gradients_are_no_matter():
+def test_tensors_that_require_gradients_are_scored():
     torch = pytest.importorskip("torch")
     s = torch.tensor(STUDENT, requires_grad=True)
     assert means(gklx.score(s, torch.tensor(TEACHER), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
@@ -164,7 +164,7 @@ def test_gradients_are_no_matter():
     ],
 )
 @pytest.mark.parametrize("on", ["numpy", "array_api_strict", "dask"])
-def test_threads_are_counted_as_those_of_the_losses(monkeypatch, tmp_path, environment, threads, on):
+def test_threads_are_limited_as_for_the_losses(monkeypatch, tmp_path, environment, threads, on):
     backends.needs(on)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
     for name in ("OMP_NUM_THREADS", "GKLX_NUM_THREADS"):
@@ -232,6 +232,6 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER), {"plot": "x.gif"}, ValueError, r"x\.gif"),
     ],
 )
-def test_errors(args, kwargs, error, message):
+def test_invalid_inputs_raise_the_documented_errors(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         gklx.score(*args, **kwargs)

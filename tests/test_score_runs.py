@@ -40,7 +40,7 @@ def uninterrupted(tmp_path, *argv):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_killed_and_resumed(files, tmp_path, labelled):
+def test_killed_run_is_resumed(files, tmp_path, labelled):
     work = tmp_path / "work"
     argv = [*files[:2], "--work-dir", work, "--batch-size", "1", "--format", "json"]
     argv += ["--labels", files[2]] if labelled else []
@@ -61,7 +61,7 @@ def test_killed_and_resumed(files, tmp_path, labelled):
     assert list(work.iterdir()) == []
 
 
-def test_interrupted_and_resumed(files, tmp_path):
+def test_interrupted_run_is_resumed(files, tmp_path):
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--batch-size", "1", "--format", "json"]
     code = (
         "import signal, sys; from gklx._cli import main\n"
@@ -84,7 +84,7 @@ def test_interrupted_and_resumed(files, tmp_path):
     assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
 
 
-def test_cut_off_in_the_first_pass(files, tmp_path, monkeypatch):
+def test_run_that_failed_in_the_first_pass_is_resumed(files, tmp_path, monkeypatch):
     whole = gklx.score(*files, batch_size=100)
     monkeypatch.setattr(work_file, "_SECONDS_BETWEEN_SUMS", 0.0)
     seen = []
@@ -108,7 +108,7 @@ def test_cut_off_in_the_first_pass(files, tmp_path, monkeypatch):
     assert min(seen) == 1500
 
 
-def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
+def test_truncated_record_is_recomputed(files, tmp_path, monkeypatch):
     whole = gklx.score(*files[:2], batch_size=100)
     original = runs.score_chunk
 
@@ -126,7 +126,7 @@ def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
     assert gklx.score(*files[:2], batch_size=37, work_dir=tmp_path) == whole
 
 
-def test_strict_after_a_run_that_was_not(tmp_path, monkeypatch):
+def test_strict_applies_to_samples_of_an_earlier_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     s, t = rng.standard_normal((2, 300, 4))
     s[70, 1] = np.nan
@@ -176,7 +176,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["records.bin", "checks.bin", "class_sums.bin", "*"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_damaged_progress_is_not_believed(files, tmp_path, monkeypatch, name, damage):
+def test_damaged_progress_is_recomputed(files, tmp_path, monkeypatch, name, damage):
     labels = [files[2]] if name == "class_sums.bin" else []
     whole = gklx.score(*files[:2], *labels, batch_size=100)
     cut_off(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
@@ -189,7 +189,7 @@ def test_damaged_progress_is_not_believed(files, tmp_path, monkeypatch, name, da
     assert gklx.score(*files[:2], *labels, batch_size=100, work_dir=tmp_path) == whole
 
 
-def test_progress_of_another_job_is_not_believed(files, tmp_path, monkeypatch):
+def test_progress_of_another_job_is_not_used(files, tmp_path, monkeypatch):
     cut_off(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
     cut_off(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
     (other,), (own,) = (list((tmp_path / which).iterdir()) for which in ("other", "own"))
@@ -198,7 +198,7 @@ def test_progress_of_another_job_is_not_believed(files, tmp_path, monkeypatch):
     assert gklx.score(*files[:2], batch_size=100, work_dir=tmp_path / "own") == gklx.score(*files[:2], batch_size=100)
 
 
-def test_records_that_change_under_the_run_are_noticed(tmp_path):
+def test_records_changed_during_the_run_are_an_error(tmp_path):
     dtype = np.dtype([("x", "<f4")])
     work = WorkFile(dtype, tmp_path / "kept")
     work.append(np.arange(1000).astype(dtype))
@@ -214,7 +214,7 @@ def test_records_that_change_under_the_run_are_noticed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr"])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
+def test_file_rewritten_during_the_run_is_an_error(tmp_path, monkeypatch, kind, which):
     """With other numbers, of the same size and dated back: before its rows are read, and afterwards."""
     rng = np.random.default_rng(1)
     arrays = [*rng.standard_normal((2, 1000, 4)), rng.integers(0, 4, 1000)]
@@ -250,7 +250,7 @@ def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
         assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_another_job_starts_anew(files, tmp_path, monkeypatch):
+def test_other_inputs_or_settings_are_another_job(files, tmp_path, monkeypatch):
     """Other inputs or settings make another job; other weights of the parts do not, since they are applied later."""
     folders = []
     monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: folders.append(json.dumps(job)))
@@ -268,7 +268,7 @@ def test_another_job_starts_anew(files, tmp_path, monkeypatch):
     assert len(set(folders)) == 8
 
 
-def test_two_of_one_job_do_not_meet(tmp_path):
+def test_second_run_of_a_job_keeps_no_progress(tmp_path):
     dtype = np.dtype([("x", "<f4")])
     one = WorkFile(dtype, tmp_path)
     one.append(np.zeros(3, dtype))
@@ -287,7 +287,7 @@ def test_two_of_one_job_do_not_meet(tmp_path):
 # --- no room ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_room_for_the_progress(files, tmp_path):
+def test_run_on_a_full_disk_fails_and_is_resumed(files, tmp_path):
     """A limit on the size of files stands for a disk that fills up."""
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--format", "json"]
     limited = ["sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND, *map(str, argv)]  # of 512 bytes
@@ -301,7 +301,7 @@ def test_no_room_for_the_progress(files, tmp_path):
     assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
 
 
-def test_a_full_disk(files, tmp_path):
+def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
     """A real one: a file system of 64 kB, then of more."""
     script = (
         'mkdir -p "$1" && mount -t tmpfs -o size=64k tmpfs "$1" || exit 77\n'
@@ -376,7 +376,7 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
 
 
 @pytest.mark.parametrize("on", ["numpy", "dask"])
-def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on):
+def test_class_prior_too_large_for_memory_is_refused_before_the_work(tmp_path, on):
     """Without a bound too: of a million classes it takes 8 TB as it is, and as much for each block under way."""
     backends.needs(on)
     for name in ("s", "t"):
@@ -394,7 +394,7 @@ def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on
     assert json.loads(done.stdout)["parameters"]["weights"] == "teacher"
 
 
-def test_folder_of_progress_that_cannot_be_made(files):
+def test_work_folder_that_cannot_be_created_is_an_error(files):
     done = command(*files[:2], "--work-dir", Path(files[0]) / "below")
     assert (done.returncode, done.stdout) == (2, "")
     assert "must be a folder to keep the progress in" in done.stderr
@@ -423,7 +423,7 @@ def test_sketched_quantiles_are_close(monkeypatch):
         assert same == exact.losses[name]
 
 
-def test_sketch_asks_for_its_library_first(files, monkeypatch):
+def test_missing_sketch_library_is_an_error_before_the_work(files, monkeypatch):
     monkeypatch.setattr(statistics, "EXACT_QUANTILES", 1000)
     monkeypatch.setattr("gklx._scoring.comparison.EXACT_QUANTILES", 1000)
     monkeypatch.setitem(sys.modules, "datasketches", None)

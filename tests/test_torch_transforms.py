@@ -51,7 +51,7 @@ def directions(s):
 
 @supports("second derivatives")
 @EVERY
-def test_gradgradcheck(case):
+def test_second_derivatives_pass_gradgradcheck(case):
     """Of every loss to both arguments: reverse over reverse, forward over reverse."""
     loss, s, t = given(case, batch=(2,), classes=4)
     s, t = s.requires_grad_(), t.requires_grad_()
@@ -63,7 +63,7 @@ def test_gradgradcheck(case):
 @pytest.mark.parametrize(
     "case", [x for x in CASES if x.loss != "dkl" and x.settings.get("symmetric", True)], ids=lambda case: case.id
 )
-def test_gradcheck_where_the_gradient_is_the_value_s_own(case, mask):
+def test_gradients_without_stopped_parts_pass_gradcheck(case, mask):
     """That is KL, and the student of IKL and of symmetric GKL; elsewhere a gradient stops on purpose."""
     loss, s, t = given(case, mask, batch=(3,), classes=4)
     s, t = torch.nan_to_num(s), torch.nan_to_num(t, posinf=0.0)  # finite differences cannot step from NaN
@@ -82,7 +82,7 @@ def stopped_dkl(s, t):
 
 
 @supports("second derivatives")
-def test_a_stop_gradient_expression_gets_the_second_derivative_of_dkl_wrong_and_dkl_does_not():
+def test_second_derivative_of_dkl_is_right_and_that_of_a_detached_expression_wrong():
     _, s, t = given(CASES[0], batch=(2,), classes=4)
 
     def second(loss):
@@ -100,7 +100,7 @@ def test_a_stop_gradient_expression_gets_the_second_derivative_of_dkl_wrong_and_
 
 @supports("gradients by the library's own autodiff")
 @EACH
-def test_func_grad_and_jacobians(case):
+def test_func_grad_and_jacobians_are_the_analytic_gradient(case):
     loss, s, t = given(case, "samples")
     exact = gklx.grad(loss, (0, 1))(s, t)
     for found, expected in zip(torch.func.grad(loss, (0, 1))(s, t), exact, strict=True):
@@ -117,7 +117,7 @@ def test_func_grad_and_jacobians(case):
 
 @supports("forward mode")
 @EACH
-def test_forward_mode(case):
+def test_forward_mode_is_the_analytic_gradient(case):
     loss, s, t = given(case, "elements")
     u, v = directions(s)
     to_s, to_t = gklx.grad(loss, (0, 1))(s, t)
@@ -135,7 +135,7 @@ def test_forward_mode(case):
 
 @supports("second derivatives")
 @EACH
-def test_second_derivatives_however_they_are_taken(case):
+def test_second_derivatives_agree_in_every_mode(case):
     """Forward or reverse over either, and reverse over the analytic gradient, to the third."""
     loss, s, t = given(case, batch=(2,), classes=3)
     fwd, rev = torch.func.jacfwd, torch.func.jacrev
@@ -151,7 +151,7 @@ def test_second_derivatives_however_they_are_taken(case):
 
 @supports("vmap")
 @EACH
-def test_vmap_with_and_around_grad(case):
+def test_vmap_of_grad_and_grad_of_vmap(case):
     loss, s, t = given(case)
     batches = torch.stack([s, 2 * s, t.flip(0)])
     exact = [gklx.grad(loss, (0, 1))(x, t) for x in batches]
@@ -187,7 +187,7 @@ def test_vmap_over_every_array_argument():
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["student", "teacher", "both"])
-def test_kept_for_the_backward_pass_is_at_most_one_tensor_a_differentiated_input(wanted, dtype):
+def test_backward_pass_keeps_at_most_one_tensor_per_differentiated_input(wanted, dtype):
     s, t = torch.randn(2, 64, 100).to(getattr(torch, dtype))
     s.requires_grad_(wanted[0]), t.requires_grad_(wanted[1])
     kept = {}
@@ -205,7 +205,7 @@ def test_kept_for_the_backward_pass_is_at_most_one_tensor_a_differentiated_input
     assert sum(kept.values()) <= (0 if half else sum(wanted)) * one + 64
 
 
-def test_inputs_that_change_before_the_backward_pass_are_an_error_and_not_a_wrong_gradient():
+def test_input_changed_before_the_backward_pass_is_an_error():
     s, t = torch.randn(2, 4, 5)
     s.requires_grad_()
     value = gklx.gkl(s, t)
@@ -215,7 +215,7 @@ def test_inputs_that_change_before_the_backward_pass_are_an_error_and_not_a_wron
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_retained_graph_gives_the_same_gradient_again(times):
+def test_retained_graph_gives_the_same_gradient_again(times):
     s, t = torch.randn(2, 4, 5)
     s.requires_grad_()
     value = gklx.gkl(s, t)
@@ -268,7 +268,7 @@ def test_compiled_without_a_graph_break(compiled, case, mask):
 
 @supports("compiler")
 @EACH
-def test_compiled_by_a_compiler_that_runs_the_graph_as_it_is(compiled, case):
+def test_compiled_by_the_eager_backend(compiled, case):
     compile_, _ = compiled
     loss, s, t = given(case, "none")
     for negligible in (False, True):
@@ -305,7 +305,7 @@ def given_to_inductor(request, monkeypatch):
     ("name", "mask", "permuted"),
     [("kl", "none", True), ("gkl-tau", "none", True), ("gkl-prior", "samples", False)],
 )
-def test_inductors_own_values(compiled, given_to_inductor, name, mask, permuted):
+def test_inductor_agrees_with_the_definition(compiled, given_to_inductor, name, mask, permuted):
     """Against the definition; Inductor has had faults where the two networks' layouts differ."""
     compile_, _ = compiled
     case = next(case for case in CASES if case.id == name)
@@ -327,7 +327,7 @@ def test_inductors_own_values(compiled, given_to_inductor, name, mask, permuted)
 
 @supports("compiler")
 @INDUCTOR
-def test_a_compiled_program_is_kept_on_disk(compiled, monkeypatch, tmp_path):
+def test_compiled_program_is_cached_on_disk(compiled, monkeypatch, tmp_path):
     """What docs/speed.md tells of the compiler's cache."""
     import torch._inductor.config as options
     from torch._dynamo.utils import counters
@@ -393,7 +393,7 @@ LOSSES = {
 @supports("compiler")
 @pytest.mark.parametrize("name", CARE)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
+def test_compiled_special_rows_agree_with_eager(compiled, loss, name):
     """Infinite and absent logits come out of a compiled program as they do eagerly."""
     compile_, _ = compiled
     s, t, given = CARE[name](*torch.randn(2, 6, 7))
@@ -409,7 +409,7 @@ def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
 
 
 @supports("compiler")
-def test_compiled_squares_that_lose_digits_get_care(compiled):
+def test_compiled_wmse_of_large_differences_keeps_its_digits(compiled):
     """Differences of 3,000, and a few by 2^-12 more: of the squares about a rounded mean most is that rounding."""
     compile_, _ = compiled
     s, t = torch.zeros(2, 8, 5000)
@@ -422,7 +422,7 @@ def test_compiled_squares_that_lose_digits_get_care(compiled):
 
 @supports("compiler")
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
+def test_compiled_half_precision_masked_rows_agree_with_eager(compiled, half):
     compile_, _ = compiled
     s, t, _ = CARE["classes that both rule out"](*torch.randn(2, 6, 7))
     s, t = (x.to(getattr(torch, half)) for x in (s, t))
@@ -435,7 +435,7 @@ def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
 @supports("compiler")
 @pytest.mark.parametrize("wrong", ["sample_weight", "prior", "labels"])
 @pytest.mark.parametrize("care", [False, True])
-def test_what_nobody_read_is_nan_and_no_plausible_number(compiled, wrong, care):
+def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, care):
     compile_, _ = compiled
     s, t = torch.randn(2, 4, 7).unbind()
     if care:
@@ -468,7 +468,7 @@ def test_compiled_for_any_batch_size(compiled, dynamic):
 
 @supports("hyper-parameters that change without compiling again")
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled, differentiable):
+def test_scheduled_hyper_parameters_do_not_recompile(compiled, differentiable):
     compile_, counter = compiled
     loss = compile_(gklx.gkl)
     s, t = (x.requires_grad_(differentiable) for x in torch.randn(2, 5, 7, dtype=torch.float64))
@@ -484,7 +484,7 @@ def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled, dif
 
 
 @supports("compiler")
-def test_other_functions_are_compiled_too(compiled):
+def test_transforms_of_losses_can_be_compiled(compiled):
     compile_, _ = compiled
     s, t = torch.randn(2, 5, 7, dtype=torch.float64)
     value, (to_s, to_t) = compile_(gklx.value_and_grad(gklx.gkl, (0, 1)))(s, t)
@@ -563,7 +563,7 @@ def test_export_for_any_batch_size(strict):
 
 @supports("mixed precision")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_autocast(dtype):
+def test_loss_under_autocast_is_computed_in_float32(dtype):
     """The loss is computed in float32 though the layers give halves, and the class sums too."""
     layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
     labels = torch.randint(0, 7, (64,))
@@ -582,7 +582,7 @@ def test_autocast(dtype):
 
 
 @supports("mixed precision")
-def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
+def test_grad_scaler_prevents_underflow_of_half_precision_gradients():
     """For large batches unscaled gradients underflow in float16: they are computed times the scale."""
     s, t = torch.randn(2, 4096, 100).to(torch.float16)
     s.requires_grad_()
@@ -594,7 +594,7 @@ def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
 
 
 @supports("mixed precision")
-def test_grad_scaler_steps():
+def test_grad_scaler_trains():
     layer, teacher, x = torch.nn.Linear(4, 7), torch.nn.Linear(4, 7), torch.randn(64, 4)
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.5), torch.amp.GradScaler("cpu")
     t = teacher(x).detach()
@@ -610,7 +610,7 @@ def test_grad_scaler_steps():
     assert values[-1] < 0.5 * values[0]
 
 
-def test_gradients_kept_for_another_pass_are_not_handed_out():
+def test_returned_gradients_do_not_alias_the_kept_ones():
     """With a retained graph a returned gradient may be changed in place; the kept one must not change."""
     s, t = torch.randn(2, 5, 7).unbind()
     s.requires_grad_(), t.requires_grad_()
@@ -629,7 +629,7 @@ def test_gradients_kept_for_another_pass_are_not_handed_out():
 @supports("checkpoint")
 @pytest.mark.parametrize("reentrant", [True, False])
 @EACH
-def test_checkpoint(case, reentrant):
+def test_checkpoint_keeps_the_gradient(case, reentrant):
     from torch.utils.checkpoint import checkpoint
 
     loss, s, t = given(case)
@@ -641,7 +641,7 @@ def test_checkpoint(case, reentrant):
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 1)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_zero_size(shape, reduction):
+def test_loss_of_an_empty_batch_is_zero(shape, reduction):
     s, t = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
     value = gklx.gkl(s, t, reduction=reduction)
     value.sum().backward()
@@ -651,7 +651,7 @@ def test_zero_size(shape, reduction):
 
 
 @EACH
-def test_transposed_strided_and_expanded(case):
+def test_transposed_strided_and_expanded_logits(case):
     loss, s, t = given(case)
     exact = gklx.grad(loss, (0, 1))(s, t)
     wide = torch.zeros(2, 14, 5, dtype=torch.float64)
@@ -665,7 +665,7 @@ def test_transposed_strided_and_expanded(case):
     same(row.grad, gklx.grad(loss, 1)(s, t[:1].repeat(5, 1)).sum(0), scale=float(exact[1].abs().max()))
 
 
-def test_meta_tensors_need_no_value():
+def test_meta_tensors_have_a_backward_pass():
     s, t = (torch.empty(4, 5, device="meta", requires_grad=True) for _ in range(2))
     gklx.gkl(
         s, t, prior=torch.empty(5, 5, device="meta"), labels=torch.empty(4, dtype=torch.int64, device="meta")
