@@ -1,4 +1,4 @@
-"""Runs a test on every backend that takes part, and in every dtype that the backend is tested in."""
+"""Runs a test on every selected backend, and in every dtype that the backend is tested in."""
 
 import os
 
@@ -34,13 +34,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases that a backend does not run, for which others stand; marks those to be compiled optimised."""
+    """Deselects the cases that other backends cover, and marks those whose programs are compiled with optimisations."""
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if isinstance(backend, backends.Backend) and backend.traced:
             item.add_marker("optimized_programs")
 
-    def left_out(item):
+    def is_covered_elsewhere(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
         backend, dtype, case, mask = (given.get(name) for name in ("backend", "dtype", "case", "mask"))
         if not isinstance(backend, backends.Backend):
@@ -51,10 +51,10 @@ def pytest_collection_modifyitems(config, items):
         case, mask = case if isinstance(case, Case) else None, mask if isinstance(mask, str) else None
         return not backends.takes_part(backend, dtype, case, mask)
 
-    out = [item for item in items if left_out(item)]
+    out = [item for item in items if is_covered_elsewhere(item)]
     if out:
         config.hook.pytest_deselected(items=out)
-        items[:] = [item for item in items if not left_out(item)]
+        items[:] = [item for item in items if not is_covered_elsewhere(item)]
 
 
 @pytest.fixture(autouse=True)

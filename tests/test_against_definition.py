@@ -1,4 +1,4 @@
-"""Values and gradients of every loss, on every backend and dtype, against all pairs of the definition."""
+"""Every loss and its gradients, on every backend and dtype, against the definition over all pairs of classes."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""All libraries in one process, on the same inputs: every loss, dtype and reduction, value and gradients.
+"""All libraries in one process give the same values and gradients, for every loss, dtype and reduction.
 
-The others are compared with NumPy. `test_against_definition.py` compares each library with the definition, with every
+Each library is compared with NumPy. `test_against_definition.py` compares each library with the definition, with every
 mask.
 """
 

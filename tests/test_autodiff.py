@@ -1,4 +1,4 @@
-"""PyTorch and JAX differentiate the public functions, by the analytic gradient, and only what is asked for."""
+"""PyTorch's and JAX's autodiff return the analytic gradients, and compute only the requested ones."""
 
 from functools import partial
 
@@ -111,7 +111,7 @@ def test_torch_records_no_graph_without_differentiable_logits(torch):
 
 
 def test_torch_value_from_value_and_grad_has_the_analytic_gradient(torch):
-    """Through the formulas instead, the weights of DKL would get a gradient that they must not have."""
+    """Autograd through the formulas would differentiate DKL's class weights, which are constants."""
     s, t, _ = arguments("torch", CASES[0])
     student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
     value, gradient = gklx.value_and_grad(gklx.dkl, 1)(student, teacher)
@@ -236,7 +236,7 @@ def test_jax_without_x64_computes_in_float32(jax):
 
 
 def test_numpy_value_and_gradients_come_from_one_pass():
-    """NumPy has no autodiff; the same entry gives value and gradients from one sweep."""
+    """NumPy has no autodiff: the entry point returns value and gradient from one pass."""
     from gklx.losses import call_builder
 
     s, t, _ = call(CASES[0], "none")

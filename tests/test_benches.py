@@ -1,4 +1,4 @@
-"""The benches run from the command line and report what was asked for; no speed is asserted."""
+"""The benches run from the command line and report what their options request; no speed is asserted."""
 
 import csv
 import importlib
@@ -23,7 +23,7 @@ DRAWS = all(importlib.util.find_spec(name) for name in ("altair", "vl_convert"))
 
 
 def run(*command: str, before: Path | None = None) -> subprocess.CompletedProcess:
-    """A Python command; modules in the folder `before` are imported instead of installed ones."""
+    """Run Python; modules in the folder `before` take precedence over installed ones."""
     paths = [str(before or ""), os.environ.get("PYTHONPATH", ""), str(Path(gklx.__file__).parents[1])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
@@ -109,7 +109,7 @@ def test_compare_times_every_call_with_its_peer_and_a_copy(tmp_path):
 
 
 def test_compare_scores_files_with_another_version_too(tmp_path):
-    """The other version is this one too, imported by another interpreter."""
+    """The other version is this one, in another interpreter."""
     python = tmp_path / "python"
     source = shlex.quote(str(Path(gklx.__file__).parents[1]))
     python.write_text(f'#!/bin/sh\nPYTHONPATH={source} exec {shlex.quote(sys.executable)} "$@"\n')
@@ -220,7 +220,7 @@ def test_quick_run_writes_no_file(script, said):
 
 
 def gpu_sh(tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
-    """The script's run, and the summary that it left."""
+    """The finished run of the script, and its summary."""
     out = tmp_path / "out"
     env = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
     done = subprocess.run(

@@ -22,7 +22,7 @@ def raises(kind, message):
     return pytest.raises(kind, match="^" + re.escape(message) + "$")
 
 
-# --- arrays that are none ---------------------------------------------------------------------------------------------
+# --- arguments that are no arrays -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -65,7 +65,7 @@ def test_arguments_that_are_no_arrays_are_refused(name, value, came):
 # --- arrays of a kind that losses are not computed on -----------------------------------------------------------------
 
 
-def torch_kinds():
+def unsupported_tensors():
     torch = pytest.importorskip("torch")
     from torch.masked import masked_tensor
 
@@ -88,7 +88,7 @@ def test_nested_sparse_and_masked_tensors_are_refused():
     import torch
 
     s, labels = torch.tensor(S), torch.tensor(LABELS)
-    for kind, x in torch_kinds().items():
+    for kind, x in unsupported_tensors().items():
         came = f" must be a dense array without a mask of its own, got {kind.removesuffix(', jagged')}"
         for loss in LOSSES:
             for call in (loss, gklx.grad(loss), gklx.value_and_grad(loss, (0, 1))):
@@ -200,7 +200,7 @@ SMALLEST = {"float32": ("1.18e-38", 2.0**-126), "float64": ("2.23e-308", 2.0**-1
 
 @pytest.mark.parametrize("name", ["temperature", "weight_temperature"])
 def test_subnormal_temperatures_are_refused(backend, name, dtype):
-    """A processor may take them for 0, and 1 / them is infinite."""
+    """A processor may flush them to 0, and their reciprocals are infinite."""
     computed = "float64" if dtype == "float64" else "float32"
     text, smallest = SMALLEST[computed]
     s, t, labels = backend.array(S, dtype), backend.array(T, dtype), backend.array(LABELS)
@@ -251,7 +251,7 @@ def test_jax_scalar_hyper_parameters_are_checked():
 
 
 def test_error_of_a_differentiated_temperature_names_the_argument():
-    """`kl` has one temperature, and its message must not speak of another."""
+    """`kl` has one temperature, so its message must not name `weight_temperature`."""
     needs("jax")
     import jax
     import jax.numpy as jnp
@@ -402,7 +402,7 @@ def test_labels_may_have_any_integer_dtype(backend, kind):
 
 @pytest.mark.parametrize(("kind", "value"), [("uint32", 2**32 - 1), ("uint64", 2**64 - 1), ("uint64", 2**63)])
 def test_labels_beyond_the_signed_range_name_no_class(backend, kind, value):
-    """An error names them where values are read; elsewhere the result is NaN, and never that of another class."""
+    """Such a label is an error where values are read, and gives NaN elsewhere: it must not wrap around to a class."""
     s, t, prior = backend.array(S), backend.array(T), backend.array(TABLE)
     labels = backend.array(np.asarray([0, value], kind))
     loss = backend.wrap(lambda s, t, p, y: gklx.gkl(s, t, prior=p, labels=y))
@@ -428,7 +428,7 @@ def test_unsigned_labels_under_torch_compile():
     assert torch.isnan(compiled(torch.tensor(np.asarray([0, 2**64 - 1], "uint64"))))
 
 
-# --- JAX, told to promote no ranks ------------------------------------------------------------------------------------
+# --- JAX without rank promotion ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 3)], ids=str)

@@ -512,7 +512,7 @@ def test_failed_output_keeps_the_progress(tmp_path, by):
 @pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="streams of POSIX")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
-@pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
+@pytest.mark.parametrize("case", ["report", "file", "error", "help", "no arguments"])
 def test_closed_standard_streams(tmp_path, closed, case):
     """A lost report gives an error status, nothing goes to the other stream, and no file gets a stream's descriptor."""
     out = tmp_path / "out.json"
@@ -521,7 +521,7 @@ def test_closed_standard_streams(tmp_path, closed, case):
         "file": ["score", *FILES, "--format", "json", "--output", str(out)],
         "error": ["score", "none.npy", TEACHER],
         "help": ["score", "--help"],
-        "nothing asked": [],
+        "no arguments": [],
     }[case]
     work = ["--work-dir", str(tmp_path / "work")] if "--format" in argv else []
     done = subprocess.run(
@@ -538,11 +538,11 @@ def test_closed_standard_streams(tmp_path, closed, case):
         "file": "",
         "error": "gklx: error: none.npy: No such file or directory\n",
         "help": lost,
-        "nothing asked": done.stderr,
+        "no arguments": done.stderr,
     }[case]
     assert done.stderr == ("" if deaf else said)
     assert (
-        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "nothing asked": 2}[case]
+        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "no arguments": 2}[case]
     )
     if case == "report" and not silent:
         assert json.loads(done.stdout)["samples"] == 899
@@ -558,7 +558,7 @@ def test_closed_standard_streams(tmp_path, closed, case):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.comparison", "rich.progress", "psutil"])
 def test_interrupt_during_imports(tmp_path, module):
-    """It ends at once without output: an interrupted import could print a traceback of any kind."""
+    """The command ends without output; otherwise an interrupted import might print a traceback."""
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -1,4 +1,4 @@
-"""`gklx.show_config` reports the versions and the execution of each library as they are."""
+"""`gklx.show_config` reports each library's version and what executes its losses."""
 
 import importlib.util
 import os

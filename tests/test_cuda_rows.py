@@ -1,6 +1,6 @@
-"""The CUDA kernels: on a CPU, thread by thread, against the array functions; compiled for GPUs; and on one.
+"""The CUDA kernels against the formulas: run on a CPU, thread by thread; compiled for GPUs; and run on a GPU.
 
-Only the last tests check what a GPU adds: synchronised blocks of threads, and their shared memory.
+Only the tests on a GPU cover the synchronisation of a block's threads and its shared memory.
 """
 
 import ctypes
@@ -30,23 +30,25 @@ pytestmark = pytest.mark.cuda_kernels
 
 HERE = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parents[1] / "_kernels"
-EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def compiled(program, path, *options):
-    """A library of the host; products and sums are contracted where the machine can, as a GPU does."""
+def compile_for_host(program, path, *options):
+    """Compile a program for the host, with fused multiply-adds where the machine has them, as on a GPU."""
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++17", "-march=native", "-ffp-contract=fast", *options]
     command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", f"-I{KERNELS}", "-o", str(path)]
     subprocess.run([*command, str(program)], check=True)
     return ctypes.CDLL(str(path))
 
 
-def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
-    """Starts the kernels as on a GPU; each plan is compiled once, and `start.plans` are those that were started."""
+def make_starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
+    """A function that starts kernels on the CPU. It compiles each plan once; `start.plans` has the started plans."""
 
     @cache
     def library(options):
-        return compiled(program, folder / f"{abs(hash(options))}.so", *(f"-D{k}={v}" for k, v in options), *more)
+        return compile_for_host(
+            program, folder / f"{abs(hash(options))}.so", *(f"-D{k}={v}" for k, v in options), *more
+        )
 
     def start(options, blocks, name, arguments):
         kinds = {int: ctypes.c_longlong, np.float32: ctypes.c_float, np.float64: ctypes.c_double}
@@ -65,10 +67,10 @@ def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
 
 @pytest.fixture(scope="session")
 def on_cpu(tmp_path_factory):
-    """The kernels as a device of the host."""
+    """A device for `cuda.evaluate` that runs the kernels on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler here: g++ is not on the path")
-    return device_with(starter(tmp_path_factory.mktemp("rows")))
+    return device_with(make_starter(tmp_path_factory.mktemp("rows")))
 
 
 def device_with(start):
@@ -77,7 +79,7 @@ def device_with(start):
 
 @pytest.fixture
 def gklx_on_kernels(on_cpu, monkeypatch):
-    """The package's launcher, on NumPy's arrays."""
+    """Makes the public functions run the CUDA kernels, on the CPU, for NumPy's arrays."""
     monkeypatch.setattr(dispatch.rows, "serves", lambda call: True)
     monkeypatch.setattr(dispatch.rows, "evaluate", partial(cuda.evaluate, device=on_cpu))
 
@@ -122,7 +124,7 @@ def compare(on_cpu, case, dtype, s, t, given, ulps, reduction="mean", dtypes=Non
         assert_near(one.astype("float64"), other, one.dtype.name, ulps=close_to, scale=scale)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_kernels_agree_with_the_formulas(on_cpu, case, mask, dtype):
@@ -130,7 +132,7 @@ def test_kernels_agree_with_the_formulas(on_cpu, case, mask, dtype):
         compare(on_cpu, case, dtype, *call(case, mask), ulps_of(dtype), reduction)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 def test_kernels_agree_with_the_definition(gklx_on_kernels, case, mask):
     s, t, given = call(case, mask)
@@ -143,10 +145,10 @@ def test_kernels_agree_with_the_definition(gklx_on_kernels, case, mask):
             assert_near(one, other, "float64", ulps=32)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("classes", [1, 2, 32, 33, 600, 4096])
 def test_any_number_of_classes(on_cpu, case, classes):
-    """Loads of 16 bytes and single ones, rows shorter and longer than a group of threads."""
+    """With loads of 16 bytes and of single logits, and rows shorter and longer than a group of threads."""
     compare(on_cpu, case, "float32", *call(case, "samples", classes=classes, batch=(2,)), 64)
     options = on_cpu.start.plans[-1]
     assert options["VECTOR"] == ("4" if classes % 4 == 0 else "1")
@@ -162,7 +164,7 @@ def test_half_precision_and_mixed_dtypes(on_cpu, case, dtypes):
 
 
 def test_float16_and_bfloat16_round_as_in_numpy(on_cpu, tmp_path):
-    """Every float16 and bfloat16, and floats between them."""
+    """For every float16 and bfloat16, and for floats between them."""
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     program = tmp_path / "halves.cpp"
     program.write_text("""
@@ -182,7 +184,7 @@ extern "C" void from_float(const float *x, Half *h, Brain *b, int n) {
   for (int i = 0; i < n; ++i) { narrow(x[i], h[i]); narrow(x[i], b[i]); }
 }
 """)
-    kernels = compiled(program, tmp_path / "halves.so")
+    kernels = compile_for_host(program, tmp_path / "halves.so")
 
     def at(x):
         return ctypes.c_void_p(x.ctypes.data)
@@ -205,7 +207,7 @@ extern "C" void from_float(const float *x, Half *h, Brain *b, int n) {
         np.testing.assert_array_equal(brain.astype(np.float32), values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("kind", ["offset", "confident", "close", "spread"])
 def test_extreme_logits_keep_their_digits(on_cpu, case, kind):
     s, t, given = call(case, "none", classes=50)
@@ -221,7 +223,7 @@ def test_extreme_logits_keep_their_digits(on_cpu, case, kind):
     compare(on_cpu, case, "float32", s, t, given, {"close": 2**14, "spread": 512}.get(kind, 128), "none")
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize(
     "rows_of",
     [
@@ -268,7 +270,7 @@ def test_infinities_and_nan_agree_with_the_formulas(on_cpu, case, rows_of):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("entry", [np.nan, -0.25])
 def test_invalid_prior_entry_gives_nan(on_cpu, gamma, entry):
-    """The public functions let one pass where reading values is not free."""
+    """The public functions do not check the prior where reading values is not free."""
     case = Case("", "gkl", {"gamma": gamma, "normalize": "samples"}, "rows")
     s, t, given = call(case, "none")
     given["where"] = np.arange(7) != 3
@@ -360,7 +362,7 @@ def test_float32_is_within_the_bounds_of_the_precision_tests(gklx_on_kernels, mo
     "case", [case for case in CASES if case.id in ("kl", "gkl-tau", "gkl-rows")], ids=lambda c: c.id
 )
 def test_order_of_the_classes_costs_no_digits(on_cpu, case, order):
-    """Each class of a thread is then larger than the one before: sums are rescaled, the reference moves each time."""
+    """In rising order each class of a thread exceeds the one before, so that every class rescales the sums."""
     s, t, given = call(case, "none", classes=3000)
     last = 40.0 * (np.arange(3000) == 2999)
     if order == "heaviest-last":
@@ -377,7 +379,7 @@ def test_order_of_the_classes_costs_no_digits(on_cpu, case, order):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("fill", ["-1e9", "smallest"])
 def test_same_fill_value_in_both_networks(on_cpu, case, fill, dtype):
     s, t, given = call(case, "none", classes=64)
@@ -411,14 +413,14 @@ def test_scale_of_a_prior_cancels(on_cpu, case, scale):
 
 
 def test_power_of_an_underflowing_probability_is_kept(on_cpu):
-    """p = exp(-150) is 0 in float32, its 0.1th power is not."""
+    """exp(-150) is 0 in float32, but its power 0.1 is not."""
     s, t = np.zeros((1, 3)), np.asarray([[0.0, -150.0, -1.0]])
     case = Case("", "gkl", {"gamma": 0.1})
     compare(on_cpu, case, "float32", s, t, {}, 8)
     compare(on_cpu, case, "float32", s, t, {"prior": np.asarray([[1.0, 1e-44, 0.3]])}, 8)
 
 
-@EACH
+@ALL_CASES
 def test_masked_classes_have_gradient_positive_zero(on_cpu, case):
     s, t, given = call(case, "elements")
     found = cuda.evaluate(call_of(case, s, t, given), device=on_cpu, student=True, teacher=True)
@@ -462,7 +464,7 @@ def test_mutation_of_the_kernels_is_detected(tmp_path, on_cpu, old, new):
     case = next(case for case in CASES if case.id == "ikl-tau")
     s, t, given = call(case, "none", classes=100)
     with pytest.raises(AssertionError, match="units in the last place"):
-        compare(device_with(starter(tmp_path, program)), case, "float64", s, t, given, 64)
+        compare(device_with(make_starter(tmp_path, program)), case, "float64", s, t, given, 64)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -540,7 +542,7 @@ def test_launcher_that_fails_to_compile_warns_once_and_is_skipped(monkeypatch):
 
 @pytest.fixture
 def torch_on_kernels(tmp_path, monkeypatch):
-    """`cuda.evaluate` runs on PyTorch's tensors of the host: what it started: names, streams, blocks."""
+    """Runs `cuda.evaluate` on PyTorch's CPU tensors; the list of started kernels: name, stream and blocks."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler here: g++ is not on the path")
     backends.needs("torch")
@@ -549,7 +551,7 @@ def torch_on_kernels(tmp_path, monkeypatch):
     @cache
     def library(options):
         path = tmp_path / f"{abs(hash(options))}.so"
-        return compiled(HERE / "cuda_on_cpu.cpp", path, *(f"-D{k}={v}" for k, v in options))
+        return compile_for_host(HERE / "cuda_on_cpu.cpp", path, *(f"-D{k}={v}" for k, v in options))
 
     def start(kernel, device, stream, blocks, given):
         options, name = kernel
@@ -566,7 +568,7 @@ def torch_on_kernels(tmp_path, monkeypatch):
 
 
 def test_tensors_of_any_layout_reach_the_kernels(torch_on_kernels):
-    """Transposed, cut, expanded, unaligned, with a sign yet to be taken, recorded by autograd; of two dtypes."""
+    """Transposed, sliced, expanded, unaligned and lazily negated tensors, parameters, and tensors of two dtypes."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -619,16 +621,16 @@ def test_labels_priors_and_masks_of_other_dtypes_are_converted(torch_on_kernels)
         assert_near(np.asarray(one.double()), other, "float32", ulps=64)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 def test_launching_moves_and_reads_no_values(case, mask):
-    """On the meta device an array has no values; and no operator meets a tensor of the host, which it would move."""
+    """Meta tensors have no values to read, and no operator may receive a CPU tensor, which it would move."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    class NothingElsewhere(TorchDispatchMode):
+    class OnlyMetaTensors(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             result = operator(*args, **(kwargs or {}))
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
@@ -646,7 +648,7 @@ def test_launching_moves_and_reads_no_values(case, mask):
     s, t = (torch.tensor(x, device="meta", dtype=torch.float32) for x in (s, t))
     given = {name: torch.tensor(x, device="meta") for name, x in given.items()}
     for reduction in ("mean", "sum", "none"):
-        with NothingElsewhere():
+        with OnlyMetaTensors():
             own = call_builder(loss_of(case, reduction=reduction))(s, t, **given)
             found = cuda.evaluate(own, device=device, value=True, student=True, teacher=True)
         assert found.value.shape == ((5,) if reduction == "none" else ())
@@ -654,7 +656,7 @@ def test_launching_moves_and_reads_no_values(case, mask):
 
 
 def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
-    """Which cuda-core's `set_current` changes for PyTorch as well. Both kernels come of one compilation."""
+    """cuda-core's `set_current` changes PyTorch's current device too. One compilation gives both kernels."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     current, made = [0], []
@@ -696,7 +698,7 @@ def test_source_is_self_contained():
     assert text.count("Difference<R> difference(R t, R s)") == 1
 
 
-# --- compiled, and on a GPU -------------------------------------------------------------------------------------------
+# --- compiled for GPUs, and on a GPU ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", ["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"])
@@ -704,7 +706,7 @@ def test_source_is_self_contained():
                                    ("float", "Half", "Half", 8), ("float", "Brain", "float", 4)])  # fmt: skip
 @pytest.mark.parametrize("architecture", ["compute_75", "compute_80", "compute_90", "compute_120"])
 def test_nvrtc_compiles_the_kernels(kinds, architecture, weights):
-    """The compiler that CuPy calls needs no GPU; of a warning there is none."""
+    """NVRTC, which CuPy calls, needs no GPU; it must give no warning."""
     nvrtc = nvrtc_library()
     the_plan = cuda.Plan(*kinds[:3], weights, kinds[3], 64, 1)
     program, log_size, size = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
@@ -728,7 +730,7 @@ def test_nvrtc_compiles_the_kernels(kinds, architecture, weights):
 
 @pytest.mark.parametrize("kinds", [("float", "float", "float", 4), ("double", "double", "float", 2)])
 def test_cuda_core_compiles_the_kernels(kinds):
-    """What PyTorch's tensors take where CuPy is not installed; it starts nothing without a driver."""
+    """cuda-core serves PyTorch where CuPy is not installed; without a driver it can compile, but not start kernels."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     nvrtc_library()
     the_plan = cuda.Plan(*kinds[:3], "PRIOR_POWER", kinds[3], 64, 1)
@@ -746,7 +748,7 @@ def nvrtc_library():
     return ctypes.CDLL(str(found[0]))
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("library", ["cupy", "torch"])
 def test_on_a_gpu_kernels_agree_with_the_formulas(case, mask, library):

@@ -1,4 +1,4 @@
-"""The CuPy script in `examples/` prints what `gklx.score` finds; both on the GPU."""
+"""The CuPy script in `examples/` prints the statistics of `gklx.score`; both run on the GPU."""
 
 import re
 import runpy

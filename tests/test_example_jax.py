@@ -1,4 +1,4 @@
-"""The JAX example trains, and trains the same way again."""
+"""The JAX example trains, reproducibly."""
 
 import importlib.util
 import math
@@ -65,7 +65,7 @@ def test_weights_are_warmed_up(example, monkeypatch):
 
 
 def test_prior_of_an_epoch_is_the_teachers_mean_softmax(example):
-    """The table that an epoch returns is the teacher's mean softmax by class, of the images it went over."""
+    """The mean is by class, over the images of the epoch."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -1,4 +1,4 @@
-"""The PyTorch example trains on the real digits, and does what its text says."""
+"""The PyTorch example trains on the real digits, as its text says."""
 
 import importlib.util
 from pathlib import Path

@@ -139,7 +139,7 @@ def test_half_precision_sums_do_not_overflow(backend):
 @pytest.mark.parametrize("network", ["student", "teacher"])
 @pytest.mark.parametrize("loss", [gklx.kl, gklx.dkl, gklx.ikl, partial(gklx.gkl, normalize="samples")])
 def test_nan_takes_precedence_over_an_infinite_difference(backend, loss, network):
-    """A row with a NaN logit is NaN, not infinite, though the student rules out a class that the teacher does not."""
+    """A row with a NaN logit is NaN, not infinite, though the student alone has a logit of −inf."""
     s = np.asarray([[0.0, -np.inf, 1.0, 0.5], [0.0, 2.0, 1.0, 0.5]])
     t = np.asarray([[0.0, 1.0, 0.5, 0.2], [1.0, 1.0, 0.5, 0.2]])
     (s if network == "student" else t)[0, 2] = np.nan

@@ -41,7 +41,7 @@ def of_dtype(x, dtype):
 
 
 def value(x):
-    """The rows of an array as NumPy has them."""
+    """An array as the readers return it: floats as float32 or float64, integers as int64."""
     if x.dtype.kind == "V":
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if x.dtype.kind in "iu":
@@ -144,7 +144,7 @@ def test_labels_are_read_from_every_format(tmp_path, kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_rows_stay_half_precision_in_a_buffer(tmp_path, kind, dtype):
-    """Halves are not copied into float32 then; all values are the same."""
+    """With a buffer, float16 and bfloat16 are not widened to float32; all values are the same."""
     if kind == "safetensors" and dtype.startswith(">"):
         pytest.skip("little-endian by definition")
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -211,12 +211,12 @@ def test_picked_reads_each_row_once_and_no_other(case):
     x = np.arange(math.prod(shape)).reshape(shape)
     taken = []
 
-    class Seen:
+    class CountingArray:
         def __getitem__(self, index):
             taken.append(x[index].size)
             return x[index]
 
-    assert (picked(Seen(), shape, 1, start, stop) == x.reshape(-1, 2)[start:stop]).all()
+    assert (picked(CountingArray(), shape, 1, start, stop) == x.reshape(-1, 2)[start:stop]).all()
     assert sum(taken) == 2 * (stop - start)
 
 
@@ -376,7 +376,7 @@ def test_archive_is_unpacked_once_and_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_compressed_member_is_read_as_a_stream(tmp_path, monkeypatch):
-    """Rows read in order and a little out of order: unpacked once, into no file, and not kept whole."""
+    """Rows that are read roughly in order are unpacked once, without a file, and not all kept."""
     x = rng.standard_normal((40_000, 100)).astype(np.float32)
     rows = open_logits(save("packed", tmp_path / "x", x))
     monkeypatch.setattr(npz, "_PIECE", 2**16)
@@ -400,7 +400,7 @@ def test_compressed_member_is_read_as_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 @pytest.mark.parametrize("beyond", [-4, 4, 50_000_000])
 def test_member_whose_size_differs_from_its_header_is_refused(tmp_path, order, compression, beyond):
-    """Otherwise more would be unpacked than is read, without a bound."""
+    """Otherwise an unbounded amount of data could be unpacked."""
     content = io.BytesIO()
     np.save(content, np.asarray(rng.standard_normal((50, 4)), order=order))
     content = content.getvalue()
@@ -433,15 +433,15 @@ def test_stamps_detect_a_changed_file(tmp_path, kind):
     x = rng.standard_normal((4, 2))
     rows = open_logits(save(kind, tmp_path / "x", x))
     before = rows.stamps
-    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == now(rows)
+    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == current_stamps(rows)
     assert all(os.path.isabs(each.path) for each in before)
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     assert rows.stamps == before
-    assert now(rows) != before
+    assert current_stamps(rows) != before
 
 
-def now(rows):
+def current_stamps(rows):
     return tuple(stamp(each.path) for each in rows.stamps)
 
 
@@ -452,7 +452,7 @@ def test_stamps_detect_a_change_with_the_old_modification_time(tmp_path, kind):
     rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((4, 2))))
     files = [path for each in rows.stamps for path in [Path(each.path), *Path(each.path).rglob("*")] if path.is_file()]
     for replaced in (False, True):
-        before = now(rows)
+        before = current_stamps(rows)
         time.sleep(0.02)  # the system's clock of changes ticks some hundred times a second
         dates, content = files[-1].stat(), bytearray(files[-1].read_bytes())
         content[-1] ^= 1
@@ -461,7 +461,7 @@ def test_stamps_detect_a_change_with_the_old_modification_time(tmp_path, kind):
         os.utime(written, ns=(dates.st_atime_ns, dates.st_mtime_ns))
         os.replace(written, files[-1])
         assert (files[-1].stat().st_size, files[-1].stat().st_mtime_ns) == (dates.st_size, dates.st_mtime_ns)
-        assert now(rows) != before
+        assert current_stamps(rows) != before
 
 
 BOUNDED = """
@@ -739,7 +739,7 @@ def test_damaged_compressed_member_is_an_error(tmp_path):
 
 
 def test_zarr_chunk_is_unpacked_once(tmp_path, monkeypatch):
-    """Though it holds many more rows than are read at a time, whatever the axes it spans."""
+    """A chunk may hold many more rows than are read at a time, and span any axes."""
     zarr = pytest.importorskip("zarr")
     from gklx._scoring.file_formats import zarr as format_zarr
 

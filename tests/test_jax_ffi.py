@@ -1,4 +1,4 @@
-"""The row kernel's handler of `jax.ffi`, called as it is, against the definition."""
+"""The row kernel's handler for `jax.ffi`, called directly, against the definition."""
 
 from functools import cache
 
@@ -41,7 +41,7 @@ def jax():
 
 
 def rows(jax, case, s, t, arrays, *, asked=tuple(ASKED), reduction="mean", threads=2):
-    """The results that are asked for, from a compiled program; `arrays` are JAX's."""
+    """The requested results, from a compiled program; `arrays` are JAX arrays."""
     jnp = jax.numpy
     real = "float64" if "float64" in (s.dtype.name, t.dtype.name) else "float32"
     numbers = {name: case.settings.get(name, 1.0) for name in NUMBERS}

@@ -14,7 +14,7 @@ from closeness import assert_close
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 SMALL = ("kl", "dkl-T", "gkl-tau", "gkl-prior", "gkl-asymmetric")
-EACH = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
+SOME_CASES = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
 
 
 def supports(row):
@@ -22,7 +22,7 @@ def supports(row):
 
 
 @pytest.fixture(autouse=True)
-def _jax_is_wanted():
+def _needs_jax():
     backends.needs("jax")
     BY_NAME["jax"].array([0.0])  # enables float64
 
@@ -37,7 +37,7 @@ def given(case, mask="none", **more):
 
 
 @supports("vmap")
-@EACH
+@SOME_CASES
 def test_vmap_of_grad_and_grad_of_vmap(case):
     loss, s, t = given(case)
     batches = jax.numpy.stack([s, 2 * s, t[::-1]])
@@ -60,7 +60,7 @@ def test_vmap_over_hyper_parameters():
 
 
 @supports("second derivatives")
-@EACH
+@SOME_CASES
 def test_third_derivative_is_that_of_the_gradient_field(case):
     loss, s, t = given(case, batch=(1,), classes=3)
     field = jax.jit(jax.jacfwd(jax.jacrev(gklx.grad(loss, 1), 1), 1))(s, t)
@@ -69,7 +69,7 @@ def test_third_derivative_is_that_of_the_gradient_field(case):
 
 
 @supports("checkpoint")
-@EACH
+@SOME_CASES
 def test_checkpoint_keeps_the_gradient(case):
     loss, s, t = given(case, "samples")
     found = jax.jit(jax.grad(jax.checkpoint(lambda s, t: loss(2 * s, t)), (0, 1)))(s, t)
@@ -79,7 +79,7 @@ def test_checkpoint_keeps_the_gradient(case):
 
 
 @supports("gradients by the library's own autodiff")
-@EACH
+@SOME_CASES
 def test_vjp_and_linearize_are_the_analytic_gradient(case):
     loss, s, t = given(case)
     to_s, to_t = gklx.grad(loss, (0, 1))(s, t)

@@ -21,12 +21,12 @@ rng = np.random.default_rng(5)
 pytestmark = pytest.mark.library_independent
 
 
-def same(found, expected):
+def assert_equal(found, expected):
     assert (found.shape, found.tolist()) == (expected.shape, expected.tolist())
 
 
-def written(path, context, tokens, codes, scales, smallest):
-    """A dump of codes [chunks * rows, classes]."""
+def write_dump(path, context, tokens, codes, scales, smallest):
+    """Write a dump of codes [chunks * rows, classes]; return its path."""
     n, classes = codes.shape
     with open(path, "wb") as file:
         file.write(b"_logits_" + struct.pack("<Iii", context, classes, len(tokens) // context))
@@ -37,12 +37,12 @@ def written(path, context, tokens, codes, scales, smallest):
     return str(path)
 
 
-def a_dump(path, classes=7, context=9, chunks=3):
+def random_dump(path, classes=7, context=9, chunks=3):
     rows = context - 1 - context // 2
     tokens = rng.integers(0, classes, chunks * context)
     codes = rng.integers(0, 2**16, (chunks * rows, classes))
     scales, smallest = rng.uniform(1e-5, 3e-4, chunks * rows), rng.uniform(-18, -12, chunks * rows)
-    written(path, context, tokens, codes, scales, smallest)
+    write_dump(path, context, tokens, codes, scales, smallest)
     values = np.float32(scales)[:, None] * codes.astype(np.float32) + np.float32(smallest)[:, None]
     targets = tokens.reshape(chunks, context)[:, context // 2 + 1 : context // 2 + 1 + rows].reshape(-1)
     return str(path), values, targets
@@ -50,29 +50,29 @@ def a_dump(path, classes=7, context=9, chunks=3):
 
 @pytest.mark.parametrize(("classes", "context"), [(7, 9), (8, 8), (1, 3), (300, 64)])
 def test_rows_and_targets_are_read(tmp_path, classes, context):
-    path, values, targets = a_dump(tmp_path / "x", classes, context)
+    path, values, targets = random_dump(tmp_path / "x", classes, context)
     rows = open_logits(path)
     n = len(values)
     assert (rows.shape, rows.dtype) == ((n, classes), "float32")
     room = Room()
     for start, stop in ((0, n), (1, n), (n // 2, n // 2 + 1)):
-        same(rows.read(start, stop), values[start:stop])
-        same(rows.read(start, stop, room), values[start:stop])
-        same(carried_targets(rows).read(start, stop), targets[start:stop])
+        assert_equal(rows.read(start, stop), values[start:stop])
+        assert_equal(rows.read(start, stop, room), values[start:stop])
+        assert_equal(carried_targets(rows).read(start, stop), targets[start:stop])
 
 
 def test_shards_have_their_targets(tmp_path):
-    parts = [a_dump(tmp_path / f"x-{i}.kld") for i in range(3)]
+    parts = [random_dump(tmp_path / f"x-{i}.kld") for i in range(3)]
     rows = open_logits(str(tmp_path / "x-*.kld"))
-    same(rows.read(5, 30), np.concatenate([values for _, values, _ in parts])[5:30])
-    same(carried_targets(rows).read(5, 30), np.concatenate([targets for *_, targets in parts])[5:30])
+    assert_equal(rows.read(5, 30), np.concatenate([values for _, values, _ in parts])[5:30])
+    assert_equal(carried_targets(rows).read(5, 30), np.concatenate([targets for *_, targets in parts])[5:30])
 
 
 # --- the tool's own numbers -------------------------------------------------------------------------------------------
 
 
-def printed(name):
-    """The numbers of a line of the tool's report, with half a unit of the last digit that it has."""
+def printed_numbers(name):
+    """The numbers of a line of the tool's report, each with half a unit of its last digit."""
     (line,) = re.findall(rf"^\s*{re.escape(name)}\s*:\s*(.*)$", PRINTED, re.MULTILINE)
     numbers = re.findall(r"-?\d+\.\d+", line)
     return [(float(x), 0.5 * 10.0 ** -len(x.partition(".")[2])) for x in numbers]
@@ -124,7 +124,7 @@ def report(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def at(report, name):
+def lookup(report, name):
     for key in name.split("."):
         report = report[key]
     return report
@@ -138,13 +138,16 @@ CODES = {"mean": 2e-6, "single": 1e-5}
 @pytest.mark.parametrize("name", OF_TOOL)
 def test_numbers_agree_with_those_of_the_tool(report, name):
     percent = 100 if "Δp" in name or name in ("Same top p", "Cor(ln(PPL(Q)), ln(PPL(base)))") else 1
-    for key, (expected, half_a_unit) in zip(OF_TOOL[name], printed(name), strict=False):
+    for key, (expected, half_a_unit) in zip(OF_TOOL[name], printed_numbers(name), strict=False):
         of_codes = CODES["mean" if "mean" in key or "rms" in key else "single"] * percent
         if key.startswith("perplexity.student") or key.startswith("perplexity.difference"):
             of_codes = 3e-4  # 3e-7 of the perplexity, 1033
         if key.startswith(("perplexity.teacher", "top1_agreement")):
             of_codes = 2e-6 if key.endswith("stderr") else 1e-12  # the tool squares in float32
-        assert abs(percent * at(report, key) - expected) <= half_a_unit + of_codes, (key, percent * at(report, key))
+        assert abs(percent * lookup(report, key) - expected) <= half_a_unit + of_codes, (
+            key,
+            percent * lookup(report, key),
+        )
 
 
 def test_every_line_of_the_tools_report_is_compared():
@@ -163,14 +166,14 @@ def test_report_names_llama_cpps_rule(report, capsys, tmp_path):
 
 
 def test_classes_of_negligible_probability_are_left_out(tmp_path):
-    """Of log-probability -16 and below; what is stored is not normalised for the base, but is for the other."""
+    """Those of log-probability −16 and below. The base's stored values are not normalised, the student's are."""
     paths, values = [], []
     for name in ("s", "t"):
         codes = np.asarray([[65535, 30000, 0, 0], [65535, 1, 0, 40000]])
         scales, smallest = np.asarray([17 / 65535, 18 / 65535]), np.asarray([-17.0, -18.0])
         if name == "s":
             codes[:, 1:] += 777
-        paths.append(written(tmp_path / name, 6, np.zeros(6), codes, scales, smallest))
+        paths.append(write_dump(tmp_path / name, 6, np.zeros(6), codes, scales, smallest))
         values.append(
             np.float64(np.float32(scales)[:, None] * codes.astype(np.float32) + np.float32(smallest)[:, None])
         )
@@ -217,7 +220,7 @@ def test_truncated_dump_is_refused(fails, tmp_path, length):
 @pytest.mark.parametrize("at", [8, 12, 16])
 @pytest.mark.parametrize("claim", [-(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1])
 def test_header_with_impossible_sizes_is_refused(fails, tmp_path, at, claim):
-    """Petabytes among it: nothing is allocated for them."""
+    """Even a claim of petabytes is refused before memory is allocated."""
     content = bytearray(Path(QUANTISED).read_bytes())
     content[at : at + 4] = struct.pack("<i", claim)
     (tmp_path / "lying.kld").write_bytes(content)
@@ -232,10 +235,10 @@ def test_dump_longer_than_its_header_says_is_refused(fails, tmp_path):
 
 
 def test_dumps_of_different_texts_are_refused(fails, tmp_path):
-    path, _, targets = a_dump(tmp_path / "a", classes=7)
-    other = a_dump(tmp_path / "b", classes=8)[0]
+    path, _, targets = random_dump(tmp_path / "a", classes=7)
+    other = random_dump(tmp_path / "b", classes=8)[0]
     assert "vocabulary mismatch" in fails(path, other)
-    longer = a_dump(tmp_path / "c", classes=7, chunks=4)[0]
+    longer = random_dump(tmp_path / "c", classes=7, chunks=4)[0]
     assert "they do not hold the same samples" in fails(path, longer)
     content = bytearray(Path(path).read_bytes())
     content[20 + 4 * 6 : 24 + 4 * 6] = struct.pack("<i", int(targets[1] + 1) % 7)
@@ -246,7 +249,7 @@ def test_dumps_of_different_texts_are_refused(fails, tmp_path):
 
 
 def test_tokens_outside_the_vocabulary_are_refused(fails, tmp_path):
-    path = a_dump(tmp_path / "a", classes=7)[0]
+    path = random_dump(tmp_path / "a", classes=7)[0]
     content = bytearray(Path(path).read_bytes())
     content[20 + 4 * 6 : 24 + 4 * 6] = struct.pack("<i", 7)
     Path(path).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Rows a block under a bound on memory."""
+"""The rows per block, and the threads, under a memory bound."""
 
 import psutil
 import pytest

@@ -1,4 +1,4 @@
-"""The picture of a score: what is in it, and that each format can be opened."""
+"""The plot of a score: its data, and its formats."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def logits(samples, classes):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """The specification that a score would have rendered."""
+    """A function that scores; it returns the plot's specification and the score."""
 
     def draw(*args, **kwargs):
         specs = []

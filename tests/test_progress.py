@@ -1,4 +1,4 @@
-"""The progress bar: on a terminal, and only there."""
+"""The progress bar on a terminal."""
 
 import os
 import re

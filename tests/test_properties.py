@@ -64,7 +64,7 @@ def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, cut=st.integers(0, 4))
 def test_loss_of_a_batch_is_the_sum_over_its_parts(case, logits, cut):
-    """Samples are independent but for the normaliser: sums add up, with "batch" after undoing it."""
+    """Samples are independent, except through GKL's batch normaliser, which is off here."""
     s, t = logits
     given_ = masked(case)
     settings = {**case.settings, **({"normalize": "samples"} if case.loss == "gkl" else {})}
@@ -152,7 +152,7 @@ def test_boolean_and_integer_weights_are_cast(backend, case):
 
 @pytest.mark.numpy_alone
 def test_prior_rows_raised_before_or_after_selection_are_equal():
-    """Large batches raise the table to gamma, small ones the chosen rows: the same to the last bit."""
+    """Large batches raise the whole table to the power gamma, small ones the rows of their labels."""
     rng = np.random.default_rng(5)
     prior, labels = rng.dirichlet(np.ones(6), size=6), rng.integers(0, 6, 40)
     s, t = rng.standard_normal((2, 40, 6))

@@ -68,7 +68,7 @@ def test_readme_command_is_the_one_that_ci_runs():
 
 
 def test_score_prints_what_the_landing_page_shows(capsys, monkeypatch):
-    """Word for word, but for the last digits of the numbers, which may differ from machine to machine."""
+    """Word for word, except for the last digits of the numbers, which may differ between machines."""
     (command,) = (each for each in COMMANDS if each.startswith(SCORE))
     landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     (shown,) = (body for kind, body in FENCED.findall(landing) if kind == "text")

@@ -1,4 +1,4 @@
-"""Copies, pickles and checkpoints of PyTorch continue exactly."""
+"""Copies, pickles and PyTorch checkpoints of priors, functions and modules continue exactly."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ def by_joblib(x):
 
 
 def by_torch(x):
-    """Saved, and loaded by the defaults of `torch.load`."""
+    """Save, and load by the defaults of `torch.load`."""
     torch = pytest.importorskip("torch")
     file = io.BytesIO()
     torch.save(x, file)
@@ -51,7 +51,7 @@ COPIES = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("width", ["float32", "float64"])
 def test_copied_prior_continues_exactly(backend, width, way):
-    """At any time; changes of one do not affect the other."""
+    """A copy may be made at any time; a change of one object does not affect the other."""
     if width not in backend.library.dtypes:
         pytest.skip(f"{backend.name} has no {width}")
     first, then = ((backend.array(x, width), backend.array(y)) for x, y in (batch(1), batch(2)))
@@ -158,7 +158,7 @@ def test_torch_load_allows_only_the_arrays_of_a_prior():
 
 @pytest.mark.parametrize("dtype", ["O", "V8", "<i8", "<c16"])
 def test_only_floats_are_restored_from_bytes(dtype):
-    """A file may be forged: bytes of an object dtype would be read as addresses."""
+    """In a forged file, bytes of an object dtype would be read as addresses."""
     from gklx.prior import _state_array
 
     with pytest.raises(ValueError, match=r"^a class prior's arrays must be float32 or float64, got "):
@@ -197,7 +197,7 @@ def test_copied_function_gives_the_same_results(name, way):
 
 
 def test_equal_functions_compare_and_hash_equal():
-    """So that caches keyed by the function, such as that of `jax.jit`, find it."""
+    """Caches keyed by the function, such as that of `jax.jit`, rely on it."""
     assert gklx.grad(gklx.kl) == gklx.grad(gklx.kl)
     assert hash(gklx.grad(gklx.kl, [0, 1])) == hash(gklx.grad(gklx.kl, (0, 1)))
     assert gklx.grad(gklx.kl) != gklx.grad(gklx.kl, (0,))

@@ -7,12 +7,12 @@ import pytest
 
 import backends
 import gklx
-from dumps import CLASSES, command, saved_in
+from dumps import CLASSES, command, save_dumps
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return saved_in(tmp_path_factory.mktemp("logits"))
+    return save_dumps(tmp_path_factory.mktemp("logits"))
 
 
 @pytest.fixture(scope="module")

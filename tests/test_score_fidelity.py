@@ -149,7 +149,7 @@ def test_target_of_probability_zero_has_null_perplexity_in_json(run, files, tmp_
 
 
 def plain_overlap(s, t, k):
-    """Of equal logits the first counts."""
+    """The overlap of the k largest classes; of equal logits the first is the larger."""
     order = [np.argsort(-x.astype(np.float64), axis=-1, kind="stable")[:, :k] for x in (s, t)]
     return np.asarray([len(set(a) & set(b)) for a, b in zip(*order, strict=True)])
 
@@ -178,7 +178,7 @@ def test_overlap_of_the_largest_classes(classes, dtype, found_by):
 
 
 def test_nan_rows_do_not_affect_the_overlap_of_others():
-    """What the kernel finds in a row of NaN means nothing, but it must end, and within its memory."""
+    """The overlap of a NaN row is meaningless, but the kernel must terminate and stay within its memory."""
     s, t = rng.standard_normal((2, 6, 300)).astype(np.float32)
     whole = overlaps_by_kernel(s, t, (3, 200))
     s[1], t[2], s[3, 7], t[4, :299] = np.nan, np.nan, np.nan, np.nan

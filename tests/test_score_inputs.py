@@ -62,7 +62,7 @@ def test_batches_may_have_any_size(labelled):
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 def test_byte_order_does_not_matter(dtype):
-    """Neither to a score nor to a loss."""
+    """Neither for a score nor for a loss."""
     s, t = (x.astype(f"<{dtype}") for x in (STUDENT, TEACHER))
     prior = rng.dirichlet(np.ones(CLASSES), 50)
     swapped = [x.astype(f">{dtype}") for x in (s, t)]
@@ -77,7 +77,7 @@ def test_byte_order_does_not_matter(dtype):
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("halves", ["float16", "bfloat16"])
 def test_half_precision_scores_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
-    """To the last bit, in files and in arrays, though they are not copied into float32."""
+    """To the last bit, in files and in arrays, although they are not widened to float32."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[halves]
     x = [rng.standard_normal((70, 501)).astype(dtype) * dtype(4) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""`gklx score` sample by sample against implementations that are not ours: SciPy's `rel_entr` and `F.kl_div`."""
+"""`gklx score` sample by sample against other implementations: SciPy's `rel_entr` and `F.kl_div`."""
 
 import numpy as np
 import pytest

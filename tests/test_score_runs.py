@@ -14,7 +14,7 @@ import pytest
 
 import backends
 import gklx
-from dumps import COMMAND, SAMPLES, command, saved_in
+from dumps import COMMAND, SAMPLES, command, save_dumps
 from gklx._scoring import run as runs
 from gklx._scoring import statistics, work_file
 from gklx._scoring.work_file import WorkFile
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return saved_in(tmp_path_factory.mktemp("logits"))
+    return save_dumps(tmp_path_factory.mktemp("logits"))
 
 
 def uninterrupted(tmp_path, *argv):
@@ -36,7 +36,7 @@ def uninterrupted(tmp_path, *argv):
     return json.loads(done.stdout)
 
 
-# --- cut off ----------------------------------------------------------------------------------------------------------
+# --- interrupted ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -133,15 +133,15 @@ def test_strict_applies_to_samples_of_an_earlier_run(tmp_path, monkeypatch):
     paths = [tmp_path / "s.npy", tmp_path / "t.npy"]
     for path, x in zip(paths, (s, t), strict=True):
         np.save(path, x)
-    cut_off(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
+    fail_at_block(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^strict: sample 70 has a NaN among its logits, or no finite one$"):
             gklx.score(*paths, strict=True, batch_size=100, work_dir=tmp_path / "work")
     assert gklx.score(*paths, batch_size=100, work_dir=tmp_path / "work").undefined == 1
 
 
-def cut_off(monkeypatch, at, *args, **kwargs):
-    """A score in blocks of 100 that ends before the block from `at` on, with its progress kept."""
+def fail_at_block(monkeypatch, at, *args, **kwargs):
+    """Score in blocks of 100, fail at the block that starts at `at`, and keep the progress."""
     original = runs.score_chunk
 
     def gone(place, job, chunk, prior):
@@ -179,7 +179,7 @@ DAMAGES = {
 def test_damaged_progress_is_recomputed(files, tmp_path, monkeypatch, name, damage):
     labels = [files[2]] if name == "class_sums.bin" else []
     whole = gklx.score(*files[:2], *labels, batch_size=100)
-    cut_off(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
+    fail_at_block(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
     damaged = list(tmp_path.glob(f"*/{name}"))
     assert damaged
     for path in damaged:
@@ -190,8 +190,8 @@ def test_damaged_progress_is_recomputed(files, tmp_path, monkeypatch, name, dama
 
 
 def test_progress_of_another_job_is_not_used(files, tmp_path, monkeypatch):
-    cut_off(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
-    cut_off(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
+    fail_at_block(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
+    fail_at_block(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
     (other,), (own,) = (list((tmp_path / which).iterdir()) for which in ("other", "own"))
     for name in ("records.bin", "checks.bin"):
         (own / name).write_bytes((other / name).read_bytes())
@@ -215,7 +215,7 @@ def test_records_changed_during_the_run_are_an_error(tmp_path):
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr"])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_file_rewritten_during_the_run_is_an_error(tmp_path, monkeypatch, kind, which):
-    """With other numbers, of the same size and dated back: before its rows are read, and afterwards."""
+    """The new file has the same size and date; it is written before its rows are read, or afterwards."""
     rng = np.random.default_rng(1)
     arrays = [*rng.standard_normal((2, 1000, 4)), rng.integers(0, 4, 1000)]
     paths = [tmp_path / f"{i}.{kind}" for i in range(3)]
@@ -284,11 +284,11 @@ def test_second_run_of_a_job_keeps_no_progress(tmp_path):
     assert not tmp_path.exists()
 
 
-# --- no room ----------------------------------------------------------------------------------------------------------
+# --- full disks and memory bounds -------------------------------------------------------------------------------------
 
 
 def test_run_on_a_full_disk_fails_and_is_resumed(files, tmp_path):
-    """A limit on the size of files stands for a disk that fills up."""
+    """A limit on the size of files simulates the full disk."""
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--format", "json"]
     limited = ["sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND, *map(str, argv)]  # of 512 bytes
     done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
@@ -302,7 +302,7 @@ def test_run_on_a_full_disk_fails_and_is_resumed(files, tmp_path):
 
 
 def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
-    """A real one: a file system of 64 kB, then of more."""
+    """The file system has 64 kB, and is enlarged for the second run."""
     script = (
         'mkdir -p "$1" && mount -t tmpfs -o size=64k tmpfs "$1" || exit 77\n'
         'dir=$1; shift\n"$@"; echo "status $?"\nmount -o remount,size=10m "$dir" && "$@"\n'
@@ -330,7 +330,7 @@ def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr", "prior"])
 def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
-    """By the operating system's own count, files of 600 MB; the bound is what NumPy and the command need and some."""
+    """As the operating system counts it, for files of 600 MB; the bound is little more than what NumPy needs."""
     shape = {"zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
     paths = []
     for name in ("student", "teacher"):
@@ -377,7 +377,7 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
 
 @pytest.mark.parametrize("on", ["numpy", "dask"])
 def test_class_prior_too_large_for_memory_is_refused_before_the_work(tmp_path, on):
-    """Without a bound too: of a million classes it takes 8 TB as it is, and as much for each block under way."""
+    """Even without a bound: the prior of a million classes takes 8 TB, and as much for each block in progress."""
     backends.needs(on)
     for name in ("s", "t"):
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (3, 10**6))

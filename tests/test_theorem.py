@@ -1,5 +1,7 @@
-"""KL and DKL have the same gradients, for student and teacher, at every (s, t) and T: stated of the definitions, then
-of the package. The package computes both by one formula, so the definitions are what the theorem is tested on."""
+"""KL and DKL have the same gradients, for student and teacher, at all logits and temperatures.
+
+The package computes both gradients by one formula, so the theorem is tested on the definitions first.
+"""
 
 from functools import partial
 

@@ -1,6 +1,6 @@
 """The identities of docs/theory.md, each by its number there: symbolically for few classes, numerically in float64.
 
-What the package computes is asked of its public functions; the rest compares both sides of the identity.
+One side of an identity is computed by the package's public functions where it can be, the other by its formula.
 """
 
 import re
@@ -58,7 +58,7 @@ def one(loss, s, t, *, argnum, **settings):
 
 
 def given_weights(w, **settings):
-    """GKL's wMSE alone, with weights given, not normalised."""
+    """GKL's wMSE alone, with the given weights, without the batch normaliser."""
     return partial(gklx.gkl, prior=w[None], ce_weight=0.0, normalize="samples", **settings)
 
 
@@ -332,7 +332,7 @@ def test_wrong_centre_adds_its_squared_error(draw):
 
 
 def test_expanded_variance_cancels_in_float32(draw):
-    """In float32; the weights are the prior's, so no rounding of a softmax comes in."""
+    """The weights are given, so that no softmax adds rounding errors."""
     w = draw.uniform(0.1, 2, CLASSES).astype("float32")
     unit = 2.0**-24
     for offset in (1e2, 1e3):
@@ -356,7 +356,7 @@ def test_expanded_variance_cancels_in_float32(draw):
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_gradients_of_ce_and_wmse_symbolically(classes):
-    """CE with p constant, and the wMSE with w constant."""
+    """CE is differentiated with p constant, and the wMSE with w constant."""
     sympy = pytest.importorskip("sympy")
     s, t, temperature, _, q = symbols_of(sympy, classes)
     p, w = sympy.symbols(f"p:{classes}", positive=True), sympy.symbols(f"w:{classes}", positive=True)

@@ -32,7 +32,7 @@ def threads_of_calls(monkeypatch):
 
 
 def run_alone(program):
-    """What a program prints in a process whose environment limits nothing."""
+    """The output of a program in a process whose environment does not limit threads."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -73,7 +73,7 @@ print(cpu.threads())
 
 
 def test_threadpoolctl_limits_the_threads():
-    """Asked of the process's own libraries."""
+    """The limit is that of the libraries which the process has loaded."""
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     program = """
 import numpy, threadpoolctl
@@ -97,7 +97,7 @@ def test_numpy_calls_use_the_limit(four_cores, threads_of_calls, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_pytorch_calls_use_pytorchs_setting(threads_of_calls, monkeypatch, threads):
-    """In the forward pass and in a backward pass that computes."""
+    """In the forward pass, and in the backward pass, which computes half-precision gradients."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("GKLX_NUM_THREADS", "2")

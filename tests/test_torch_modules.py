@@ -1,4 +1,4 @@
-"""`gklx.torch`: the modules are the functions, with a class prior and a warm-up that live in their buffers."""
+"""`gklx.torch`: modules that compute the functions, with a class prior and a warm-up in their buffers."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ def modules(torch):
 
 @pytest.fixture
 def batch(torch):
-    """A batch of student logits, teacher logits and labels, of some classes only."""
+    """A function that makes student logits, teacher logits, and labels of some of the classes."""
 
     def make(seed=0, n=12, classes=(0, 1, 3), dtype="float32"):
         rng = np.random.default_rng(seed)
@@ -263,7 +263,7 @@ def test_buffers_exist_only_where_they_are_used(torch, modules):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_cast_does_not_change_the_prior(torch, modules, batch, dtype):
-    """Also as a part of another module, which is what a model in half precision casts."""
+    """Also as a submodule of a model that is cast to half precision."""
     criterion = modules.GKLLoss(C, weight_temperature=4.0, warmup_epochs=2)
     criterion(*batch(1))
     criterion.advance()

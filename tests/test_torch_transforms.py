@@ -17,8 +17,8 @@ from closeness import assert_close
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 SMALL = ("kl", "dkl-T", "ikl", "gkl", "gkl-0", "gkl-tau", "gkl-prior", "gkl-rows", "gkl-asymmetric")
-EACH = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+SOME_CASES = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 def supports(row):
@@ -50,9 +50,9 @@ def directions(s):
 
 
 @supports("second derivatives")
-@EVERY
+@ALL_CASES
 def test_second_derivatives_pass_gradgradcheck(case):
-    """Of every loss to both arguments: reverse over reverse, forward over reverse."""
+    """For every loss and both arguments, reverse over reverse and forward over reverse."""
     loss, s, t = given(case, batch=(2,), classes=4)
     s, t = s.requires_grad_(), t.requires_grad_()
     assert torch.autograd.gradgradcheck(loss, (s, t), check_fwd_over_rev=True)
@@ -64,7 +64,7 @@ def test_second_derivatives_pass_gradgradcheck(case):
     "case", [x for x in CASES if x.loss != "dkl" and x.settings.get("symmetric", True)], ids=lambda case: case.id
 )
 def test_gradients_without_stopped_parts_pass_gradcheck(case, mask):
-    """That is KL, and the student of IKL and of symmetric GKL; elsewhere a gradient stops on purpose."""
+    """These are KL's, and the student's of IKL and symmetric GKL; the others have stopped parts by design."""
     loss, s, t = given(case, mask, batch=(3,), classes=4)
     s, t = torch.nan_to_num(s), torch.nan_to_num(t, posinf=0.0)  # finite differences cannot step from NaN
     s.requires_grad_()
@@ -99,7 +99,7 @@ def test_second_derivative_of_dkl_is_right_and_that_of_a_detached_expression_wro
 
 
 @supports("gradients by the library's own autodiff")
-@EACH
+@SOME_CASES
 def test_func_grad_and_jacobians_are_the_analytic_gradient(case):
     loss, s, t = given(case, "samples")
     exact = gklx.grad(loss, (0, 1))(s, t)
@@ -116,7 +116,7 @@ def test_func_grad_and_jacobians_are_the_analytic_gradient(case):
 
 
 @supports("forward mode")
-@EACH
+@SOME_CASES
 def test_forward_mode_is_the_analytic_gradient(case):
     loss, s, t = given(case, "elements")
     u, v = directions(s)
@@ -134,9 +134,9 @@ def test_forward_mode_is_the_analytic_gradient(case):
 
 
 @supports("second derivatives")
-@EACH
+@SOME_CASES
 def test_second_derivatives_agree_in_every_mode(case):
-    """Forward or reverse over either, and reverse over the analytic gradient, to the third."""
+    """Each mode over each mode, against reverse mode over the analytic gradient; third derivatives too."""
     loss, s, t = given(case, batch=(2,), classes=3)
     fwd, rev = torch.func.jacfwd, torch.func.jacrev
     for i in (0, 1):
@@ -150,7 +150,7 @@ def test_second_derivatives_agree_in_every_mode(case):
 
 
 @supports("vmap")
-@EACH
+@SOME_CASES
 def test_vmap_of_grad_and_grad_of_vmap(case):
     loss, s, t = given(case)
     batches = torch.stack([s, 2 * s, t.flip(0)])
@@ -227,8 +227,8 @@ def test_retained_graph_gives_the_same_gradient_again(times):
 # --- compilers --------------------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """A compiler's backend that counts how often it was asked to compile."""
+class CountingBackend:
+    """A backend of `torch.compile` that counts the compiled graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -243,7 +243,7 @@ class Counted:
 @pytest.fixture
 def compiled():
     torch.compiler.reset()
-    counter = Counted()
+    counter = CountingBackend()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Online softmax is disabled")
         yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": counter, **options}), counter
@@ -252,7 +252,7 @@ def compiled():
 
 @supports("compiler")
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
-@EACH
+@SOME_CASES
 def test_compiled_without_a_graph_break(compiled, case, mask):
     compile_, counter = compiled
     loss, s, t = given(case, mask)
@@ -267,7 +267,7 @@ def test_compiled_without_a_graph_break(compiled, case, mask):
 
 
 @supports("compiler")
-@EACH
+@SOME_CASES
 def test_compiled_by_the_eager_backend(compiled, case):
     compile_, _ = compiled
     loss, s, t = given(case, "none")
@@ -290,7 +290,7 @@ INDUCTOR = pytest.mark.skipif(
 
 @pytest.fixture(params=["operator", "formulas"])
 def given_to_inductor(request, monkeypatch):
-    """The one operator, or the formulas themselves, as on CUDA and over several ranks."""
+    """What Inductor compiles: the operator, or the formulas, as on CUDA and over several ranks."""
     from gklx._autodiff import torch_operator
 
     if request.param == "formulas":
@@ -306,7 +306,7 @@ def given_to_inductor(request, monkeypatch):
     [("kl", "none", True), ("gkl-tau", "none", True), ("gkl-prior", "samples", False)],
 )
 def test_inductor_agrees_with_the_definition(compiled, given_to_inductor, name, mask, permuted):
-    """Against the definition; Inductor has had faults where the two networks' layouts differ."""
+    """Inductor has had bugs where the layouts of the two networks differ."""
     compile_, _ = compiled
     case = next(case for case in CASES if case.id == name)
     s, t, arrays = call(case, mask, batch=(2, 2, 4))
@@ -328,7 +328,7 @@ def test_inductor_agrees_with_the_definition(compiled, given_to_inductor, name, 
 @supports("compiler")
 @INDUCTOR
 def test_compiled_program_is_cached_on_disk(compiled, monkeypatch, tmp_path):
-    """What docs/speed.md tells of the compiler's cache."""
+    """As docs/speed.md describes it."""
     import torch._inductor.config as options
     from torch._dynamo.utils import counters
 
@@ -350,12 +350,12 @@ def test_compiled_program_is_cached_on_disk(compiled, monkeypatch, tmp_path):
         same(a.grad, expected, dtype="float32")
 
 
-OUT = [(0, 1), (3, 4), (4, 0)]
+PLACES = [(0, 1), (3, 4), (4, 0)]
 
 
 def with_entries(x, value):
     x = x.clone()
-    for place in OUT:
+    for place in PLACES:
         x[place] = value
     return x
 
@@ -366,8 +366,8 @@ def without_a_class(s, row):
     return s
 
 
-# From ordinary logits to some of which a row is not, in the way that is named, and the arrays that go with them.
-CARE = {
+# From ordinary logits to logits with special rows, of the named kind, and the other arguments.
+SPECIAL_ROWS = {
     "classes that both rule out": lambda s, t: (with_entries(s, -torch.inf), with_entries(t, -torch.inf), {}),
     "classes the student rules out": lambda s, t: (with_entries(s, -torch.inf), t, {}),
     "classes the teacher rules out": lambda s, t: (s, with_entries(t, -torch.inf), {}),
@@ -391,12 +391,12 @@ LOSSES = {
 
 
 @supports("compiler")
-@pytest.mark.parametrize("name", CARE)
+@pytest.mark.parametrize("name", SPECIAL_ROWS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled_special_rows_agree_with_eager(compiled, loss, name):
-    """Infinite and absent logits come out of a compiled program as they do eagerly."""
+    """Rows with infinite, NaN or masked logits have the same results compiled and eagerly."""
     compile_, _ = compiled
-    s, t, given = CARE[name](*torch.randn(2, 6, 7))
+    s, t, given = SPECIAL_ROWS[name](*torch.randn(2, 6, 7))
     loss = partial(LOSSES[loss], reduction="none", **given)
     found, expected = [], []
     for run, into in ((compile_(loss), found), (loss, expected)):
@@ -410,7 +410,7 @@ def test_compiled_special_rows_agree_with_eager(compiled, loss, name):
 
 @supports("compiler")
 def test_compiled_wmse_of_large_differences_keeps_its_digits(compiled):
-    """Differences of 3,000, and a few by 2^-12 more: of the squares about a rounded mean most is that rounding."""
+    """Differences of 3,000, some larger by 2^-12: a square about a rounded mean would be mostly rounding error."""
     compile_, _ = compiled
     s, t = torch.zeros(2, 8, 5000)
     s[:, 1:] = -3000.0
@@ -424,7 +424,7 @@ def test_compiled_wmse_of_large_differences_keeps_its_digits(compiled):
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 def test_compiled_half_precision_masked_rows_agree_with_eager(compiled, half):
     compile_, _ = compiled
-    s, t, _ = CARE["classes that both rule out"](*torch.randn(2, 6, 7))
+    s, t, _ = SPECIAL_ROWS["classes that both rule out"](*torch.randn(2, 6, 7))
     s, t = (x.to(getattr(torch, half)) for x in (s, t))
     a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
     compile_(gklx.gkl)(a, b).backward()
@@ -434,11 +434,11 @@ def test_compiled_half_precision_masked_rows_agree_with_eager(compiled, half):
 
 @supports("compiler")
 @pytest.mark.parametrize("wrong", ["sample_weight", "prior", "labels"])
-@pytest.mark.parametrize("care", [False, True])
-def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, care):
+@pytest.mark.parametrize("with_masked_class", [False, True])
+def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, with_masked_class):
     compile_, _ = compiled
     s, t = torch.randn(2, 4, 7).unbind()
-    if care:
+    if with_masked_class:
         s[3, 1] = t[3, 1] = -torch.inf
     s.requires_grad_()
     given = {"sample_weight": torch.ones(4), "prior": torch.rand(7, 7), "labels": torch.arange(4)}
@@ -564,7 +564,7 @@ def test_export_for_any_batch_size(strict):
 @supports("mixed precision")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_loss_under_autocast_is_computed_in_float32(dtype):
-    """The loss is computed in float32 though the layers give halves, and the class sums too."""
+    """The class sums too, although the layers give half precision."""
     layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
     labels = torch.randint(0, 7, (64,))
     with torch.autocast("cpu", dtype=getattr(torch, dtype)):
@@ -583,7 +583,7 @@ def test_loss_under_autocast_is_computed_in_float32(dtype):
 
 @supports("mixed precision")
 def test_grad_scaler_prevents_underflow_of_half_precision_gradients():
-    """For large batches unscaled gradients underflow in float16: they are computed times the scale."""
+    """For large batches unscaled gradients underflow in float16; the scale is applied before rounding."""
     s, t = torch.randn(2, 4096, 100).to(torch.float16)
     s.requires_grad_()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -628,7 +628,7 @@ def test_returned_gradients_do_not_alias_the_kept_ones():
 
 @supports("checkpoint")
 @pytest.mark.parametrize("reentrant", [True, False])
-@EACH
+@SOME_CASES
 def test_checkpoint_keeps_the_gradient(case, reentrant):
     from torch.utils.checkpoint import checkpoint
 
@@ -650,7 +650,7 @@ def test_loss_of_an_empty_batch_is_zero(shape, reduction):
     assert s.grad.shape == t.grad.shape == shape
 
 
-@EACH
+@SOME_CASES
 def test_transposed_strided_and_expanded_logits(case):
     loss, s, t = given(case)
     exact = gklx.grad(loss, (0, 1))(s, t)

@@ -1,4 +1,4 @@
-"""The folder of the progress: its owner, and several runs of one job at a time."""
+"""The folder of the progress: its permissions, and several runs of one job at a time."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_second_run_reports_that_it_keeps_no_progress(files, tmp_path, monkeypat
 
 
 def test_concurrent_runs_of_one_job_see_only_their_own_records(tmp_path):
-    """Each has only its own records at every point of the others, and nothing is left."""
+    """Runs start and end while others are in progress; no file is left."""
     failed, start = [], threading.Barrier(4)
 
     def run(number):
@@ -156,7 +156,7 @@ def test_concurrent_runs_of_one_job_see_only_their_own_records(tmp_path):
 
 @pytest.mark.parametrize("steps", range(3))
 def test_folder_removed_at_any_step_is_made_again(tmp_path, monkeypatch, steps):
-    """As another run that has come to its end removes it: before the folder is opened, or the file, or locked."""
+    """Another run removes it at its end: before the folder is opened, before the file is opened, or before the lock."""
     left = [steps]
 
     def going(original):
