@@ -54,13 +54,13 @@ def test_weights_are_warmed_up(example, monkeypatch):
     given = []
     true_epoch = example.epoch
 
-    def spy(state, samples, order, warmth):
-        given.append((samples.teacher is not None, float(warmth)))
-        return true_epoch(state, samples, order, warmth)
+    def spy(state, samples, order, warmup):
+        given.append((samples.teacher is not None, float(warmup)))
+        return true_epoch(state, samples, order, warmup)
 
     monkeypatch.setattr(example, "epoch", spy)
     example.main(("--epochs", "22", "--steps", "1"))
-    distilled = [warmth for with_teacher, warmth in given if with_teacher]
+    distilled = [warmup for with_teacher, warmup in given if with_teacher]
     assert distilled == pytest.approx([min((number + 1) / 20, 1.0) for number in range(22)], rel=1e-6)
 
 
@@ -92,8 +92,8 @@ def test_epochs_compile_once(example):
     samples = seen._replace(teacher=jnp.zeros((len(seen.labels), 10), jnp.float32))
     state = example.start(jax.random.key(0), (64, 4, 10), seen.images)
     before = example.epoch._cache_size()
-    for warmth in (0.25, 0.5, 1.0):
-        state, _ = example.epoch(state, samples, jnp.arange(16).reshape(2, 8), jnp.float32(warmth))
+    for warmup in (0.25, 0.5, 1.0):
+        state, _ = example.epoch(state, samples, jnp.arange(16).reshape(2, 8), jnp.float32(warmup))
     assert example.epoch._cache_size() == before + 1
 
 

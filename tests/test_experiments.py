@@ -366,7 +366,7 @@ def test_augmentation_shifts_and_mirrors_images(torch, load_module):
 def test_augmentation_of_the_jax_recipe_shifts_images(load_module):
     backends.needs("jax")
     pytest.importorskip("optax")
-    moved = load_module("distillation_jax").moved
+    moved = load_module("distillation_jax").shifted
     images = 1 + np.arange(30 * 1 * 4 * 4, dtype=np.float32).reshape(30, 1, 4, 4)
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     for image, found in zip(padded, moved(images, 1, np.random.default_rng(0)), strict=True):
@@ -475,17 +475,17 @@ def test_captions_describe_the_image(load_module, mnist):
     for row in range(4, 24):
         blank[0, 0, row, 24 - row] = 1.0  # from the lower left to the upper right
         blank[1, 0, row, row - 1 : row + 2] = 1.0
-    scale = captions.Scale(np.full(10, 0.05), np.array([-0.5, 0.5]))
-    said = captions.looks(blank, np.array([1, 7]), scale)
+    scale = captions.Thresholds(np.full(10, 0.05), np.array([-0.5, 0.5]))
+    said = captions.attributes_of(blank, np.array([1, 7]), scale)
     texts = captions.captions(said, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
     assert [bytes(text).rstrip(b"\0") for text in texts] == [
         b"a thin, right-leaning one",
         b"a bold, left-leaning seven",
     ]
-    every = captions.every_look("a {stroke}, {slant} {digit}")
+    every = captions.all_captions("a {stroke}, {slant} {digit}")
     assert len({bytes(text) for text in every}) == 60
     assert (every[captions.index(said)] == texts).all()
-    told = captions.looks(mnist.images, mnist.labels, captions.scale_of(mnist.images, mnist.labels))
+    told = captions.attributes_of(mnist.images, mnist.labels, captions.thresholds_of(mnist.images, mnist.labels))
     assert 0.4 < told.stroke.mean() < 0.6
     assert np.bincount(told.slant).min() > 0.3 * len(mnist.labels)
 
