@@ -62,7 +62,7 @@ def test_arguments_that_are_no_arrays_are_refused(name, value, came):
         gklx.gkl(S, T, **{"prior": TABLE, "labels": LABELS, name: value})
 
 
-# --- arrays of a kind that losses are not computed on -----------------------------------------------------------------
+# --- unsupported kinds of arrays --------------------------------------------------------------------------------------
 
 
 def unsupported_tensors():

@@ -108,7 +108,7 @@ def assert_read(got, expected, start, stop, axes):
     assert (got == expected).all()
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
@@ -317,7 +317,7 @@ def test_label_shards_may_differ_in_dtype(tmp_path):
     assert open_labels(str(tmp_path / "y*.npy")).read(1, 5).tolist() == [1, 2, 3, 4]
 
 
-# --- anywhere ---------------------------------------------------------------------------------------------------------
+# --- other processes and threads --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -860,7 +860,7 @@ def test_memory_error_is_not_wrapped(tmp_path, monkeypatch, kind):
         rows.read(0, 1)
 
 
-# --- libraries that are not there -------------------------------------------------------------------------------------
+# --- missing libraries ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -411,13 +411,13 @@ SPECIAL_ROWS = {
     "both rule out the same": ([1.0, -INF, 0.5, 0.1], [0.0, -INF, 1.0, 0.3]),
     "opposite": ([0.0, -INF, 2.0, 0.1], [-INF, 1.0, 1.0, 0.3]),
     "underflown teacher": ([0.0, -INF, 0.0, 0.0], [0.0, -2000.0, 0.0, 0.0]),
-    "one class left": ([1.0, -INF, -INF, -INF], [2.0, -INF, -INF, -INF]),
-    "nothing left": ([-INF, -INF, -INF, -INF], [-INF, -INF, -INF, -INF]),
-    "student all out": ([-INF, -INF, -INF, -INF], [0.0, 1.0, 2.0, 3.0]),
-    "teacher all out": ([0.0, 1.0, 2.0, 3.0], [-INF, -INF, -INF, -INF]),
+    "one valid class": ([1.0, -INF, -INF, -INF], [2.0, -INF, -INF, -INF]),
+    "no valid class": ([-INF, -INF, -INF, -INF], [-INF, -INF, -INF, -INF]),
+    "student without a class": ([-INF, -INF, -INF, -INF], [0.0, 1.0, 2.0, 3.0]),
+    "teacher without a class": ([0.0, 1.0, 2.0, 3.0], [-INF, -INF, -INF, -INF]),
     "NaN student": ([1.0, NAN, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
     "NaN teacher": ([1.0, 1.0, 0.5, 0.1], [0.0, NAN, 1.0, 0.3]),
-    "NaN and out": ([1.0, NAN, -INF, 0.1], [0.0, 0.5, -INF, 0.3]),
+    "NaN and masked": ([1.0, NAN, -INF, 0.1], [0.0, 0.5, -INF, 0.3]),
     "+inf student": ([1.0, INF, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
     "+inf teacher": ([1.0, 0.0, 0.5, 0.1], [0.0, INF, 1.0, 0.3]),
     "+inf both": ([1.0, INF, 0.5, 0.1], [0.0, INF, 1.0, 0.3]),
@@ -432,9 +432,9 @@ def test_rows_with_infinite_or_nan_logits(kernel, loss, special, dtype):
     name, settings = loss_of(loss, 2, 3, classes, DTYPES[dtype])
     s, t = logits(1, 3, classes, dtype)
     s[1, :4], t[1, :4] = SPECIAL_ROWS[special]
-    if "left" in special or "all out" in special:
-        s[1, 4:] = -INF if "student" in special or "left" in special else 0.0
-        t[1, 4:] = -INF if "teacher" in special or "left" in special else 0.0
+    if "valid class" in special or "without" in special:
+        s[1, 4:] = -INF if "student" in special or "valid class" in special else 0.0
+        t[1, 4:] = -INF if "teacher" in special or "valid class" in special else 0.0
     settings.setdefault("normalize", "samples")  # the batch's normaliser has NaN in every row
     for only in (slice(1, 2), slice(0, 3)):
         given = dict(settings)

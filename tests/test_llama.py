@@ -68,7 +68,7 @@ def test_shards_have_their_targets(tmp_path):
     assert_equal(carried_targets(rows).read(5, 30), np.concatenate([targets for *_, targets in parts])[5:30])
 
 
-# --- the tool's own numbers -------------------------------------------------------------------------------------------
+# --- agreement with the tool ------------------------------------------------------------------------------------------
 
 
 def printed_numbers(name):
@@ -191,7 +191,7 @@ def test_block_size_does_not_change_the_score(tmp_path):
     assert found == gklx.score(QUANTISED, BASE)
 
 
-# --- bad files --------------------------------------------------------------------------------------------------------
+# --- invalid files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def test_means_are_those_of_the_losses(digits):
     assert found["kl"].mean == pytest.approx(float(gklx.kl(s, t)), rel=1e-5)
 
 
-# --- what must not matter ---------------------------------------------------------------------------------------------
+# --- invariances ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -241,7 +241,7 @@ def test_class_without_samples_and_unsigned_labels(digits, save):
     assert {each.label for each in found.worst_classes} == {0, 1, 2}
 
 
-# --- what is not finite -----------------------------------------------------------------------------------------------
+# --- infinite and undefined samples -----------------------------------------------------------------------------------
 
 
 def test_infinite_sample_does_not_affect_lower_quantiles(save):

@@ -400,7 +400,7 @@ def test_work_folder_that_cannot_be_created_is_an_error(files):
     assert "must be a folder to keep the progress in" in done.stderr
 
 
-# --- quantiles of very many -------------------------------------------------------------------------------------------
+# --- quantiles of many samples ----------------------------------------------------------------------------------------
 
 
 def test_sketched_quantiles_are_close(monkeypatch):

@@ -182,7 +182,7 @@ def test_vmap_over_every_array_argument():
         same(found[i], gklx.grad(loss_of(case))(s, t, **one))
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- memory of the graph ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
