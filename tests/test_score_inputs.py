@@ -28,7 +28,7 @@ def expected(labels=LABELS):
     return means(gklx.score(STUDENT, TEACHER, labels, **NUMBERS))
 
 
-def pieces(*arrays, sizes=(1, 30, 0, 19)):
+def batches_of(*arrays, sizes=(1, 30, 0, 19)):
     ends = np.cumsum(sizes)
     return [tuple(x[end - size : end] for x in arrays) for size, end in zip(sizes, ends, strict=True)]
 
@@ -52,7 +52,7 @@ def test_leading_axes_are_samples(backend, shape):
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_batches_may_have_any_size(labelled):
-    batches = pieces(STUDENT, TEACHER, LABELS) if labelled else pieces(STUDENT, TEACHER)
+    batches = batches_of(STUDENT, TEACHER, LABELS) if labelled else batches_of(STUDENT, TEACHER)
     wanted = pytest.approx(expected(LABELS if labelled else None), rel=1e-12)
     assert means(gklx.score(batches, **NUMBERS)) == wanted
     assert means(gklx.score(lambda: iter(batches), **NUMBERS, batch_size=4)) == wanted
@@ -125,23 +125,25 @@ def test_concurrent_blocks_share_the_threads(monkeypatch, own, blocks):
 
 
 def test_batches_may_be_iterators():
-    batches = pieces(STUDENT, TEACHER)
+    batches = batches_of(STUDENT, TEACHER)
     assert means(gklx.score(iter(batches), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
     apart = (iter(each) for each in zip(*batches, strict=True))
     assert means(gklx.score(*apart, **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
     # KL alone needs no class prior, hence no second pass.
-    once = iter(pieces(STUDENT, TEACHER, LABELS))
+    once = iter(batches_of(STUDENT, TEACHER, LABELS))
     assert gklx.score(once, losses=["kl"]).losses["kl"].mean == pytest.approx(float(gklx.kl(STUDENT, TEACHER)))
 
 
 def test_batches_may_differ_in_dtype():
-    batches = pieces(STUDENT, TEACHER)
+    batches = batches_of(STUDENT, TEACHER)
     batches[1] = tuple(x.astype(np.float32) for x in batches[1])
     assert means(gklx.score(batches, **NUMBERS)) == pytest.approx(expected(None), rel=1e-6)
 
 
 def test_batches_are_computed_on_the_requested_backend(backend):
-    batches = [tuple(backend.array(x, "float32") for x in each) for each in pieces(STUDENT, TEACHER, sizes=(20, 30))]
+    batches = [
+        tuple(backend.array(x, "float32") for x in pair) for pair in batches_of(STUDENT, TEACHER, sizes=(20, 30))
+    ]
     found = gklx.score(batches, backend="numpy", **NUMBERS)
     assert (found.backend, means(found)) == ("numpy", pytest.approx(expected(None), rel=1e-5))
 
@@ -212,7 +214,7 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER, LABELS + 1), {}, ValueError, r"^labels: labels must lie in \[0, 6\), got 6 at sample"),
         ((STUDENT, TEACHER, LABELS * 1.0), {}, TypeError, r"^labels must be integer labels, got float64"),
         ((STUDENT, [TEACHER]), {}, TypeError, r"must all be batches where one of them is"),
-        ((pieces(STUDENT, TEACHER), None, LABELS), {}, TypeError, r"labels must come with the batches"),
+        ((batches_of(STUDENT, TEACHER), None, LABELS), {}, TypeError, r"labels must come with the batches"),
         (([],), {}, ValueError, r"at least one batch, got none"),
         (([STUDENT],), {}, TypeError, r"^a batch must be \(student, teacher\)"),
         (([(STUDENT,)],), {}, TypeError, r"got 1 entries"),

@@ -79,7 +79,7 @@ def test_error_of_an_unknown_setting_lists_the_known_ones():
         gklx.settings["imagenet"]
 
 
-def shown(name):
+def text_of_the_page(name):
     _, begin, rest = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").partition(f"<!-- {name}: begin -->\n")
     found, end, _ = rest.partition(f"\n<!-- {name}: end -->")
     assert begin
@@ -88,8 +88,8 @@ def shown(name):
 
 
 def test_page_shows_the_settings():
-    assert shown("settings table") == settings_table()
-    assert shown("settings list") == settings_list()
+    assert text_of_the_page("settings table") == settings_table()
+    assert text_of_the_page("settings list") == settings_list()
 
 
 def test_every_setting_has_its_name_and_a_source():

@@ -52,7 +52,7 @@ def near(actual, expected, *, rtol=0.0, atol=0.0):
     np.testing.assert_allclose(np.asarray(actual, dtype="float64"), np.asarray(expected), rtol=rtol, atol=atol)
 
 
-def one(loss, s, t, *, argnum, **settings):
+def sample_gradient(loss, s, t, *, argnum, **settings):
     """The gradient of a single sample."""
     return gklx.grad(partial(loss, **settings), argnum)(s[None], t[None])[0]
 
@@ -210,7 +210,7 @@ def kl_hessian(s, t, temperature):
 @pytest.mark.parametrize("loss", [gklx.kl, gklx.dkl], ids=["kl", "dkl"])
 def test_jacobian_of_the_gradient_field_is_kls_hessian(logits, loss):
     (s, *_), (t, *_) = logits
-    of = partial(one, partial(loss, temperature=2.0))
+    of = partial(sample_gradient, partial(loss, temperature=2.0))
     found = [
         jacobian(lambda x: of(x, t, argnum=0), s),
         jacobian(lambda x: of(s, x, argnum=0), t),
@@ -294,7 +294,7 @@ def test_unequal_loss_weights_have_no_potential(draw, logits):
     fisher, given = curvature(softmax(t / 2)) / 4, draw.uniform(0.1, 2, (1, CLASSES))
 
     def asymmetry(loss, s):
-        of = partial(one, loss, **parts)
+        of = partial(sample_gradient, loss, **parts)
         return jacobian(lambda x: of(s, x, argnum=0), t) - jacobian(lambda x: of(x, t, argnum=1), s).T
 
     near(asymmetry(gklx.dkl, s), (3.0 - 0.5) * fisher, atol=1e-9)
@@ -442,9 +442,9 @@ def test_student_gradients_near_the_teacher(draw, logits):
     left = []
     for size in (1e-2, 1e-3):
         s = t + size * direction
-        ce = one(gklx.kl, s, t, argnum=0, temperature=2.0)
+        ce = sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0)
         left.append(np.abs(ce - size * curvature(softmax(t / 2)) @ direction / 4).max())
-        near(one(given_weights(w), s, t, argnum=0), w.sum() * curvature(w) @ (size * direction), atol=1e-14)
+        near(sample_gradient(given_weights(w), s, t, argnum=0), w.sum() * curvature(w) @ (size * direction), atol=1e-14)
     assert 80 < left[0] / left[1] < 120  # of the second order
 
 
@@ -455,7 +455,10 @@ def test_gradients_of_ce_and_wmse_are_parallel_at_gamma_one(draw, logits):
     def gradients(t, direction, gamma):
         s = t + 1e-6 * direction
         settings = {"ce_weight": 0.0, "normalize": "samples", "gamma": gamma, "weight_temperature": 2.0}
-        ce, mse = one(gklx.kl, s, t, argnum=0, temperature=2.0), one(gklx.gkl, s, t, argnum=0, **settings)
+        ce, mse = (
+            sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0),
+            sample_gradient(gklx.gkl, s, t, argnum=0, **settings),
+        )
         return ce, mse, ce @ mse / np.linalg.norm(ce) / np.linalg.norm(mse)
 
     direction = draw.standard_normal(CLASSES)
@@ -481,8 +484,8 @@ def test_student_gradients_with_a_confident_teacher(draw, gamma):
     ce_left, mse_left = [], []
     for epsilon in (1e-8, 1e-12):
         t = confident(share, epsilon, 2.0)
-        ce = 2 * one(gklx.kl, t + delta, t, argnum=0, temperature=2.0)[1:]
-        mse = one(gklx.gkl, t + delta, t, argnum=0, **settings)[1:]
+        ce = 2 * sample_gradient(gklx.kl, t + delta, t, argnum=0, temperature=2.0)[1:]
+        mse = sample_gradient(gklx.gkl, t + delta, t, argnum=0, **settings)[1:]
         ce_left.append(np.abs(ce / epsilon / (share * np.expm1(gap / 2)) - 1).max() / epsilon)
         mse_left.append(np.abs(mse / epsilon**gamma / (share**gamma * gap) - 1).max() / epsilon**gamma)
     # Off by O(ε) and O(ε^γ), relative; float64 allows 1e-15 besides, 1e-3 in units of the smallest ε.
@@ -493,9 +496,9 @@ def test_student_gradients_with_a_confident_teacher(draw, gamma):
 def test_wmse_with_a_confident_teacher_and_equal_weights(draw):
     t, delta = confident(softmax(draw.standard_normal(CLASSES - 1)), 1e-9, 1.0), draw.standard_normal(CLASSES)
     settings = {"ce_weight": 0.0, "gamma": 0.0}
-    found = one(gklx.gkl, t + delta, t, argnum=0, normalize="samples", **settings)
+    found = sample_gradient(gklx.gkl, t + delta, t, argnum=0, normalize="samples", **settings)
     near(found, CLASSES * (delta - delta.mean()), atol=1e-13)
-    near(one(gklx.gkl, t + delta, t, argnum=0, **settings), (delta - delta.mean()) / CLASSES, atol=1e-14)
+    near(sample_gradient(gklx.gkl, t + delta, t, argnum=0, **settings), (delta - delta.mean()) / CLASSES, atol=1e-14)
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
@@ -505,9 +508,13 @@ def test_gradients_of_a_wrong_student_with_a_confident_teacher(draw, gamma):
     left = []
     for epsilon in (1e-4, 1e-8):
         t = confident(share, epsilon, 2.0)
-        near(2 * one(gklx.kl, s, t, argnum=0, temperature=2.0), softmax(s / 2) - np.eye(CLASSES)[0], atol=2 * epsilon)
+        near(
+            2 * sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0),
+            softmax(s / 2) - np.eye(CLASSES)[0],
+            atol=2 * epsilon,
+        )
         leading = 2 * np.log(1 / epsilon) - 2 * np.log(share) + s[1:] - s[0]
-        found = one(gklx.gkl, s, t, argnum=0, **settings)[1:]
+        found = sample_gradient(gklx.gkl, s, t, argnum=0, **settings)[1:]
         off = np.abs(found - epsilon**gamma * share**gamma * leading).max()
         left.append(off / (epsilon ** (2 * gamma) * np.log(1 / epsilon)))
     assert max(left) < 20
@@ -517,9 +524,9 @@ def test_hessians_of_ce_and_wmse_to_the_student(draw, logits):
     (s, *_), (t, *_) = logits
     w = draw.uniform(0.1, 2, CLASSES)
     ce = partial(gklx.dkl, mse_weight=0.0, temperature=2.0)
-    near(jacobian(lambda x: one(ce, x, t, argnum=0), s), curvature(softmax(s / 2)) / 4, atol=1e-9)
-    near(jacobian(lambda x: one(ce, x, t, argnum=0), t + 3.0), curvature(softmax(t / 2)) / 4, atol=1e-9)
-    near(jacobian(lambda x: one(given_weights(w), x, t, argnum=0), s), w.sum() * curvature(w), atol=1e-8)
+    near(jacobian(lambda x: sample_gradient(ce, x, t, argnum=0), s), curvature(softmax(s / 2)) / 4, atol=1e-9)
+    near(jacobian(lambda x: sample_gradient(ce, x, t, argnum=0), t + 3.0), curvature(softmax(t / 2)) / 4, atol=1e-9)
+    near(jacobian(lambda x: sample_gradient(given_weights(w), x, t, argnum=0), s), w.sum() * curvature(w), atol=1e-8)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
@@ -560,7 +567,11 @@ def test_condition_number_is_bounded_by_the_ratio_of_weights(draw, gamma):
         t = draw.uniform(0.2, 3) * draw.standard_normal(CLASSES)
         w = np.sort(softmax(t / 2) ** gamma)
         eigenvalues = np.linalg.eigvalsh(
-            jacobian(lambda x, w=w: one(given_weights(w), x, np.zeros(CLASSES), argnum=0), np.zeros(CLASSES), step=1.0)
+            jacobian(
+                lambda x, w=w: sample_gradient(given_weights(w), x, np.zeros(CLASSES), argnum=0),
+                np.zeros(CLASSES),
+                step=1.0,
+            )
         )[1:]
         condition = eigenvalues[-1] / eigenvalues[0]
         near(w[-1] / w[0], np.exp(gamma * np.ptp(t) / 2), rtol=1e-12)
@@ -570,9 +581,9 @@ def test_condition_number_is_bounded_by_the_ratio_of_weights(draw, gamma):
 def test_equal_weights_are_perfectly_conditioned(logits):
     (_, *_), (t, *_) = logits
     settings = {"ce_weight": 0.0, "gamma": 0.0}
-    found = jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, **settings), t, step=1.0)
+    found = jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, **settings), t, step=1.0)
     near(found, (np.eye(CLASSES) - 1 / CLASSES) / CLASSES, atol=1e-14)
-    found = jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, normalize="samples", **settings), t, step=1.0)
+    found = jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, normalize="samples", **settings), t, step=1.0)
     near(found, CLASSES * np.eye(CLASSES) - 1, atol=1e-13)
 
 
@@ -580,7 +591,7 @@ def test_equal_weights_are_perfectly_conditioned(logits):
 def test_eigenvalues_of_the_sum_are_bounded(logits, gamma):
     (_, *_), (t, *_) = logits
     settings = {"mse_weight": 3.0, "ce_weight": 0.5, "temperature": 2.0, "gamma": gamma}
-    found = np.linalg.eigvalsh(jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, **settings), t))[1:]
+    found = np.linalg.eigvalsh(jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, **settings), t))[1:]
     p, w = np.sort(softmax(t / 2)), np.sort(softmax(t) ** gamma)
     assert 0.5 * p[0] / 4 + 3.0 * w[0] / w.sum() - 1e-9 <= found[0]
     assert found[-1] <= 0.5 * p[-1] / 4 + 3.0 * w[-1] / w.sum() + 1e-9
