@@ -169,6 +169,8 @@ def test_tensors_that_require_gradients_are_scored():
 def test_threads_are_limited_as_for_the_losses(monkeypatch, tmp_path, environment, threads, on):
     backends.needs(on)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    # PyTorch, if an earlier test has imported it, has loaded OpenMP with as many threads as this machine has cores.
+    monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
     for name in ("OMP_NUM_THREADS", "GKLX_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
