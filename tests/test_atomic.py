@@ -93,7 +93,7 @@ def test_dev_stdout_is_written_when_it_is_a_pipe():
 def test_full_disk_raises_an_error_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    said = _python(
+    output_text = _python(
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -101,7 +101,7 @@ def test_full_disk_raises_an_error_and_leaves_the_old_file(tmp_path):
         f"    with replacing({str(path)!r}) as part: part.write_bytes(bytes(5000))\n"
         "except OSError as error: print(error)\n"
     )
-    assert said.strip().endswith(f"File too large: {str(path)!r}")
+    assert output_text.strip().endswith(f"File too large: {str(path)!r}")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
 

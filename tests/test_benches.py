@@ -99,8 +99,11 @@ def test_compare_times_every_call_with_its_peer_and_a_copy(tmp_path):
         assert float(row["peer milliseconds"]) > 0
     (source,) = tmp_path.glob("*.md")
     assert source.read_text(encoding="utf-8") + "\n" == page
-    for said in ("made by `python benches/compare.py --quick`", f"of {sum(map(bool, expected.values()))} are met"):
-        assert said in page
+    for phrase in (
+        "made by `python benches/compare.py --quick`",
+        f"of {sum(map(bool, expected.values()))} are met",
+    ):
+        assert phrase in page
     pictures = {f"{source.stem}.svg"} if DRAWS else set()
     assert {path.name for path in tmp_path.iterdir()} == {f"{source.stem}.md", f"{source.stem}.csv"} | pictures
     for picture in pictures:
@@ -209,10 +212,12 @@ def test_memory_peak_of_a_call(monkeypatch):
     assert 2**26 <= found <= 1.1 * 2**26
 
 
-@pytest.mark.parametrize(("script", "said"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")])
-def test_quick_run_writes_no_file(script, said):
+@pytest.mark.parametrize(
+    ("script", "output_text"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")]
+)
+def test_quick_run_writes_no_file(script, output_text):
     before = files(BENCHES)
-    assert said in quick(script)
+    assert output_text in quick(script)
     assert files(BENCHES) == before
 
 
@@ -236,9 +241,9 @@ def test_gpu_script_reports_skipped_parts(tmp_path):
     assert "a, kernels: skipped" in summary
     assert "d, benchmark: skipped" in summary
     assert "c, " not in summary
-    said = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
+    output_text = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
     for library in ("torch", "cupy"):
-        assert f"{library}: skipped, " in said
+        assert f"{library}: skipped, " in output_text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")

@@ -533,14 +533,14 @@ def test_closed_standard_streams(tmp_path, closed, case):
     )
     silent, deaf = ">&-" in closed.replace("2>&-", ""), "2>" in closed
     lost = "gklx: error: OSError: standard output is closed, and the report was to go there\n" if silent else ""
-    said = {
+    output_text = {
         "report": lost,
         "file": "",
         "error": "gklx: error: none.npy: No such file or directory\n",
         "help": lost,
         "no arguments": done.stderr,
     }[case]
-    assert done.stderr == ("" if deaf else said)
+    assert done.stderr == ("" if deaf else output_text)
     assert (
         done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "no arguments": 2}[case]
     )

@@ -115,7 +115,7 @@ def test_reported_execution_is_what_runs(name, kernel, monkeypatch):
     library, _, compiler = name.partition(".")
     backends.needs(library)
     monkeypatch.setenv("GKLX_KERNEL", kernel)
-    said = gklx.show_config("dicts")["libraries"][library][name if compiler else "eager"]
+    reported = gklx.show_config("dicts")["libraries"][library][name if compiler else "eager"]
     runs, formulas = [], []
     true_run, true_evaluate = cpu.run, blocks.evaluate
     monkeypatch.setattr(cpu, "run", lambda request: runs.append(true_run(request)))
@@ -137,5 +137,5 @@ def test_reported_execution_is_what_runs(name, kernel, monkeypatch):
             f = torch.compile(gklx.kl, backend="aot_eager", fullgraph=True)
         assert float(f(logits, logits)) == 0
         by_kernel = bool(runs) if library != "jax" else not formulas
-    assert said == (f"kernel ({cpu.instruction_set()})" if by_kernel else "formulas")
+    assert reported == (f"kernel ({cpu.instruction_set()})" if by_kernel else "formulas")
     assert by_kernel == (kernel == "1" and cpu.library() is not None and name in KERNELS)

@@ -84,9 +84,9 @@ def imported(test):
 
 def problems(test):
     """The differences between the output of a doctest and the page; empty where there are none."""
-    said = []
-    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
-    return "".join(said)
+    output_text = []
+    doctest.DocTestRunner(verbose=False).run(test, out=output_text.append)
+    return "".join(output_text)
 
 
 BLOCKS = [pytest.param(test, id=f"{name_of(page)}:{test.lineno + 1}") for page in PAGES for test in examples_in(page)]

@@ -76,7 +76,7 @@ def test_vllm_dump_has_the_engines_log_probabilities(text, monkeypatch):
             assert kwargs["max_logprobs"] == -1
 
         def get_tokenizer(self):
-            return types.SimpleNamespace(encode=lambda said: [words[word] for word in said.split()])
+            return types.SimpleNamespace(encode=lambda text: [words[word] for word in text.split()])
 
         def generate(self, prompts, parameters):
             assert parameters == {"max_tokens": 1, "prompt_logprobs": -1}

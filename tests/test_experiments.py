@@ -195,7 +195,7 @@ def test_worker_processes_give_the_same_results(toy, run):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "output_text"),
     [
         (["--only", "kl", "jsd"], "argument --only: invalid choice: 'jsd'"),
         (["--condition", "triple"], "argument --condition: invalid choice: 'triple' (choose from plain, double)"),
@@ -204,17 +204,17 @@ def test_worker_processes_give_the_same_results(toy, run):
         (["--data", "cifar10"], "unrecognized arguments: --data cifar10"),
     ],
 )
-def test_invalid_option_is_a_one_line_error(toy, run, wrong, said):
+def test_invalid_option_is_a_one_line_error(toy, run, wrong, output_text):
     status, out, printed, errors = run(toy(), *wrong)
     assert status == 2
-    assert errors.startswith(f"toy.py: error: {said}")
+    assert errors.startswith(f"toy.py: error: {output_text}")
     assert errors.count("\n") == 1
     assert not printed
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("fault", "status", "said"),
+    ("fault", "status", "output_text"),
     [
         ("raise", 1, "toy: error: plain, gkl, seed 0: ArithmeticError: no step\n"),
         ("nan", 1, "toy: error: plain, kl, seed 1: loss is nan\n"),
@@ -222,12 +222,12 @@ def test_invalid_option_is_a_one_line_error(toy, run, wrong, said):
         ("stop", 130, "toy: interrupted, nothing was written\n"),
     ],
 )
-def test_failed_run_leaves_the_old_files(toy, run, fault, status, said):
+def test_failed_run_leaves_the_old_files(toy, run, fault, status, output_text):
     _, out, *_ = run(toy(), "--seeds", "1")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     found, _, printed, errors = run(toy(conditions={"plain": Settings(fault=fault)}), "--seeds", "2")
     assert found == status
-    assert errors.endswith(said)
+    assert errors.endswith(output_text)
     assert "Traceback" not in errors
     assert not printed
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -476,18 +476,18 @@ def test_captions_describe_the_image(load_module, mnist):
         blank[0, 0, row, 24 - row] = 1.0  # from the lower left to the upper right
         blank[1, 0, row, row - 1 : row + 2] = 1.0
     scale = captions.Thresholds(np.full(10, 0.05), np.array([-0.5, 0.5]))
-    said = captions.attributes_of(blank, np.array([1, 7]), scale)
-    texts = captions.captions(said, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
+    attributes = captions.attributes_of(blank, np.array([1, 7]), scale)
+    texts = captions.captions(attributes, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
     assert [bytes(text).rstrip(b"\0") for text in texts] == [
         b"a thin, right-leaning one",
         b"a bold, left-leaning seven",
     ]
     every = captions.all_captions("a {stroke}, {slant} {digit}")
     assert len({bytes(text) for text in every}) == 60
-    assert (every[captions.index(said)] == texts).all()
-    told = captions.attributes_of(mnist.images, mnist.labels, captions.thresholds_of(mnist.images, mnist.labels))
-    assert 0.4 < told.stroke.mean() < 0.6
-    assert np.bincount(told.slant).min() > 0.3 * len(mnist.labels)
+    assert (every[captions.index(attributes)] == texts).all()
+    measured = captions.attributes_of(mnist.images, mnist.labels, captions.thresholds_of(mnist.images, mnist.labels))
+    assert 0.4 < measured.stroke.mean() < 0.6
+    assert np.bincount(measured.slant).min() > 0.3 * len(mnist.labels)
 
 
 def test_held_out_captions_are_not_trained_on(load_module):

@@ -141,7 +141,7 @@ def test_upstream_gradient_scales_the_gradients(jax):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "operand"),
     [
         ({"labels": np.zeros(4, "int32")}, "labels"),
         ({"prior": np.ones((7, 6))}, "prior"),
@@ -151,12 +151,12 @@ def test_upstream_gradient_scales_the_gradients(jax):
         ({"upstream": np.ones(3)}, "upstream"),
     ],
 )
-def test_operands_of_wrong_shape_or_dtype_are_refused(jax, wrong, said):
+def test_operands_of_wrong_shape_or_dtype_are_refused(jax, wrong, operand):
     """Arguments that the package never sends are an error, not a read beyond an array."""
     case, backend = BY_ID["gkl-prior"], BY_NAME["jax"]
     s, t, arrays = on(backend, "float32", *call(case, "none"))
     arrays |= {name: backend.array(x) for name, x in wrong.items()}
-    with pytest.raises(Exception, match=f"gklx: {said} has another shape or dtype than the kernel expects"):
+    with pytest.raises(Exception, match=f"gklx: {operand} has another shape or dtype than the kernel expects"):
         rows(jax, case, s, t, arrays)
 
 

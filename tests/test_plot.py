@@ -108,10 +108,10 @@ def test_subtitles_count_the_samples_that_are_not_drawn(drawn):
     s[7] = np.nan
     s[8] = t[8] + [0, 0, 0, 1e-7]
     spec, _ = drawn(s, t, losses=["kl"])
-    said = subtitle(spec, 0)
+    output_text = subtitle(spec, 0)
     for each in ("not finite, not drawn: kl 1", "exactly 0, not drawn: kl 3", "not drawn: kl 1"):
-        assert each in said
-    assert "below 1e-" in said
+        assert each in output_text
+    assert "below 1e-" in output_text
     assert sum(row["share"] for row in rows(spec, 0)) == pytest.approx(44 / 49)
     assert "1 losses that are not finite left out" in subtitle(spec, 1)
     assert "1 left out" in spec["title"]["subtitle"]
@@ -163,8 +163,14 @@ def test_svg_png_and_html_are_complete(tmp_path):
         gklx.score(s, t, plot=tmp_path / name)
     assert (tmp_path / "x.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     text = "".join(ET.parse(tmp_path / "x.svg").getroot().itertext())
-    for said in ("Loss per sample", "share of samples", "teacher's largest probability", "60 samples", "mean kl"):
-        assert said in text
+    for phrase in (
+        "Loss per sample",
+        "share of samples",
+        "teacher's largest probability",
+        "60 samples",
+        "mean kl",
+    ):
+        assert phrase in text
     png = (tmp_path / "x.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert struct.unpack(">I", png[16:20])[0] > 1500
@@ -185,12 +191,12 @@ def test_any_file_name_can_be_the_title(tmp_path, name):
     escaped = name.replace("/", "").replace("\n", " ")
     for bad in ("\x1b", "\udcff", "\udc80", "\u2028"):
         escaped = escaped.replace(bad, " " if bad == "\u2028" else ascii(bad)[1:-1])
-    said = f"s{escaped}.npy against t{escaped}.npy"
+    output_text = f"s{escaped}.npy against t{escaped}.npy"
     html = (tmp_path / "x.html").read_text(encoding="utf-8")
     script = html.rpartition("<script")[2].rpartition("</script")[0]
     assert "<" not in script
     spec, _ = json.JSONDecoder().raw_decode(script.partition("const spec = ")[2])
-    assert spec["title"]["text"] == said
+    assert spec["title"]["text"] == output_text
     assert spec["hconcat"][0]["title"]["text"] == "Loss per sample"
 
 

@@ -437,8 +437,15 @@ def test_table_compares_the_candidates(run, files):
     assert [float(x) for x in row.split()[2:]] == pytest.approx([gklx.kl(x, T) for x in (W, S)], rel=1e-3)
     (row,) = (line for line in lines if "less the first's" in line)
     assert re.search(r"–  +-0\.\d+ ± 0\.\d+$", row.rstrip())
-    for said in ("against t.npy", "top-1 agreement", "top-5 overlap", "perplexity of the student", "Δp mean", "0.1 %"):
-        assert said in out
+    for phrase in (
+        "against t.npy",
+        "top-1 agreement",
+        "top-5 overlap",
+        "perplexity of the student",
+        "Δp mean",
+        "0.1 %",
+    ):
+        assert phrase in out
 
 
 def test_invalid_candidates_are_refused(fails, files, tmp_path):
@@ -468,8 +475,13 @@ def test_plot_compares_the_candidates(run, files, tmp_path, suffix, targeted):
     run(files["w"], files["s"], files["t"], *more, "--plot", plot)
     content = plot.read_bytes()
     if suffix != ".png":
-        for said in ("w.npy", "s.npy", "2 candidates against t.npy", "Δp of the targets" if targeted else "Top-1"):
-            assert said in content.decode() or said.encode("unicode_escape") in content
+        for phrase in (
+            "w.npy",
+            "s.npy",
+            "2 candidates against t.npy",
+            "Δp of the targets" if targeted else "Top-1",
+        ):
+            assert phrase in content.decode() or phrase.encode("unicode_escape") in content
     assert content[:4] == {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DO"}[suffix]
 
 
