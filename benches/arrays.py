@@ -1,4 +1,4 @@
-"""The logits that are measured on, the same numbers in every library."""
+"""The logits that the benchmarks use: the same numbers in every library."""
 
 import functools
 from typing import Any
@@ -8,9 +8,9 @@ import numpy as np
 
 @functools.lru_cache(maxsize=1)
 def logits(batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a student's and a teacher's."""
+    """Draw the student's and the teacher's logits."""
     rng = np.random.default_rng(20261122)
-    # Drawn as float32: at C = 250,000 a float64 draw would leave the peak of the memory above what is measured.
+    # Drawn in float32: at C = 250,000 the memory peak of a float64 draw would exceed the peak that is measured.
     teacher = rng.standard_normal((batch, classes), dtype=np.float32)
     student = rng.standard_normal((batch, classes), dtype=np.float32)
     teacher *= 2.0
@@ -19,7 +19,7 @@ def logits(batch: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def into(library: str, x: np.ndarray, dtype: str = "float32", device: str = "cpu") -> Any:
-    """Hand an array to a library, by the name of its module."""
+    """Convert a NumPy array to a library's array; `library` is the name of its module."""
     if library == "numpy":
         return x.astype(dtype, copy=False)
     if library == "torch":

@@ -1,4 +1,4 @@
-"""The losses and gradients written plainly, without gklx: on whole arrays, and over the authors' pairs of classes."""
+"""The losses and gradients without gklx: by their formulas on whole arrays, and by the authors' pairs of classes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ class Numbers(NamedTuple):
 Result = tuple[Any, ...]
 """Value, gradient to the student, gradient to the teacher."""
 
-# --- whole arrays; NumPy and PyTorch take the same words --------------------------------------------------------------
+# --- whole arrays, for NumPy and PyTorch alike ------------------------------------------------------------------------
 
 
 def kl(xp: Any, student: Any, teacher: Any) -> Result:
-    """KL, the mean over the batch."""
+    """KL, averaged over the batch."""
     batch = student.shape[0]
     log_p, log_q = _log_softmax(xp, teacher), _log_softmax(xp, student)
     p, q = xp.exp(log_p), xp.exp(log_q)
@@ -32,7 +32,7 @@ def kl(xp: Any, student: Any, teacher: Any) -> Result:
 
 
 def gkl(xp: Any, student: Any, teacher: Any, numbers: Numbers, prior: Any = None) -> Result:
-    """GKL in O(C); `prior` holds the weights before the power, one row a sample, else they are the teacher's own."""
+    """GKL in O(C); `prior` has the weights before the power γ, a row for each sample. None: the teacher's softmax."""
     batch, tau = student.shape[0], numbers.temperature
     log_p, log_q = _log_softmax(xp, teacher / tau), _log_softmax(xp, student / tau)
     p, q = xp.exp(log_p), xp.exp(log_q)
@@ -49,15 +49,15 @@ def gkl(xp: Any, student: Any, teacher: Any, numbers: Numbers, prior: Any = None
 
 
 def _log_softmax(xp: Any, x: Any) -> Any:
-    below = x - xp.amax(x, axis=-1, keepdims=True)
-    return below - xp.log(xp.sum(xp.exp(below), axis=-1, keepdims=True))
+    shifted = x - xp.amax(x, axis=-1, keepdims=True)
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 
 
 # --- pairs: GKL as the papers write it, with the teacher's own weights ------------------------------------------------
 
 
 def torch_pairs(student: Any, teacher: Any, numbers: Numbers) -> Result:
-    """Go the authors' way in PyTorch: pair tensors, and autograd back through them."""
+    """GKL as in the authors' PyTorch code: pair tensors, differentiated by autograd."""
     import torch
 
     student, teacher = student.detach().requires_grad_(), teacher.detach().requires_grad_()
@@ -65,22 +65,22 @@ def torch_pairs(student: Any, teacher: Any, numbers: Numbers) -> Result:
     p = torch.softmax(teacher, dim=-1).detach()
     w = p**numbers.gamma
     ww = w.view(-1, classes, 1) * w.view(-1, 1, classes)
-    of_teacher = teacher.view(-1, classes, 1) - teacher.view(-1, 1, classes)
-    of_student = student.view(-1, classes, 1) - student.view(-1, 1, classes)
-    mse = 0.25 * (torch.pow(of_teacher - of_student, 2) * ww).sum() / ww.sum()
+    teacher_pairs = teacher.view(-1, classes, 1) - teacher.view(-1, 1, classes)
+    student_pairs = student.view(-1, classes, 1) - student.view(-1, 1, classes)
+    mse = 0.25 * (torch.pow(teacher_pairs - student_pairs, 2) * ww).sum() / ww.sum()
     ce = -(p * torch.log_softmax(student, dim=-1)).sum(-1).mean()
     loss = numbers.mse_weight * mse + numbers.ce_weight * ce
     loss.backward()
     return loss.detach(), student.grad, teacher.grad
 
 
-# --- how far results are from each other ------------------------------------------------------------------------------
+# --- distances between results ----------------------------------------------------------------------------------------
 
 _ROWS = 64
 
 
-def kept(result: Sequence[Any]) -> list[np.ndarray]:
-    """Value and gradients on the host as float64, of large batches evenly spaced rows."""
+def on_host(result: Sequence[Any]) -> list[np.ndarray]:
+    """Value and gradients as NumPy's float64; of a large batch, evenly spaced rows."""
     return [_to_numpy(x[:: max(1, x.shape[0] // _ROWS)] if x.ndim else x) for x in result]
 
 
@@ -92,11 +92,11 @@ def _to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
-def difference(reference: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """The worst difference: of values by the value, of gradients by the row's largest entry."""
+def difference(reference: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> float:
+    """The largest relative difference: of the value, and of gradients relative to the row's largest entry."""
     worst = 0.0
-    for expected, x in zip(reference, found, strict=True):
+    for expected, x in zip(reference, results, strict=True):
         assert expected.shape == x.shape, (expected.shape, x.shape)
         scale = np.max(np.abs(expected), axis=-1, keepdims=True) if expected.ndim else np.abs(expected)
-        worst = float(np.maximum(worst, np.max(np.abs(x - expected) / scale)))  # NaN stays
+        worst = float(np.maximum(worst, np.max(np.abs(x - expected) / scale)))  # `maximum` propagates NaN
     return worst

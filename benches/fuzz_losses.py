@@ -1,8 +1,8 @@
-"""Random problems of all losses against their definitions in decimal arithmetic: value and both gradients.
+"""Fuzz value and both gradients of all losses against their definitions in decimal arithmetic.
 
-Shapes, scales, masks, infinities, NaN, priors, weights, hyper-parameters, dtypes and layouts are drawn at random. A
-result may be off by what rounding carries it off (`tests/exact.py`), and no further. Each finding is one line, which
-says how to run that problem again.
+Shapes, scales, masks, infinities, NaN, priors, weights, hyper-parameters, dtypes and layouts are random. An error may
+not exceed the bound on rounding errors of `tests/exact.py`. Each finding is one line, with the options that repeat the
+problem.
 
     python benches/fuzz_losses.py --seconds 600 --backend torch
     python benches/fuzz_losses.py --backend torch --seed 7 --problem 123
@@ -32,36 +32,36 @@ FILLS = (-1e4, -1e5, -1e6, -1e7, -1e8, -1e9)
 
 
 class Problem(NamedTuple):
-    """A call: float64 arrays, whose values the dtype holds once they are rounded."""
+    """A call of a loss; its float64 arrays are rounded to the dtypes later."""
 
     loss: str
     settings: dict[str, Any]
     dtypes: tuple[str, str]
-    """Of the student's logits and of the teacher's."""
+    """The dtypes of the student's and the teacher's logits."""
     student: np.ndarray
     teacher: np.ndarray
     arrays: dict[str, np.ndarray]
 
 
 def problem(rng: np.random.Generator, dtypes: tuple[str, ...]) -> Problem:
-    """A random problem, in one or two of the dtypes."""
-    pick = random.Random(int(rng.integers(2**32)))  # chooses faster than NumPy's
+    """A random problem; the two networks may have different dtypes."""
+    pick = random.Random(int(rng.integers(2**32)))  # faster at choices than NumPy's generator
     batch = pick.choice([(), (1,), (2,), (3,), (5,), (2, 2), (3, 1)])
     shape = (*batch, pick.choice([1, 2, 3, 4, 5, 6, 7, 9, 16] + [33, 130] * (len(batch) < 2)))
-    of_s = pick.choice(dtypes)
-    of_t = of_s if pick.random() < 0.9 else pick.choice(dtypes)
-    computed = "float64" if "float64" in (of_s, of_t) else "float32"
-    largest = min(min(exact.LARGEST[x], 1e300) for x in (of_s, of_t))
+    dtype_s = pick.choice(dtypes)
+    dtype_t = dtype_s if pick.random() < 0.9 else pick.choice(dtypes)
+    compute_dtype = "float64" if "float64" in (dtype_s, dtype_t) else "float32"
+    largest = min(min(exact.LARGEST[x], 1e300) for x in (dtype_s, dtype_t))
     name = pick.choice(list(LOSSES))
     s, t = logits(rng, pick, shape, largest)
     arrays: dict[str, np.ndarray] = {}
     if pick.random() < 0.3:
         size = pick.choice([shape, shape[-1:], (*batch, 1), (1,) * len(batch) + shape[-1:]])
         arrays["where"] = where = rng.random(size) < pick.choice([0.3, 0.7, 0.95])
-        out = ~np.broadcast_to(where, shape)
-        s[out], t[out] = pick.choice([(NAN, INF), (0.0, -INF), (-0.9 * largest, 0.9 * largest), (5.0, NAN)])
+        masked = ~np.broadcast_to(where, shape)
+        s[masked], t[masked] = pick.choice([(NAN, INF), (0.0, -INF), (-0.9 * largest, 0.9 * largest), (5.0, NAN)])
     if pick.random() < 0.4:
-        exponent = 30 if computed == "float32" else 250
+        exponent = 30 if compute_dtype == "float32" else 250
         scale = 10.0 ** pick.choice([0, 0, 0, -exponent, exponent, pick.uniform(-exponent, exponent)])
         v = scale * rng.random(batch) * 10.0 ** (pick.choice([0, 0, 3]) * rng.standard_normal(batch))
         arrays["sample_weight"] = np.where(rng.random(batch) < 0.2, 0.0, v)
@@ -72,15 +72,15 @@ def problem(rng: np.random.Generator, dtypes: tuple[str, ...]) -> Problem:
         settings["mse_weight"], settings["ce_weight"] = pick.choice([(1.0, 1.0), (20.0, 4.0), (0.0, 1.0), (1.0, 0.0)])
     if name in ("ikl", "gkl"):
         settings["weight_temperature"] = pick.choice(temperatures)
-        weights_of(rng, pick, shape, arrays)
+        add_prior(rng, pick, shape, arrays)
     if name == "gkl":
         settings["gamma"] = pick.choice([0.0, 0.5, 1.0, 2.0, 8.0, pick.uniform(0, 3)])
         settings["symmetric"], settings["normalize"] = pick.random() < 0.7, pick.choice(["batch", "batch", "samples"])
-    return Problem(name, settings, (of_s, of_t), s, t, arrays)
+    return Problem(name, settings, (dtype_s, dtype_t), s, t, arrays)
 
 
 def logits(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...], largest: float) -> tuple[Any, Any]:
-    """Logits of two networks."""
+    """Random logits of student and teacher, often of an extreme kind."""
     scale = min(pick.choice([0.01, 1.0, 3.0, 30.0, 300.0, 1e4, 1e18, 0.1 * largest]), 0.1 * largest)
     s, t = scale * rng.standard_normal((2, *shape))
     kind = pick.choice(
@@ -115,8 +115,8 @@ def logits(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...]
     return s, t
 
 
-def weights_of(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
-    """Adds a prior, with labels or without, or none."""
+def add_prior(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
+    """Add a prior to the arrays, or a prior and labels, or neither."""
     kind, classes = pick.choice(["none", "rows", "labels"]), shape[-1]
     if kind == "none":
         return
@@ -131,25 +131,29 @@ def weights_of(rng: np.random.Generator, pick: random.Random, shape: tuple[int, 
         arrays["labels"] = rng.integers(0, classes, shape[:-1])
 
 
-def laid_out(backend: Backend, x: Any, layout: int) -> Any:
-    """The same values, transposed or strided in memory."""
+def with_layout(backend: Backend, x: Any, layout: int) -> Any:
+    """The same values in another memory layout: transposed or strided."""
     if backend.library.backend not in ("numpy", "torch") or x.ndim < 2 or layout == 0:
         return x
     if layout == 1:
         axes = tuple(reversed(range(x.ndim)))
-        return backend.xp.permute_dims(laid_out(backend, backend.xp.permute_dims(x, axes), 2), axes)
+        return backend.xp.permute_dims(with_layout(backend, backend.xp.permute_dims(x, axes), 2), axes)
     return backend.xp.stack([x, x], axis=-1)[..., 0]
 
 
 def results(backend: Backend, given: Problem, layout: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What the decimals and the package find: values, gradients; the decimals' bounds behind them."""
-    computed = "float64" if "float64" in given.dtypes else "float32"
-    s, t = (laid_out(backend, backend.array(x, to), layout) for x, to in zip(given[3:5], given.dtypes, strict=True))
-    arrays = {name: backend.array(x, computed if x.dtype.kind == "f" else None) for name, x in given.arrays.items()}
+    """The values, gradients and their error bounds in decimals, and the values and gradients of the package."""
+    compute_dtype = "float64" if "float64" in given.dtypes else "float32"
+    s, t = (with_layout(backend, backend.array(x, to), layout) for x, to in zip(given[3:5], given.dtypes, strict=True))
+    arrays = {
+        name: backend.array(x, compute_dtype if x.dtype.kind == "f" else None) for name, x in given.arrays.items()
+    }
     rounded = {name: backend.numpy(x) if name != "labels" else given.arrays[name] for name, x in arrays.items()}
     if "where" in rounded:
         rounded["where"] = given.arrays["where"]
-    wanted = exact.evaluate(given.loss, backend.numpy(s), backend.numpy(t), **rounded, **given.settings, dtype=computed)
+    expected = exact.evaluate(
+        given.loss, backend.numpy(s), backend.numpy(t), **rounded, **given.settings, dtype=compute_dtype
+    )
     loss = functools.partial(LOSSES[given.loss], **given.settings)
     if given.settings["reduction"] == "none":
         found = [backend.wrap(loss)(s, t, **arrays)]
@@ -157,12 +161,12 @@ def results(backend: Backend, given: Problem, layout: int) -> tuple[list[np.ndar
         value, gradients = backend.wrap(gklx.value_and_grad(loss, (0, 1)))(s, t, **arrays)
         found = [value, *gradients]
         if backend.library.differentiates:
-            found += differentiated(backend, loss, s, t, arrays)
-    return list(wanted), [backend.numpy(x) for x in found]
+            found += by_autodiff(backend, loss, s, t, arrays)
+    return list(expected), [backend.numpy(x) for x in found]
 
 
-def differentiated(backend: Backend, loss: Any, s: Any, t: Any, arrays: dict[str, Any]) -> list[Any]:
-    """Value and gradients by the library's own differentiation."""
+def by_autodiff(backend: Backend, loss: Any, s: Any, t: Any, arrays: dict[str, Any]) -> list[Any]:
+    """Value and gradients by the library's automatic differentiation."""
     if backend.library.backend == "jax":
         import jax
 
@@ -175,11 +179,11 @@ def differentiated(backend: Backend, loss: Any, s: Any, t: Any, arrays: dict[str
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
-    parser.add_argument("--problem", type=int, help="this one alone")
+    parser.add_argument("--problem", type=int, help="the number of the only problem to run")
     parser.add_argument("--backend", choices=BACKENDS, default="numpy")
     options = parser.parse_args()
     backend = BY_NAME[options.backend]
@@ -189,16 +193,16 @@ def main() -> int:
     while options.problem is not None or time.monotonic() < stop:
         rng = np.random.default_rng((options.seed, number))
         given, layout = problem(rng, backend.dtypes), int(rng.integers(3))
-        computed = "float64" if "float64" in given.dtypes else "float32"
+        compute_dtype = "float64" if "float64" in given.dtypes else "float32"
         for kernel in kernels:
             os.environ["GKLX_KERNEL"] = kernel
             try:
-                wanted, found = results(backend, given, layout)
-                kinds = [computed, *given.dtypes]
+                expected, found = results(backend, given, layout)
+                dtypes = [compute_dtype, *given.dtypes]
                 faults = [
                     (
                         ("value", "to student", "to teacher")[i % 3],
-                        exact.fault(x, wanted[i % 3], wanted[3 + i % 3], kinds[i % 3]),
+                        exact.fault(x, expected[i % 3], expected[3 + i % 3], dtypes[i % 3]),
                     )
                     for i, x in enumerate(found)
                 ]
@@ -207,8 +211,8 @@ def main() -> int:
             for what, text in faults:
                 if text:
                     findings += 1
-                    again = f"--backend {options.backend} --seed {options.seed} --problem {number}"
-                    print(f"{again}: {given.loss}, kernel {kernel}, {what}: {text}", flush=True)
+                    options_to_repeat = f"--backend {options.backend} --seed {options.seed} --problem {number}"
+                    print(f"{options_to_repeat}: {given.loss}, kernel {kernel}, {what}: {text}", flush=True)
                     break
         if options.problem is not None:
             print(given)

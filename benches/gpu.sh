@@ -1,18 +1,18 @@
 #!/bin/bash
-# What a GPU must settle, in one command of at most eight minutes: docs/devices.md says how to prepare it.
+# Checks and times gklx on a GPU, in one command of at most eight minutes: docs/devices.md says how to prepare it.
 #
 #     WHEELS=wheels OUT=found bash benches/gpu.sh       # all parts
 #     PARTS="a d" OUT=found bash benches/gpu.sh         # some of them
-#     DRY=1 OUT=found bash benches/gpu.sh               # without a GPU: on the CPU, small, tests collected and not run
+#     DRY=1 OUT=found bash benches/gpu.sh               # on the CPU: small sizes, tests are only collected
 #
-# Parts run one after the other, each under time limits of its own, and none stops the others:
-#   a  versions, kernels against NumPy and the definition; once more under compute-sanitizer
+# The parts run one after the other. Each has its own time limits, and a failure does not stop the others:
+#   a  versions; the kernels compared with NumPy and the definition, also under compute-sanitizer
 #   b  the tests of CuPy, PyTorch and JAX on the GPU, and `gklx verify`, side by side
-#   c  `gklx score` by each library, held to NumPy's
+#   c  `gklx score` by each library, compared with NumPy's results
 #   d  the benchmark
-# Everything that is said goes to files in $OUT, and a summary to the standard output. The status is 1 where a part failed.
+# The output goes to files in $OUT, and a summary to standard output. The exit status is 1 if a part failed.
 #
-# WHEELS: a folder of wheels to install where no network is; without it what is installed is used, and gklx's sources.
+# WHEELS: a folder of wheels to install without a network; by default gklx's sources and the installed packages serve.
 # PYTHON: the interpreter (python3). SCALE: multiplies the time limits (1).
 
 set -u
@@ -25,7 +25,7 @@ failed=0
 
 say() { echo "$(date +%T) $*" | tee -a "$summary"; }
 
-# limited SECONDS FILE COMMAND...: what the command says is added to the file. An interrupt first, so that pytest sums up.
+# limited SECONDS FILE COMMAND...: appends the output to the file. An interrupt comes first, so that pytest can report.
 limited() {
   local seconds=$(($1 * SCALE)) file=$OUT/$2
   shift 2
@@ -36,11 +36,11 @@ limited() {
   return $status
 }
 
-# part NAME STATUS FILE: one line of the summary, and the end of the file.
+# part NAME STATUS FILE [LINES]: adds a line to the summary, and the last lines of the file.
 part() {
   case $2 in
     0) say "$1: ok" ;;
-    5) say "$1: nothing was run" ;; # pytest's, where no test was chosen
+    5) say "$1: nothing was run" ;; # pytest's status where no test was selected
     77) say "$1: skipped" ;;
     124 | 137) say "$1: stopped by its time limit" ;;
     *) say "$1: failed, status $2" ;;
@@ -49,26 +49,26 @@ part() {
   tail -n "${4:-3}" "$OUT/$3" | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
 }
 
-chosen() { [[ " $PARTS " == *" $1 "* ]]; }
+selected() { [[ " $PARTS " == *" $1 "* ]]; }
 
-# --- what runs --------------------------------------------------------------------------------------------------------
+# --- the parts --------------------------------------------------------------------------------------------------------
 
 rm -f "$OUT"/{a,b-cupy,b-torch,b-jax,b-verify,c,d}.txt
 if [ -n "${WHEELS:-}" ]; then
   SITE=$(mktemp -d)
   trap 'rm -rf "$SITE"' EXIT
   $PYTHON -m pip install -q --no-index --no-deps --no-cache-dir --target "$SITE" "$WHEELS"/*.whl >>"$OUT/a.txt" 2>&1 ||
-    say "the wheels of $WHEELS cannot be installed: a.txt says why"
+    say "the wheels of $WHEELS cannot be installed: see a.txt"
 else
   SITE=$PWD/src
 fi
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
-{ nvidia-smi || echo "nvidia-smi is not here: no NVIDIA GPU"; } >>"$OUT/a.txt" 2>&1
+{ nvidia-smi || echo "nvidia-smi was not found: no NVIDIA GPU"; } >>"$OUT/a.txt" 2>&1
 say "gklx is $($PYTHON -c 'import gklx; print(gklx.__version__, gklx.__file__)' 2>&1 | tail -n 1)"
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no NVIDIA GPU')"
 
-if chosen a; then
+if selected a; then
   limited 60 a.txt "$PYTHON" benches/gpu_check.py values --library torch cupy ${DRY:+--device cpu}
   part "a, kernels" $? a.txt 4
   grep -E "FAILED|Error" "$OUT/a.txt" | sort | uniq -c | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
@@ -83,9 +83,9 @@ if chosen a; then
   fi
 fi
 
-if chosen b; then
-  # With the tests alone on the path they import the gklx that is installed. Plugins that happen to be there are left
-  # out: a warning of theirs would be an error.
+if selected b; then
+  # Only `tests` is on pytest's path, so that the tests import the gklx of PYTHONPATH. Other plugins are not loaded: their
+  # warnings would be errors.
   export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
   tests=(-m pytest tests -o pythonpath=tests -p xdist -p no:cacheprovider -v --tb=short --maxfail=60 --no-header
     -m "not library_independent and not evidence and not side_by_side" ${DRY:+--collect-only -q -q})
@@ -94,24 +94,24 @@ if chosen b; then
   GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 145 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
   GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 145 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
   limited 145 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
-  for each in cupy torch jax verify; do
+  for name in cupy torch jax verify; do
     wait "${pids[0]}"
-    part "b, $each" $? "b-$each.txt" 2
+    part "b, $name" $? "b-$name.txt" 2
     pids=("${pids[@]:1}")
-    grep -E "^(FAILED|ERROR) " "$OUT/b-$each.txt" | head -n 10 | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
+    grep -E "^(FAILED|ERROR) " "$OUT/b-$name.txt" | head -n 10 | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
   done
   say "b took $((SECONDS - begin)) s"
 fi
 
-if chosen c; then
-  # In memory, where there is room: a slow disk would take the time of the last backend.
+if selected c; then
+  # The dumps are kept in memory if there is room: on a slow disk the last backend would run out of time.
   folder=${TMPDIR:-/tmp}
   [ "$(df --output=avail -k /dev/shm 2>/dev/null | tail -n 1)" -gt 8000000 ] 2>/dev/null && folder=/dev/shm
   limited 85 c.txt env TMPDIR="$folder" "$PYTHON" benches/gpu_check.py score --backend cupy torch jax ${DRY:+--device cpu --gigabytes 0.01 --classes 100}
   part "c, gklx score" $? c.txt 12
 fi
 
-if chosen d; then
+if selected d; then
   limited 130 d.txt "$PYTHON" benches/gpu_bench.py --seconds 112 ${DRY:+--device cpu --quick}
   part "d, benchmark" $? d.txt 1
   sed -n '/^# The losses/,$p' "$OUT/d.txt" | grep -E "reaches|^\|.*(gklx kl|a copy|F\.|Liger|optax)" | cut -c 1-160 | tee -a "$summary"

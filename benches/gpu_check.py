@@ -1,12 +1,12 @@
-"""What a GPU must settle before anything is timed on it. Parts a and c of benches/gpu.sh.
+"""Check the results on a GPU, before anything is timed on it. Parts a and c of benches/gpu.sh.
 
-    python benches/gpu_check.py values --library torch cupy jax      # the kernels, held to the definition in float64
-    python benches/gpu_check.py memory --library cupy                # little work, for compute-sanitizer
-    python benches/gpu_check.py score --backend cupy torch jax       # `gklx score`, held to NumPy's results
+    python benches/gpu_check.py values --library torch cupy jax      # the kernels, compared with the definition
+    python benches/gpu_check.py memory --library cupy                # few calls, for compute-sanitizer
+    python benches/gpu_check.py score --backend cupy torch jax       # `gklx score`, compared with NumPy's results
     python benches/gpu_check.py values --library torch --device cpu  # a dry run, without a GPU
 
-Each check prints a line at once: its name and "ok", "skipped" with the reason, or what went wrong. The status is 1
-where something did, and 77 where no library could be checked.
+Each check prints its name and "ok", "skipped" with the reason, or the traceback of its failure. The exit status is 1
+if a check failed, and 77 if no library could be checked.
 """
 
 import argparse
@@ -34,42 +34,42 @@ from gklx._run import cuda_launch, dispatch
 from gklx.transforms import _unwrapped as call_builder
 
 Loss = Callable[..., Any]
-# Of the value, and of the row's largest entry of a gradient; float16 and bfloat16 logits are rounded before.
+# Relative to the value, and to the largest entry of a gradient's row; the definition takes the rounded logits.
 _TOLERANCES = {"float64": 1e-12, "float32": 2e-5, "float16": 2e-3, "bfloat16": 2e-2}
 
 
 _SKIPPED = 77
 
 
-class Skipped(Exception):  # noqa: N818, it is no error
-    """A check that cannot run here, and why."""
+class Skipped(Exception):  # noqa: N818, not an error
+    """Raised with the reason by a check that cannot run on this machine."""
 
 
-class Here(NamedTuple):
-    """A library and the device that it is checked on."""
+class Target(NamedTuple):
+    """The library and the device that are checked."""
 
     library: str
     device: str
 
     def put(self, x: np.ndarray, dtype: str) -> Any:
-        """Hand over an array."""
+        """Convert a NumPy array to the library's, on the device."""
         return arrays.into(self.library, x, dtype, self.device)
 
     def wait(self) -> None:
-        """Let the GPU end what is queued, so that a fault of it shows here."""
+        """Wait for the queued work, so that its errors are raised by this check."""
         if self.device == "cuda" and self.library == "torch":
             sys.modules["torch"].cuda.synchronize()
         elif self.library == "cupy":
             sys.modules["cupy"].cuda.Device().synchronize()
 
     def needs_torch(self) -> Any:
-        """PyTorch, for what is checked of it alone."""
+        """PyTorch; raises Skipped for any other library."""
         if self.library != "torch":
-            raise Skipped("PyTorch's alone")
+            raise Skipped("for PyTorch only")
         return sys.modules["torch"]
 
     def needs_torch_on_cuda(self) -> Any:
-        """PyTorch on a GPU."""
+        """PyTorch; raises Skipped for any other library, and without a GPU."""
         torch = self.needs_torch()
         if self.device != "cuda":
             raise Skipped("needs a GPU")
@@ -79,14 +79,14 @@ class Here(NamedTuple):
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def drawn(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of a student and a teacher."""
+def random_logits(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random logits of student and teacher."""
     teacher, noise = np.random.default_rng(seed).standard_normal((2, rows, classes)).astype(np.float32)
     return 2 * teacher + noise, 2 * teacher
 
 
 def definition(name: str, student: np.ndarray, teacher: np.ndarray) -> definitions.Result:
-    """A loss by its definition in float64, the gradients of both."""
+    """Value and both gradients of a loss by its definition in float64."""
     logits = student.astype(np.float64), teacher.astype(np.float64)
     if name == "kl":
         return definitions.kl(np, *logits)
@@ -97,66 +97,68 @@ LOSSES: dict[str, Loss] = {"kl": gklx.kl, "gkl": functools.partial(gklx.gkl, gam
 
 
 def on_host(found: Sequence[Any]) -> list[np.ndarray]:
-    """Float64 arrays of value and gradients."""
+    """Value and gradients as NumPy's float64."""
     value, gradients = found
     return [definitions._to_numpy(x) for x in (value, *gradients)]
 
 
-def held(here: Here, name: str, student: Any, teacher: Any, dtype: str) -> None:
-    """AssertionError where a loss or its gradients at arrays of the library are not those of the definition."""
+def check_against_definition(target: Target, name: str, student: Any, teacher: Any, dtype: str) -> None:
+    """Raise AssertionError where the value or a gradient of a loss differs from the definition."""
     call = gklx.value_and_grad(LOSSES[name], (0, 1))
-    if here.library == "jax":
+    if target.library == "jax":
         call = sys.modules["jax"].jit(call)
-    elif here.device == "cuda":
+    elif target.device == "cuda":
         kernel = dispatch.kernel_of(call_builder(LOSSES[name])(student, teacher))
-        assert kernel == "cuda", f"the kernels do not serve the call: {kernel}"
+        assert kernel == "cuda", f"the call does not run on the CUDA kernels but on {kernel}"
     found = call(student, teacher)
-    here.wait()
+    target.wait()
     given = (definitions._to_numpy(x) for x in (student, teacher))
     expected = [np.asarray(x) for x in definition(name, *given)]
-    apart = definitions.difference(expected, on_host(found))
-    assert apart <= _TOLERANCES[dtype], f"{apart:.1e} from the definition, allowed {_TOLERANCES[dtype]:g}"
+    error = definitions.difference(expected, on_host(found))
+    assert error <= _TOLERANCES[dtype], f"{error:.1e} from the definition, allowed {_TOLERANCES[dtype]:g}"
 
 
 def dtypes_of(library: str) -> tuple[str, ...]:
-    """Those that are checked; JAX compiles each call for a second or two, and the tests try all."""
+    """The dtypes that are checked; few for JAX, which compiles for seconds and whose dtypes the tests cover."""
     if library == "jax":
         return ("float32", "bfloat16")
     halves = ("float16",) if library == "cupy" else ("float16", "bfloat16")
     return ("float32", *halves, "float64")
 
 
-def check_shapes(here: Here) -> None:
-    """Rows shorter and longer than a group of threads, single loads and wide ones."""
-    for rows, classes in ((1, 2), (3, 7), (9, 32), (5, 1000), (2, 50_257), (2, 128_256))[3 * (here.library == "jax") :]:
-        for dtype in dtypes_of(here.library):
+def check_shapes(target: Target) -> None:
+    """Check rows shorter and longer than a group of threads, with single and with vector loads."""
+    for rows, classes in ((1, 2), (3, 7), (9, 32), (5, 1000), (2, 50_257), (2, 128_256))[
+        3 * (target.library == "jax") :
+    ]:
+        for dtype in dtypes_of(target.library):
             for name in LOSSES:
-                s, t = (here.put(x, dtype) for x in drawn(rows, classes))
+                s, t = (target.put(x, dtype) for x in random_logits(rows, classes))
                 try:
-                    held(here, name, s, t, dtype)
+                    check_against_definition(target, name, s, t, dtype)
                 except AssertionError as error:
                     raise AssertionError(f"{name} at {rows} × {classes} {dtype}: {error}") from None
 
 
-def check_many_rows(here: Here) -> None:
-    """More rows than a grid may be high."""
-    s, t = (here.put(x, "float32") for x in drawn(70_001, 10))
-    held(here, "gkl", s, t, "float32")
+def check_many_rows(target: Target) -> None:
+    """Check more rows than the largest height of a grid."""
+    s, t = (target.put(x, "float32") for x in random_logits(70_001, 10))
+    check_against_definition(target, "gkl", s, t, "float32")
 
 
-def check_layouts(here: Here) -> None:
-    """Logits that are not contiguous, and rows that begin between the multiples of 16 bytes."""
-    for dtype in dtypes_of(here.library):
-        s, t = (here.put(x, dtype) for x in drawn(64, 65))
-        held(here, "gkl", s.T, t.T, dtype)
-        held(here, "gkl", s[::2, 1:], t[1::2, :64], dtype)
+def check_layouts(target: Target) -> None:
+    """Check logits that are not contiguous, and rows that are not aligned to 16 bytes."""
+    for dtype in dtypes_of(target.library):
+        s, t = (target.put(x, dtype) for x in random_logits(64, 65))
+        check_against_definition(target, "gkl", s.T, t.T, dtype)
+        check_against_definition(target, "gkl", s[::2, 1:], t[1::2, :64], dtype)
         flat_s, flat_t = s.reshape(-1)[1 : 1 + 60 * 64], t.reshape(-1)[3 : 3 + 60 * 64]
-        held(here, "gkl", flat_s.reshape(60, 64), flat_t.reshape(60, 64), dtype)
+        check_against_definition(target, "gkl", flat_s.reshape(60, 64), flat_t.reshape(60, 64), dtype)
 
 
-def check_masks(here: Here) -> None:
-    """Prior by labels, sample weights and masks, against NumPy."""
-    s, t = drawn(33, 100, seed=1)
+def check_masks(target: Target) -> None:
+    """Check a prior by labels, sample weights and masks against NumPy."""
+    s, t = random_logits(33, 100, seed=1)
     rng = np.random.default_rng(2)
     given = {
         "prior": rng.dirichlet(np.ones(100), 100).astype(np.float32),
@@ -170,31 +172,31 @@ def check_masks(here: Here) -> None:
     wide = {name: x.astype(np.float64) if x.dtype.kind == "f" else x for name, x in given.items()}
     with np.errstate(all="ignore"):
         expected = gklx.value_and_grad(loss, (0, 1))(s.astype(np.float64), t.astype(np.float64), **wide)
-    own = {name: here.put(x, x.dtype.name) for name, x in given.items()}
-    found = gklx.value_and_grad(loss, (0, 1))(here.put(s, "float32"), here.put(t, "float32"), **own)
+    own = {name: target.put(x, x.dtype.name) for name, x in given.items()}
+    found = gklx.value_and_grad(loss, (0, 1))(target.put(s, "float32"), target.put(t, "float32"), **own)
     for x, y in zip(on_host(found), on_host(expected), strict=True):
         assert np.isfinite(y).all()
         assert np.max(np.abs(x - y)) <= 2e-5 * np.max(np.abs(y)), "masked results differ from NumPy's"
 
 
-def check_empty_and_infinite(here: Here) -> None:
-    """No rows, and rows that must end in NaN or infinity."""
-    s, t = (here.put(x, "float32") for x in (np.zeros((0, 5)), np.zeros((0, 5))))
+def check_empty_and_infinite(target: Target) -> None:
+    """Check an empty batch, and rows whose loss is NaN or infinite."""
+    s, t = (target.put(x, "float32") for x in (np.zeros((0, 5)), np.zeros((0, 5))))
     value, gradients = gklx.value_and_grad(gklx.kl, (0, 1))(s, t)
     assert float(value) == 0.0
     assert [x.shape for x in gradients] == [(0, 5)] * 2
     s, t = np.zeros((3, 4), np.float32), np.zeros((3, 4), np.float32)
     s[0, 1], s[1, 1] = np.nan, -np.inf
-    found = definitions._to_numpy(gklx.kl(here.put(s, "float32"), here.put(t, "float32"), reduction="none"))
+    found = definitions._to_numpy(gklx.kl(target.put(s, "float32"), target.put(t, "float32"), reduction="none"))
     assert np.isnan(found[0]), found
     assert (found[1], found[2]) == (np.inf, 0), found
 
 
-def check_backward(here: Here) -> None:
-    """Autograd, the gradients in halves too."""
-    torch = here.needs_torch()
-    for dtype in dtypes_of(here.library):
-        s, t = (here.put(x, dtype).requires_grad_() for x in drawn(17, 1000))
+def check_backward(target: Target) -> None:
+    """Check autograd, with gradients in half precision too."""
+    torch = target.needs_torch()
+    for dtype in dtypes_of(target.library):
+        s, t = (target.put(x, dtype).requires_grad_() for x in random_logits(17, 1000))
         gklx.gkl(s, t, gamma=0.5).backward()
         _, to_s, to_t = definition("gkl", *(definitions._to_numpy(x) for x in (s, t)))
         found = [definitions._to_numpy(x.grad) for x in (s, t)]
@@ -202,10 +204,10 @@ def check_backward(here: Here) -> None:
     assert torch.is_grad_enabled()
 
 
-def check_no_transfers(here: Here) -> None:
-    """What would wait for the GPU raises; and of copies between host and GPU the profiler sees none."""
-    torch = here.needs_torch_on_cuda()
-    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
+def check_no_transfers(target: Target) -> None:
+    """Check that no call waits for the GPU, and that the profiler sees no copy between host and GPU."""
+    torch = target.needs_torch_on_cuda()
+    s, t = (target.put(x, "float32") for x in random_logits(64, 1000))
     given = {
         "labels": torch.arange(64, device="cuda"),
         "prior": torch.ones(1000, 1000, device="cuda"),
@@ -238,10 +240,10 @@ def check_no_transfers(here: Here) -> None:
     assert not moved, moved
 
 
-def check_streams(here: Here) -> None:
-    """On another stream than the default one, memory handed around between calls, and several threads."""
-    torch = here.needs_torch_on_cuda()
-    s, t = (here.put(x, "float32") for x in drawn(4096, 1000))
+def check_streams(target: Target) -> None:
+    """Check calls on streams other than the default one, whose allocator reuses memory between calls."""
+    torch = target.needs_torch_on_cuda()
+    s, t = (target.put(x, "float32") for x in random_logits(4096, 1000))
     expected, _ = gklx.value_and_grad(gklx.gkl)(s, t)
     streams = [torch.cuda.Stream() for _ in range(4)]
     values = []
@@ -249,7 +251,7 @@ def check_streams(here: Here) -> None:
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                own = s * 1.0  # would be read too early on any other stream
+                own = s * 1.0  # a kernel on another stream would read it too early
                 values.append(gklx.value_and_grad(gklx.gkl)(own, t)[0])
                 del own
     torch.cuda.synchronize()
@@ -257,14 +259,14 @@ def check_streams(here: Here) -> None:
         assert torch.equal(value, expected), (float(value), float(expected))
 
 
-def check_graph(here: Here) -> None:
-    """A captured call sees new logits at each replay."""
-    torch = here.needs_torch_on_cuda()
-    from gpu_bench import captured
+def check_graph(target: Target) -> None:
+    """Check that each replay of a captured call reads the new logits."""
+    torch = target.needs_torch_on_cuda()
+    from gpu_bench import capture
 
-    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
-    replay = captured(lambda: gklx.value_and_grad(gklx.gkl, (0, 1))(s, t))
-    other_s, other_t = (here.put(x, "float32") for x in drawn(64, 1000, seed=9))
+    s, t = (target.put(x, "float32") for x in random_logits(64, 1000))
+    replay = capture(lambda: gklx.value_and_grad(gklx.gkl, (0, 1))(s, t))
+    other_s, other_t = (target.put(x, "float32") for x in random_logits(64, 1000, seed=9))
     s.copy_(other_s)
     t.copy_(other_t)
     value, gradients = replay()
@@ -274,44 +276,44 @@ def check_graph(here: Here) -> None:
     assert all(map(torch.equal, gradients, expected_gradients))
 
 
-def check_launchers(here: Here) -> None:
-    """Each way of starting the kernels, on its own; and the current device is left as it was."""
-    torch = here.needs_torch_on_cuda()
-    s, t = (here.put(x, "float32") for x in drawn(64, 1000))
-    whole, found = cuda_launch._LAUNCHERS, {}
+def check_launchers(target: Target) -> None:
+    """Check each launcher of the kernels alone, and that it does not change the current device."""
+    torch = target.needs_torch_on_cuda()
+    s, t = (target.put(x, "float32") for x in random_logits(64, 1000))
+    launchers, found = cuda_launch._LAUNCHERS, {}
     try:
-        for launcher in whole:
+        for launcher in launchers:
             cuda_launch._LAUNCHERS = (launcher,)
             if not cuda_launch._is_installed(launcher.module):
                 print(f"  {launcher.module}: not installed")
                 continue
             before = torch.cuda.current_device()
             assert cuda_launch.available(s), f"{launcher.module} does not work"
-            held(here, "gkl", s, t, "float32")
+            check_against_definition(target, "gkl", s, t, "float32")
             assert torch.cuda.current_device() == before
             call = functools.partial(gklx.value_and_grad(gklx.kl, (0, 1)), s, t)
             call()
             found[launcher.module] = timeit.timeit(call, number=200) / 200
-            here.wait()
+            target.wait()
     finally:
-        cuda_launch._LAUNCHERS = whole
+        cuda_launch._LAUNCHERS = launchers
     print("  microseconds a call by:", {name: round(x * 1e6) for name, x in found.items()})
     assert found, "there is no launcher"
 
 
-def check_devices(here: Here) -> None:
-    """A tensor on another device than the current one."""
-    torch = here.needs_torch_on_cuda()
+def check_devices(target: Target) -> None:
+    """Check tensors on a device other than the current one."""
+    torch = target.needs_torch_on_cuda()
     if torch.cuda.device_count() < 2:
-        raise Skipped("one GPU is here")
-    s, t = (here.put(x, "float32").to("cuda:1") for x in drawn(64, 1000))
-    held(here, "gkl", s, t, "float32")
+        raise Skipped("there is only one GPU")
+    s, t = (target.put(x, "float32").to("cuda:1") for x in random_logits(64, 1000))
+    check_against_definition(target, "gkl", s, t, "float32")
     assert torch.cuda.current_device() == 0
 
 
-def check_more_than_2_31(here: Here) -> None:
-    """More logits than 32 bits count: the last rows are those of a call of them alone."""
-    torch = here.needs_torch_on_cuda()
+def check_more_than_2_31(target: Target) -> None:
+    """Check more logits than a 32-bit index can count: the last rows must equal a call with these rows alone."""
+    torch = target.needs_torch_on_cuda()
     rows, classes = 67_000, 32_768
     if torch.cuda.mem_get_info()[0] < 30e9:
         raise Skipped("needs 30 GB on the GPU")
@@ -341,19 +343,21 @@ VALUES = (
 )
 
 
-def checked(here: Here) -> bool:
-    """Run all checks of a library; whether none failed."""
-    fine = [_ran(f"{here.library}: {check.__name__[6:]}", functools.partial(check, here)) for check in VALUES]
-    return all(fine)
+def run_checks(target: Target) -> bool:
+    """Run all checks of a library; return whether all passed."""
+    all_passed = [
+        _passes(f"{target.library}: {check.__name__[6:]}", functools.partial(check, target)) for check in VALUES
+    ]
+    return all(all_passed)
 
 
-def _ran(name: str, check: Callable[[], None]) -> bool:
+def _passes(name: str, check: Callable[[], None]) -> bool:
     start = timeit.default_timer()
     try:
         check()
     except Skipped as reason:
         print(f"{name}: skipped, {reason}", flush=True)
-    except Exception:  # the next check may well run
+    except Exception:  # the other checks must still run
         print(f"{name}: FAILED\n{traceback.format_exc()}", flush=True)
         return False
     else:
@@ -362,38 +366,45 @@ def _ran(name: str, check: Callable[[], None]) -> bool:
 
 
 def memory(library: str, device: str) -> bool:
-    """Few calls of all plans, each array in an allocation of its own, so that a tool sees what lies beside it."""
+    """Run few calls of each kind, each array in its own allocation, so that a tool sees accesses beyond its bounds."""
     if library == "cupy":
         sys.modules["cupy"].cuda.set_allocator(None)
-    here = Here(library, device)
-    ends = (check_layouts, check_masks)
-    fine = [_ran(f"{library}: {check.__name__[6:]}", functools.partial(check, here)) for check in ends]
+    target = Target(library, device)
+    checks = (check_layouts, check_masks)
+    all_passed = [_passes(f"{library}: {check.__name__[6:]}", functools.partial(check, target)) for check in checks]
     for rows, classes in ((3, 7), (5, 1000), (2, 5003)):
         for name in LOSSES:
-            s, t = (here.put(x, "float32") for x in drawn(rows, classes))
-            fine.append(_ran(f"{name} {rows} × {classes}", functools.partial(held, here, name, s, t, "float32")))
-    return all(fine)
+            s, t = (target.put(x, "float32") for x in random_logits(rows, classes))
+            all_passed.append(
+                _passes(
+                    f"{name} {rows} × {classes}",
+                    functools.partial(check_against_definition, target, name, s, t, "float32"),
+                )
+            )
+    return all(all_passed)
 
 
 # --- gklx score -------------------------------------------------------------------------------------------------------
 
 
 def score(backends: Sequence[str], gigabytes: float, classes: int, device: str) -> bool:
-    """`gklx score` of the digits and of a generated dump, held to NumPy's."""
-    fine = True
+    """Compare `gklx score` of the digits and of a generated dump with NumPy's results."""
+    all_passed = True
     digits = [Path(__file__).parents[1] / "examples" / "digits" / f"{name}.npy" for name in ("student", "teacher")]
     labels = digits[0].with_name("labels.npy")
     with tempfile.TemporaryDirectory() as folder:
         expected = table(digits, labels, "numpy", None, Path(folder))
         for backend in backends:
-            fine &= _ran(f"score, digits, {backend}", lambda backend=backend: _scored_digits(backend, device, expected))
+            all_passed &= _passes(
+                f"score, digits, {backend}", lambda backend=backend: _check_digits(backend, device, expected)
+            )
         paths = scoring.dumps(Path(folder), gigabytes, classes)
         size = sum(path.stat().st_size for path in paths)
         found: dict[str, scoring.Scored] = {}
 
         def dump(backend: str) -> None:
             if backend != "numpy":
-                _needed(backend, device)
+                _require(backend, device)
             found[backend] = scoring.scored(paths, backend=backend, device=_device(backend, device), memory="4GB")
             scoring.check(found["numpy"], found[backend])
             seconds, peak = found[backend].seconds, found[backend].peak_bytes
@@ -402,12 +413,12 @@ def score(backends: Sequence[str], gigabytes: float, classes: int, device: str) 
         reading = timeit.timeit(lambda: scoring.read(paths), number=1)
         print(f"a plain read of {size / 1e9:.2g} GB: {reading:.1f} s")
         for backend in ("numpy", *backends):
-            fine &= _ran(f"score, {size / 1e9:.2g} GB, {backend}", functools.partial(dump, backend))
-    return fine
+            all_passed &= _passes(f"score, {size / 1e9:.2g} GB, {backend}", functools.partial(dump, backend))
+    return all_passed
 
 
-def _scored_digits(backend: str, device: str, expected: dict[str, Any]) -> None:
-    _needed(backend, device)
+def _check_digits(backend: str, device: str, expected: dict[str, Any]) -> None:
+    _require(backend, device)
     digits = [Path(__file__).parents[1] / "examples" / "digits" / f"{name}.npy" for name in ("student", "teacher")]
     with tempfile.TemporaryDirectory() as folder:
         found = table(digits, digits[0].with_name("labels.npy"), backend, _device(backend, device), Path(folder))
@@ -419,11 +430,11 @@ def _scored_digits(backend: str, device: str, expected: dict[str, Any]) -> None:
 
 
 def _device(backend: str, device: str) -> str | None:
-    """PyTorch alone takes the CPU where nothing is said."""
+    """The `--device` option: PyTorch alone would run on the CPU without it."""
     return device if backend == "torch" else None
 
 
-def _needed(backend: str, device: str) -> None:
+def _require(backend: str, device: str) -> None:
     reason = peers.missing(backend, device)
     if reason:
         raise Skipped(reason)
@@ -432,7 +443,7 @@ def _needed(backend: str, device: str) -> None:
 def table(
     paths: Sequence[Path], labels: Path, backend: str, device: str | None, folder: Path
 ) -> dict[str, dict[str, float]]:
-    """The numbers of the report, loss by loss."""
+    """The numbers of the report for each loss."""
     report = folder / f"{backend}.json"
     command = [sys.executable, "-m", "gklx", "score", *map(str, paths), "--labels", str(labels), "--backend", backend]
     command += ["--format", "json", "--output", str(report), "--work-dir", str(folder)]
@@ -452,7 +463,7 @@ def table(
 
 
 def usable(libraries: Sequence[str], device: str) -> Iterator[str]:
-    """The libraries that can run there; of the others it says why not."""
+    """The libraries that can run on the device; the reasons for the others are printed."""
     for library in libraries:
         reason = peers.missing(library, device)
         if reason:
@@ -476,15 +487,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if score(options.library, options.gigabytes, options.classes, options.device) else 1
     if options.what == "values":
         gklx.show_config()
-    fine, libraries = True, list(usable(options.library, options.device))
+    all_passed, libraries = True, list(usable(options.library, options.device))
     for library in libraries:
         with contextlib.ExitStack() as stack:
             if library == "jax":
                 enable = sys.modules["jax"].enable_x64
                 stack.enter_context(enable(True))
-            run = memory if options.what == "memory" else lambda *given: checked(Here(*given))
-            fine &= run(library, options.device)
-    return 1 if not fine else 0 if libraries else _SKIPPED
+            run = memory if options.what == "memory" else lambda *given: run_checks(Target(*given))
+            all_passed &= run(library, options.device)
+    return 1 if not all_passed else 0 if libraries else _SKIPPED
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The CUDA kernels compiled for several architectures: registers, spills and shared memory. No GPU is needed.
+"""The registers, spills and shared memory of the CUDA kernels on several architectures. No GPU is needed.
 
     pip install "nvidia-cuda-nvrtc-cu12>=12.8" "nvidia-cuda-nvcc-cu12>=12.8"
     python benches/kernel_resources.py                        # prints the table
     python benches/kernel_resources.py --output benches/results/cuda-kernels.txt
 
-NVRTC makes PTX of each plan, as it does on a GPU, and ptxas machine code, of whose resources it tells.
+NVRTC compiles each plan to PTX, as on a machine with a GPU. ptxas compiles the PTX and reports the resources.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from gklx._run import cuda, cuda_launch
 
 ARCHITECTURES = (75, 80, 90, 120)
 WEIGHTS = ("UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER")
-# Computed in, student, teacher, logits a load.
+# The C++ types of the arithmetic, of the student's and of the teacher's logits, and the number of logits in a load.
 KINDS = (("float", "float", "float", 4), ("float", "Brain", "Brain", 8), ("double", "double", "double", 2))
 
 
 class Resources(NamedTuple):
-    """What one kernel takes."""
+    """The resources of one kernel."""
 
     registers: int
     spilled: int
-    """Bytes stored to the memory of the thread."""
+    """Bytes of registers that are spilled to the thread's local memory."""
     shared: int
-    """Bytes of a block."""
+    """Bytes of shared memory in a block."""
 
 
 def nvrtc_library() -> ctypes.CDLL:
-    """NVRTC of the package nvidia-cuda-nvrtc-cu12."""
+    """Load NVRTC from the package nvidia-cuda-nvrtc-cu12."""
     return ctypes.CDLL(str(_packaged("lib/libnvrtc.so*")))
 
 
@@ -53,7 +53,7 @@ def _packaged(pattern: str) -> Path:
 
 
 def ptx_of(nvrtc: ctypes.CDLL, options: cuda_launch.Options, architecture: int) -> bytes:
-    """The kernels of a plan in NVIDIA's portable assembly."""
+    """Compile the kernels of a plan to PTX."""
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     text = cuda_launch.source().encode()
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, b"cuda.cu", 0, None, None) == 0
@@ -73,14 +73,14 @@ def ptx_of(nvrtc: ctypes.CDLL, options: cuda_launch.Options, architecture: int) 
 
 
 def resources_of(ptxas: str, ptx: bytes, architecture: int) -> dict[str, Resources]:
-    """What ptxas says of each kernel, by its name."""
+    """The resources of each kernel that ptxas reports, by the kernel's name."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernels.ptx"
         source.write_bytes(ptx)
         command = [ptxas, f"--gpu-name=sm_{architecture}", "--verbose", "--output-file", f"{source}.cubin", str(source)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = {}
-    for part in re.split(r"Compiling entry function '", said)[1:]:
+    for part in re.split(r"Compiling entry function '", report)[1:]:
         name = part.partition("'")[0]
         registers, spilled = (
             int(re.search(pattern, part)[1]) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
@@ -91,12 +91,15 @@ def resources_of(ptxas: str, ptx: bytes, architecture: int) -> dict[str, Resourc
 
 
 def rows() -> Iterator[Sequence[str]]:
-    """The table, plan by plan."""
+    """The rows of the table, plan by plan."""
     nvrtc = nvrtc_library()
     ptxas = shutil.which("ptxas") or str(_packaged("bin/ptxas"))
     for (real, student, teacher, vector), weights in itertools.product(KINDS, WEIGHTS):
         plan = cuda.Plan(real, student, teacher, weights, vector, 256, 1)
-        columns = [resources_of(ptxas, ptx_of(nvrtc, plan.options, each), each) for each in ARCHITECTURES]
+        columns = [
+            resources_of(ptxas, ptx_of(nvrtc, plan.options, architecture), architecture)
+            for architecture in ARCHITECTURES
+        ]
         for name in ("statistics", "gradients"):
             yield (
                 name,
@@ -114,7 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    headings = ["kernel", "logits", "class weights", *(f"sm_{each}" for each in ARCHITECTURES), "shared memory"]
+    headings = [
+        "kernel",
+        "logits",
+        "class weights",
+        *(f"sm_{architecture}" for architecture in ARCHITECTURES),
+        "shared memory",
+    ]
     lines = [
         "# The CUDA kernels: registers of a thread / bytes spilled, and bytes of shared memory of a block",
         "",

@@ -1,4 +1,4 @@
-"""The peak of resident memory of one call, as the system counts it."""
+"""The peak of resident memory of one call, as the operating system counts it."""
 
 import contextlib
 import ctypes
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def peak(call: Callable[[], Any]) -> int | None:
-    """Measure the bytes beyond those that were there before; None where the system cannot tell (Linux only).
+    """The peak beyond the memory before the call, in bytes; None where the system (not Linux) does not report it.
 
-    The inputs were there before, the results were not. Pages are rounded up; small arrays hide in memory that imports
-    have freed.
+    It includes the results, not the inputs. It counts whole pages, and misses small arrays that fit into memory which
+    imports have freed.
     """
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # what is used anew would be missing from the peak
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # reused memory would be missing from the peak
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status("VmRSS")
         result = call()
         after = _status("VmHWM")

@@ -1,4 +1,4 @@
-"""What a page of results is made of: the machine, numbers as people read them, tables, and files that are whole."""
+"""The parts of a page of results: the machine, formatted numbers, tables, and files written atomically."""
 
 import csv
 import datetime
@@ -19,18 +19,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def processor() -> str:
-    """Its name, and where the system tells them the family and the model: a cloud's names leave them out."""
+    """The processor's name, and its family and model, which the names on cloud machines lack."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = told.get("model name") or platform.processor() or "unknown"
-    return f"{name} (family {told['cpu family']}, model {told['model']})" if "cpu family" in told else name
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name") or platform.processor() or "unknown"
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
 def machine(device: str = "cpu") -> str:
-    """The processor and its cores, or the GPU that the arrays are on."""
+    """The processor and its number of cores, or the GPU."""
     if device == "cpu":
         return f"{processor()}, {os.cpu_count()} cores"
     import torch
@@ -39,17 +39,17 @@ def machine(device: str = "cpu") -> str:
 
 
 def slug(name: str) -> str:
-    """Name the files of a machine's results."""
+    """The name of a machine's result files."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def load() -> str:
-    """Say how many processes wanted a core in the last minute."""
+    """The system's load average over the last minute."""
     return f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown"
 
 
 def heading(title: str, command: str, where: str, packages: Sequence[str], loads: Sequence[str]) -> list[str]:
-    """The title of a page, and what its numbers were taken on."""
+    """The title of a page, with the date, the machine, the versions and the command."""
     versions = [f"Python {platform.python_version()}", f"gklx {gklx.__version__}"]
     for name in packages:
         try:
@@ -57,7 +57,7 @@ def heading(title: str, command: str, where: str, packages: Sequence[str], loads
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} not installed")
     limits = [f"{name}={os.environ[name]}" for name in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ]
-    said = [
+    facts = [
         datetime.date.today().isoformat(),
         f"{where}, {platform.system()}",
         ", ".join(versions),
@@ -66,22 +66,22 @@ def heading(title: str, command: str, where: str, packages: Sequence[str], loads
         f"load average {loads[0]} before and {loads[-1]} after",
         f"made by `{command}`",
     ]
-    return [f"# {title}", "", " · ".join(said), ""]
+    return [f"# {title}", "", " · ".join(facts), ""]
 
 
 def markdown(headings: Sequence[str], cells: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Lay out a Markdown table, line by line, and a blank one."""
+    """The lines of a Markdown table, and a blank line."""
     rule = ["---:" if i in right else "---" for i in range(len(headings))]
     return [*(f"| {' | '.join(row)} |" for row in (headings, rule, *cells)), ""]
 
 
 def figures(x: float) -> str:
-    """Three figures, and all of those before the point."""
+    """A number to three significant figures, or to the integer where it is 100 or more."""
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def seconds(x: float) -> str:
-    """Name a time in the unit that suits it."""
+    """A time in s, ms or µs."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if abs(x) >= scale:
             return f"{figures(x / scale)} {unit}"
@@ -89,7 +89,7 @@ def seconds(x: float) -> str:
 
 
 def amount(x: float) -> str:
-    """Name a number of bytes in the unit that suits it."""
+    """A number of bytes in GB, MB or kB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if x >= scale:
             return f"{figures(x / scale)} {unit}"
@@ -97,7 +97,7 @@ def amount(x: float) -> str:
 
 
 def as_csv(headings: Sequence[str], cells: Iterable[Sequence[Any]]) -> str:
-    """Numbers to four figures: the machine's own swing is larger."""
+    """A CSV file; floats have four significant figures, since measurements vary by more."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(headings)
@@ -106,7 +106,7 @@ def as_csv(headings: Sequence[str], cells: Iterable[Sequence[Any]]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:

@@ -1,7 +1,7 @@
-"""What is timed: gklx as each library's users call it, what they would call in its place, and a copy.
+"""The calls that are timed: gklx as each library's users call it, its alternatives, and a copy.
 
-A call is built for a task: it is given its arrays, compiles what it compiles, and waits for its results, so that
-libraries that queue work are timed to its end. It returns the value and the gradients asked for.
+A call is built for a task, with its arrays. It waits for its results, so that the time of libraries that queue work
+includes the work. It returns the value and the requested gradients.
 """
 
 import functools
@@ -19,7 +19,7 @@ import gklx
 
 Call = Callable[[], Sequence[Any]]
 Loss = Callable[[Any, Any], Any]
-# Of the published settings with a class prior those of CIFAR-100, where the softmaxes have a temperature.
+# CIFAR-100's setting: of the published ones with a class prior, the one whose softmaxes have a temperature.
 RECIPE = definitions.Numbers(gamma=0.3, mse_weight=4.0, ce_weight=4.0, temperature=4.0)
 
 
@@ -31,13 +31,13 @@ class Task(NamedTuple):
     dtype: str = "float32"
     device: str = "cpu"
     compiler: str = "inductor"
-    """PyTorch's."""
+    """The backend of `torch.compile`."""
     waits: bool = True
-    """Whether a call waits for what it queued on a GPU."""
+    """Whether a call waits for the work that it queued on a GPU."""
 
     @property
     def size(self) -> str:
-        """As tables say it."""
+        """The size as the tables show it."""
         return f"{self.batch:,} × {self.classes:,}" + (f" {self.dtype}" if self.dtype != "float32" else "")
 
     def inputs(self, library: str) -> tuple[Any, Any]:
@@ -49,33 +49,33 @@ class Task(NamedTuple):
 # --- the losses -------------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """A loss and the gradients that are asked for."""
+class Request(NamedTuple):
+    """A loss and the gradients that are requested of it."""
 
     what: str
     loss: Callable[[Task], Loss]
-    """gklx's."""
+    """Builds gklx's loss for a task."""
     definition: Callable[[Any, Task, Any, Any], definitions.Result]
     both: bool
-    """Whether to the teacher too."""
+    """Whether the teacher's gradient is requested too."""
 
 
 @functools.lru_cache(maxsize=1)
 def prior_of(task: Task) -> tuple[Any, Any]:
     """The class prior's table [C, C] and a label for each sample, in PyTorch.
 
-    The classes that the batch names have a drawn row, the others are uniform: at 32,000 classes the table takes 4 GB in
-    float32, and drawing all of it would take longer than measuring.
+    The rows of the labels' classes are random, the others uniform: at 32,000 classes the table takes 4 GB in float32,
+    and drawing all of it would take longer than the measurement.
     """
     import torch
 
     rng = np.random.default_rng(20261123)
     labels = rng.integers(task.classes, size=task.batch)
-    named = np.unique(labels)
-    rows = rng.standard_exponential((len(named), task.classes), dtype=np.float32)
+    label_classes = np.unique(labels)
+    rows = rng.standard_exponential((len(label_classes), task.classes), dtype=np.float32)
     rows /= rows.sum(axis=-1, keepdims=True)
     table = torch.full((task.classes, task.classes), 1 / task.classes, device=task.device)
-    table[torch.from_numpy(named).to(task.device)] = torch.from_numpy(rows).to(task.device)
+    table[torch.from_numpy(label_classes).to(task.device)] = torch.from_numpy(rows).to(task.device)
     return table, torch.from_numpy(labels).to(task.device)
 
 
@@ -92,40 +92,40 @@ def _recipe_definition(xp: Any, task: Task, student: Any, teacher: Any) -> defin
     return definitions.gkl(xp, student, teacher, RECIPE, rows)
 
 
-KL = Asked("kl", lambda _: gklx.kl, lambda xp, _, *logits: definitions.kl(xp, *logits), both=True)
-GKL = Asked(
+KL = Request("kl", lambda _: gklx.kl, lambda xp, _, *logits: definitions.kl(xp, *logits), both=True)
+GKL = Request(
     "gkl γ=1",
     lambda _: gklx.gkl,
     lambda xp, _, *logits: definitions.gkl(xp, *logits, definitions.Numbers()),
     both=True,
 )
-GKL_RECIPE = Asked("gkl recipe", _recipe, _recipe_definition, both=False)
+GKL_RECIPE = Request("gkl recipe", _recipe, _recipe_definition, both=False)
 KL_STUDENT = KL._replace(both=False)
 
 
 @functools.cache
-def reference(asked: Asked, task: Task) -> list[np.ndarray]:
-    """Value and gradients by the definition in float64, from the very logits of the task."""
-    if task.device == "cpu" and task.dtype != "bfloat16":  # which NumPy has not
+def reference(request: Request, task: Task) -> list[np.ndarray]:
+    """Value and gradients by the definition in float64, of the task's logits after they are rounded to its dtype."""
+    if task.device == "cpu" and task.dtype != "bfloat16":  # NumPy has no bfloat16
         xp, logits = np, [x.astype(np.float64) for x in task.inputs("numpy")]
     else:
         import torch as xp
 
         logits = [x.double() for x in task.inputs("torch")]
-    return definitions.kept(asked.definition(xp, task, *logits)[: 3 if asked.both else 2])
+    return definitions.on_host(request.definition(xp, task, *logits)[: 3 if request.both else 2])
 
 
-# --- how a library is asked -------------------------------------------------------------------------------------------
+# --- ways to call a loss ----------------------------------------------------------------------------------------------
 
 
 def by_value_and_grad(library: str, loss: Loss, task: Task, both: bool) -> Call:
     """`gklx.value_and_grad`, on any library's arrays."""
     function = gklx.value_and_grad(loss, argnums=(0, 1) if both else (0,))
     student, teacher = task.inputs(library)
-    return _flat(waited(lambda: function(student, teacher), library, task))
+    return _flattened(with_wait(lambda: function(student, teacher), library, task))
 
 
-def _flat(call: Callable[[], Any]) -> Call:
+def _flattened(call: Callable[[], Any]) -> Call:
     def flat() -> Sequence[Any]:
         value, gradients = call()
         return (value, *gradients)
@@ -134,22 +134,22 @@ def _flat(call: Callable[[], Any]) -> Call:
 
 
 def by_backward(loss: Loss, task: Task, both: bool) -> Call:
-    """Value by a call, gradients by `backward`, as a training step does; a frozen teacher records nothing."""
+    """The value by a call and the gradients by `backward`, as in a training step; a frozen teacher has no gradient."""
     student, teacher = task.inputs("torch")
     student.requires_grad_()
     teacher.requires_grad_(both)
 
     def call() -> Sequence[Any]:
-        student.grad = teacher.grad = None  # so that it is set and not added to
+        student.grad = teacher.grad = None  # `backward` would otherwise add to it
         value = loss(student, teacher)
         value.backward()
         return (value.detach(), student.grad, teacher.grad)[: 3 if both else 2]
 
-    return waited(call, "torch", task)
+    return with_wait(call, "torch", task)
 
 
 def by_compiled_backward(loss: Loss, task: Task, both: bool) -> Call:
-    """The same through `torch.compile`, the sizes as constants: what is compiled is for this task alone."""
+    """The same through `torch.compile`, with the sizes as constants: a program serves one task."""
     import torch
 
     compiled = torch.compile(lambda x, y: loss(x, y), dynamic=False, backend=task.compiler)
@@ -163,11 +163,11 @@ def by_jit(loss: Loss, task: Task, both: bool) -> Call:
     function = jax.jit(jax.value_and_grad(loss, argnums=(0, 1) if both else (0,)))
     student, teacher = task.inputs("jax")
     wait = jax.block_until_ready if task.waits else lambda result: result
-    return _flat(lambda: wait(function(student, teacher)))
+    return _flattened(lambda: wait(function(student, teacher)))
 
 
-def waited(call: Callable[[], Any], library: str, task: Task) -> Callable[[], Any]:
-    """The call and, where the task waits, the end of what it queued on a GPU."""
+def with_wait(call: Callable[[], Any], library: str, task: Task) -> Callable[[], Any]:
+    """The call and, where the task waits, the wait for the work that it queued on a GPU."""
     if task.device == "cpu" or not task.waits:
         return call
     if library == "cupy":
@@ -179,19 +179,19 @@ def waited(call: Callable[[], Any], library: str, task: Task) -> Callable[[], An
 
         wait = torch.cuda.synchronize
 
-    def to_the_end() -> Any:
+    def call_and_wait() -> Any:
         result = call()
         wait()
         return result
 
-    return to_the_end
+    return call_and_wait
 
 
-# --- what one would use in its place ----------------------------------------------------------------------------------
+# --- the alternatives to gklx -----------------------------------------------------------------------------------------
 
 
 def f_kl_div(student: Any, teacher: Any) -> Any:
-    """PyTorch's."""
+    """PyTorch's KL."""
     import torch
 
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
@@ -199,7 +199,7 @@ def f_kl_div(student: Any, teacher: Any) -> Any:
 
 
 def liger(student: Any, teacher: Any) -> Any:
-    """Liger-Kernel's, which is Triton's, and gives no gradient to the teacher."""
+    """Liger-Kernel's KL: a Triton kernel, without a gradient to the teacher."""
     import torch
 
     log_p, log_q = torch.log_softmax(teacher, -1), torch.log_softmax(student, -1)
@@ -214,7 +214,7 @@ def _liger_loss() -> Any:
 
 
 def optax_kl(student: Any, teacher: Any) -> Any:
-    """Optax's."""
+    """Optax's KL."""
     import jax
     import optax
 
@@ -226,9 +226,10 @@ def optax_kl(student: Any, teacher: Any) -> Any:
 
 
 def copies(library: str, task: Task, both: bool) -> dict[str, Callable[[], Any]]:
-    """The least that a loss must move, written into arrays that are there already, in each way there is.
+    """Copies of the inputs to allocated outputs, by each available method: the least memory traffic of any loss.
 
-    Both inputs are copied to the two gradients; for one gradient both are added into it: as much is read and written.
+    Both inputs are copied to the two gradients. For one gradient both are added into it, which reads and writes as much
+    as the loss must.
     """
     if library in ("torch", "cupy"):
         module = importlib.import_module(library)
@@ -242,9 +243,12 @@ def copies(library: str, task: Task, both: bool) -> dict[str, Callable[[], Any]]
             else:
                 module.add(student, teacher, out=outputs[0])
 
-        return {"copy": waited(copy, library, task)}
+        return {"copy": with_wait(copy, library, task)}
     student, teacher = task.inputs("numpy")
-    first, second = np.full_like(student, 0), np.full_like(teacher, 0)  # so that no page is met for the first time
+    first, second = (
+        np.full_like(student, 0),
+        np.full_like(teacher, 0),
+    )  # written: no page faults later
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = [np.array_split(x, threads) for x in (first, second, student, teacher)]
 
@@ -262,37 +266,37 @@ def copies(library: str, task: Task, both: bool) -> dict[str, Callable[[], Any]]
     }
 
 
-# --- what is here -----------------------------------------------------------------------------------------------------
+# --- availability -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def missing(module: str, device: str) -> str | None:
-    """Say why a library cannot be used here; None where it can."""
+    """The reason why a library cannot be used on this machine; None where it can."""
     try:
-        found = importlib.import_module(module)
-        if device == "cuda" and module == "torch" and not found.cuda.is_available():
+        imported = importlib.import_module(module)
+        if device == "cuda" and module == "torch" and not imported.cuda.is_available():
             return "PyTorch sees no GPU"
         if device == "cuda" and module == "jax":
-            found.devices("cuda")
+            imported.devices("cuda")
         if module == "cupy":
-            found.cuda.Device().compute_capability  # noqa: B018
-    except Exception as error:  # whatever a library raises that cannot run here
-        return f"{module}: {_said(error)}"
+            imported.cuda.Device().compute_capability  # noqa: B018
+    except Exception as error:  # a broken installation may raise anything
+        return f"{module}: {_summary(error)}"
     return None
 
 
 @functools.cache
 def cannot_compile(device: str, compiler: str) -> str | None:
-    """Try it: a C++ compiler or Triton is needed, and looked for in many places."""
+    """The reason why `torch.compile` fails here, or None: only a trial shows whether it finds its compiler."""
     import torch
 
     try:
         torch.compile(lambda x: x * 2 + 1, backend=compiler)(torch.zeros(8, device=device))
     except Exception as error:
-        return f"torch.compile: {_said(error)}"
+        return f"torch.compile: {_summary(error)}"
     return None
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

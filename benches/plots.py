@@ -1,10 +1,10 @@
-"""The pictures of the results, on a white card of their own: as legible on a dark page as on a light one."""
+"""The plots of the results, on a white background: legible on dark and light pages."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-# All dark enough for text on white.
+# Dark enough for text on white.
 _OURS, _THEIRS, _OTHER, _FOURTH = "#08468f", "#cc5500", "#2787cf", "#b0478a"
 _SECONDS = (
     "datum.value >= 1 ? format(datum.value, '~g') + ' s' : datum.value >= 0.000999 ? "
@@ -13,7 +13,7 @@ _SECONDS = (
 
 
 def drawn(draw: Callable[..., Any], rows: Sequence[Any]) -> str | None:
-    """Draw a picture as SVG, the same text every time; None where altair is missing or there is nothing to draw."""
+    """A plot as SVG, the same text for the same rows; None where altair is missing or there is nothing to draw."""
     try:
         import altair  # noqa: F401
         import vl_convert
@@ -30,12 +30,12 @@ def drawn(draw: Callable[..., Any], rows: Sequence[Any]) -> str | None:
         .configure_title(anchor="start", fontSize=14, subtitleColor="#555", color="#111")
         .to_dict()
     )
-    # Clips and gradients are numbered by how many the process has drawn.
+    # The ids of clips and gradients count those of the whole process: set them to 0, for a reproducible text.
     return re.sub(r'((?:id="|url\(#)(?:gradient|clip)_?)\d+', r"\g<1>0", vl_convert.vegalite_to_svg(spec))
 
 
 def multiples(rows: Sequence[Any]) -> Any:
-    """Times of gklx and its peers as multiples of a copy: a panel a size, a line a call."""
+    """Times of gklx and its peers as multiples of a copy: one panel per size, one line per call."""
     import altair as alt
 
     copies = {(row.size, row.library, row.what): row.peer_seconds for row in rows if row.peer == "a copy"}
@@ -51,8 +51,8 @@ def multiples(rows: Sequence[Any]) -> Any:
     panels = []
     for size in _unique(points, "size"):
         base = alt.Chart(alt.InlineData(values=[point for point in points if point["size"] == size])).encode(
-            x=alt.X("times:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=12), axis=_few(alt)),
-            y=alt.Y("call:N", title=None, sort=names, scale=alt.Scale(domain=names), axis=_labels(alt, not panels)),
+            x=alt.X("times:Q", title=None, scale=alt.Scale(type="log", nice=False, padding=12), axis=_ratio_axis(alt)),
+            y=alt.Y("call:N", title=None, sort=names, scale=alt.Scale(domain=names), axis=_call_axis(alt, not panels)),
         )
         line = base.mark_line(color="#bbb").encode(detail="call:N")
         dots = base.mark_point(filled=True, size=70, opacity=1).encode(
@@ -63,16 +63,16 @@ def multiples(rows: Sequence[Any]) -> Any:
     return alt.hconcat(*panels, spacing=14).resolve_scale(x="shared", color="shared").properties(title=title)
 
 
-def _few(alt: Any) -> Any:
+def _ratio_axis(alt: Any) -> Any:
     return alt.Axis(values=[0.5, 1, 2, 5, 10, 20, 50, 100, 200], format="~g")
 
 
-def _labels(alt: Any, shown: bool) -> Any:
+def _call_axis(alt: Any, shown: bool) -> Any:
     return alt.Axis(labels=shown, ticks=False, domain=False, grid=True)
 
 
 def growth(rows: Sequence[Any]) -> Any:
-    """Time against the number of classes, logarithmic both ways, a line a form."""
+    """Time against the number of classes on logarithmic axes, one line per form."""
     import altair as alt
 
     points = [{"form": row.form, "classes": row.classes, "seconds": row.time.median} for row in rows]

@@ -1,11 +1,11 @@
 """Time and peak memory of GKL's value and both gradients as the number of classes C grows.
 
-`gklx` works in O(C) a sample; the papers write the weighted mean-square error over all pairs of classes, and the
-authors' code builds those pairs as [B, C, C] tensors in PyTorch. This script measures both on one thread, in turns
-where the pairs fit into memory and `gklx` alone beyond, and fits the exponent of the growth in C. Before anything is
-timed the forms are held against the definition; memory is taken in a fresh process a form and size.
+`gklx` takes O(C) per sample; the papers write the weighted mean-square error over all pairs of classes, and the
+authors' code builds those pairs as [B, C, C] tensors in PyTorch. This script measures both forms on one thread, in
+turns where the pairs fit into memory and `gklx` alone beyond, and fits the exponent of the growth in C. Before timing,
+the forms are compared with the definition. Memory is measured in a fresh process for each form and size.
 
-    python benches/scaling.py                       # the full set, into benches/results/; some minutes
+    python benches/scaling.py                       # all sizes, writes to benches/results/; minutes
     python benches/scaling.py --quick               # a smoke test of a few seconds, writes only to `--output`
 """
 
@@ -31,31 +31,31 @@ from timing import Spread, ratio, spread, take_turns
 
 import gklx
 
-# The teacher's own weights, as in distillation without a class prior: a prior at C = 250,000 would be 250 GB.
+# The weights are the teacher's softmax, as in distillation without a class prior, which has 250 GB at C = 250,000.
 NUMBERS = definitions.Numbers(gamma=0.5, mse_weight=4.0)
 GOAL = 1.05
-_TOLERANCE = 1e-5  # float32, of the row's largest entry
+_TOLERANCE = 1e-5  # of float32, relative to the row's largest entry
 COLUMNS = ("batch", "classes", "form", "milliseconds", "low", "high", "pairs over gklx", "peak bytes")
 
 
 class Plan(NamedTuple):
-    """What a run measures."""
+    """The sizes and repetitions of a run."""
 
     batch: int
     pair_classes: tuple[int, ...]
-    """Numbers of classes at which the pair forms run too."""
+    """The numbers of classes at which the pair forms run too."""
     lone_classes: tuple[int, ...]
-    """Those at which gklx runs alone."""
+    """The numbers of classes at which gklx runs alone."""
     fit_from: int
-    """The least C in the fit of gklx's exponent."""
+    """The smallest C in the fit of gklx's exponent."""
     pair_fit_from: int
     held_logits: int
-    """B * C of the control at a constant number of logits."""
+    """B * C of the control, in which the number of logits is constant."""
     held_classes: tuple[int, ...]
     memory_classes: tuple[int, ...]
     turns: int
     seconds: float
-    """The least time of one turn of one form."""
+    """The minimum time of one turn of one form."""
 
 
 FULL = Plan(
@@ -90,7 +90,7 @@ class Row(NamedTuple):
     form: str
     time: Spread
     over_gklx: Spread | None
-    """The time of pairs over that of gklx."""
+    """The time of the pairs divided by that of gklx."""
     peak: int | None
     """Bytes beyond the inputs."""
 
@@ -118,8 +118,8 @@ FORMS = (
 )
 
 
-def built(form: Form, batch: int, classes: int) -> Callable[[], definitions.Result]:
-    """The form on its arrays."""
+def bound(form: Form, batch: int, classes: int) -> Callable[[], definitions.Result]:
+    """The form bound to its arrays."""
     if form.library == "torch":
         import torch
 
@@ -128,15 +128,15 @@ def built(form: Form, batch: int, classes: int) -> Callable[[], definitions.Resu
 
 
 def race(forms: Sequence[Form], batch: int, classes: int, plan: Plan) -> list[Row]:
-    """Check the forms against the definition, and time them in turns."""
+    """Compare the forms with the definition, and time them in turns."""
     print(f"C = {classes:,}, B = {batch:,}", file=sys.stderr, flush=True)
-    calls = {form.name: built(form, batch, classes) for form in forms}
+    calls = {form.name: bound(form, batch, classes) for form in forms}
     logits = (x.astype(np.float64) for x in arrays.logits(batch, classes))
-    reference = definitions.kept(definitions.gkl(np, *logits, NUMBERS))
+    reference = definitions.on_host(definitions.gkl(np, *logits, NUMBERS))
     for name, call in calls.items():
-        apart = definitions.difference(reference, definitions.kept(call()))
-        if not apart <= _TOLERANCE:
-            raise AssertionError(f"{name} at C = {classes:,}: {apart:.1e} from the definition in float64")
+        error = definitions.difference(reference, definitions.on_host(call()))
+        if not error <= _TOLERANCE:
+            raise AssertionError(f"{name} at C = {classes:,}: {error:.1e} from the definition in float64")
     taken = take_turns(calls, plan.turns, plan.seconds)
     rows = []
     for form in forms:
@@ -146,16 +146,16 @@ def race(forms: Sequence[Form], batch: int, classes: int, plan: Plan) -> list[Ro
 
 
 def fitted(rows: Sequence[Row], form: str, held: str, start: int) -> Fit:
-    """Fit the exponent of the time a sample from a number of classes on."""
-    chosen = [row for row in rows if row.form == form and row.classes >= start]
-    classes = tuple(row.classes for row in chosen)
-    times = [row.time.median / row.batch for row in chosen]
+    """Fit the exponent of the time per sample, over the numbers of classes from `start` on."""
+    fit_rows = [row for row in rows if row.form == form and row.classes >= start]
+    classes = tuple(row.classes for row in fit_rows)
+    times = [row.time.median / row.batch for row in fit_rows]
     (slope, _), covariance = np.polyfit(np.log(classes), np.log(times), 1, cov=True)
     return Fit(form, held, classes, float(slope), float(np.sqrt(covariance[0, 0])))
 
 
 def run(plan: Plan) -> tuple[list[Row], list[Row], list[Fit]]:
-    """Measure everything; the second rows are those of the control."""
+    """The rows of the growth at a constant batch, those of the control, and the fits of both."""
     forms = [form for form in FORMS if importlib.util.find_spec(form.library)]
     alone = [form for form in forms if not form.pairs]
     rows = [row for classes in plan.pair_classes for row in race(forms, plan.batch, classes, plan)]
@@ -165,7 +165,7 @@ def run(plan: Plan) -> tuple[list[Row], list[Row], list[Fit]]:
             size = json.dumps([row.form, row.batch, row.classes])
             done = subprocess.run([sys.executable, __file__, "--worker", size], capture_output=True, check=True)
             rows[i] = row._replace(peak=json.loads(done.stdout))
-    # With B * C constant every array has the same bytes at every C, and so do caches and page faults.
+    # With B * C constant, the arrays have the same size at every C, and so caches and page faults the same effect.
     held = [row for c in plan.held_classes for row in race(alone, plan.held_logits // c, c, plan)]
     fits = [fitted(rows, f.name, f"B = {plan.batch}", plan.pair_fit_from if f.pairs else plan.fit_from) for f in forms]
     fits += [fitted(held, form.name, f"B · C = {plan.held_logits:,}", 0) for form in alone]
@@ -173,23 +173,24 @@ def run(plan: Plan) -> tuple[list[Row], list[Row], list[Fit]]:
 
 
 def worker(name: str, batch: int, classes: int) -> int | None:
-    """Take the peak of one call beyond its inputs; for a process of its own."""
+    """The memory peak of one call beyond its inputs; to be run in a fresh process."""
     (form,) = (form for form in FORMS if form.name == name)
-    built(form, 2, 3)()  # lazy imports
-    return memory.peak(built(form, batch, classes))
+    bound(form, 2, 3)()  # lazy imports
+    return memory.peak(bound(form, batch, classes))
 
 
 def page(rows: Sequence[Row], fits: Sequence[Fit], plan: Plan, heading: Sequence[str], picture: bool) -> str:
     """Render a run as Markdown."""
     settings = ", ".join(f"{name}={x:g}" for name, x in NUMBERS._asdict().items())
-    said = f"""\
+    method = f"""\
 `gkl({settings})`
 with the teacher's own weights, on one thread. *gklx* is `value_and_grad(gkl, argnums=(0, 1))`. *pairs* builds the
-definition's [B, C, C] tensors as the authors do, with autograd. Before timing, all were held against the definition in
+definition's [B, C, C] tensors as the authors do, with autograd. Before timing, all were compared with the definition in
 float64, to {_TOLERANCE:g} of the row's largest entry.
 
-Time is the median of {plan.turns} turns, with the middle half of them. The peak of resident memory is that of a first
-call in a fresh process, beyond its inputs and with its results, also in arrays of the logits' size.
+Time is the median of {plan.turns} turns, with their middle half. The peak of resident memory is that of the first
+call in a fresh process, without its inputs and with its results; the last column counts it in arrays of the logits'
+size.
 
 The exponent k of time ~ C^k is fitted by least squares on logarithms of the medians; ± is the standard error from the
 residuals. For gklx the fit starts at C = {plan.fit_from:,}, below which the fixed cost of a call is a large part. With
@@ -205,7 +206,7 @@ sample there). The goal is at most {GOAL:g}."""
         ]
         for fit in fits
     ]
-    lines = [*heading, said, "", *(["![Time against the number of classes](scaling.svg)", ""] if picture else [])]
+    lines = [*heading, method, "", *(["![Time against the number of classes](scaling.svg)", ""] if picture else [])]
     lines += markdown(["form", "held", "C", "k", "goal"], cells, right=(3,))
     headings = ["B", "C", "form", "time (middle half)", "ns a logit", "pairs / gklx", "peak", "in arrays"]
     return "\n".join(lines + markdown(headings, map(_cells, rows), right=(0, 1, 4, 5, 6, 7)))
@@ -235,9 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds; writes only to --output")
     parser.add_argument("--output", type=Path, help="folder of the results [benches/results]")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a form and a size, for its memory
+    parser.add_argument("--worker", help=argparse.SUPPRESS)  # a form and a size, whose memory is measured
     options = parser.parse_args(arguments)
-    # One thread on NumPy too, here and in the workers: the forms are compared, not the number of cores.
+    # NumPy takes one thread too, in this process and in the workers: the forms are compared, not the number of cores.
     os.environ["GKLX_NUM_THREADS"] = "1"
     if options.worker:
         print(json.dumps(worker(*json.loads(options.worker))))

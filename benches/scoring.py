@@ -1,10 +1,10 @@
-"""`gklx score` on files that do not fit: time and peak memory by the operating system's count.
+"""`gklx score` on files larger than its memory bound: time, and peak memory as the operating system counts it.
 
-Two float16 dumps are generated and scored by the command under a bound on its memory, on each backend in a process of
-its own. Beside each run stands a plain sequential read of the same two files. Both may meet the system's page cache;
-where the dumps are larger than the free memory it helps neither much.
+The script generates two float16 dumps, and scores them with the command under a bound on its memory, on each backend in
+a separate process. Each run is compared with a plain sequential read of the same two files. Both may use the page
+cache, which helps little where the dumps are larger than the free memory.
 
-    python benches/scoring.py                        # 20 GB under 1 GB, into benches/results/; some minutes
+    python benches/scoring.py                        # 20 GB under 1 GB, writes to benches/results/; minutes
     python benches/scoring.py --gigabytes 2          # less
     python benches/scoring.py --quick                # a smoke test of a few seconds, writes nothing
 """
@@ -27,7 +27,7 @@ import pages
 import gklx
 
 ALL = ("kl", "dkl", "ikl", "gkl")
-# The command, and then what Linux says was its peak; `ru_maxrss` begins with that of the parent.
+# Runs the command and prints Linux' peak of its memory; `ru_maxrss` would start from the peak of the parent process.
 _COMMAND = """
 import re, sys
 from gklx._cli import main
@@ -46,12 +46,12 @@ class Scored(NamedTuple):
 
 
 def samples_in(gigabytes: float, classes: int) -> int:
-    """How many rows each of the two dumps has."""
+    """The number of rows of each of the two dumps."""
     return max(1, int(gigabytes * 1e9 / 2 / (2 * classes)))
 
 
 def dumps(folder: Path, gigabytes: float, classes: int) -> list[Path]:
-    """Logits such as a model gives, the same few hundred rows again and again: what they hold is no matter here."""
+    """Write the student's and the teacher's dump: 256 random rows, repeated, since values do not affect the time."""
     samples, paths = samples_in(gigabytes, classes), [folder / "student.npy", folder / "teacher.npy"]
     for seed, path in enumerate(paths):
         rows = (np.random.default_rng(seed).standard_normal((256, classes), dtype=np.float32) * 3).astype(np.float16)
@@ -61,7 +61,7 @@ def dumps(folder: Path, gigabytes: float, classes: int) -> list[Path]:
             for start in range(0, samples, len(rows)):
                 file.write(rows[: samples - start].data)
             file.flush()
-            os.fsync(file.fileno())  # so that nothing is written while somebody reads
+            os.fsync(file.fileno())  # so that no write is pending while the file is read
     return paths
 
 
@@ -83,8 +83,8 @@ def scored(
     memory: str = "1GB",
     python: str | None = None,
 ) -> Scored:
-    """Run the command; by another interpreter's gklx where one is named."""
-    # Each interpreter is to find its own gklx: this one the sources that this process imported.
+    """Run the command, with the gklx of the interpreter `python` where it is given."""
+    # This interpreter imports the sources of this process' gklx, another one the gklx that it has installed.
     env = os.environ | {"PYTHONPATH": "" if python else str(Path(gklx.__file__).parents[1])}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "score.json"
@@ -92,7 +92,7 @@ def scored(
         options += ["--device", device] if device else []
         command = [python or sys.executable, "-c", _COMMAND, "score", *map(str, paths), *options]
         start = timeit.default_timer()
-        # From an empty folder: Python looks for modules where it is called first.
+        # In an empty folder, since Python would import modules of the working folder first.
         done = subprocess.run(
             [*command, "--output", str(report), "--loss", *losses],
             stdout=subprocess.PIPE,
@@ -108,7 +108,7 @@ def scored(
 
 
 def check(first: Scored, second: Scored) -> None:
-    """Two runs on the same files found the same."""
+    """Raise AssertionError where the mean losses of two runs on the same files differ."""
     for name in first.means.keys() & second.means.keys():
         if not abs(first.means[name] - second.means[name]) <= 1e-5 * abs(first.means[name]):
             raise AssertionError(f"mean {name}: {first.means[name]} and {second.means[name]}")
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, default=32_000)
     parser.add_argument("--memory", default="1GB")
     parser.add_argument("--backend", nargs="+", default=["numpy", "torch", "jax"])
-    parser.add_argument("--folder", type=Path, help="where the dumps go for the time being")
+    parser.add_argument("--folder", type=Path, help="folder of the temporary dumps")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -1,8 +1,8 @@
-"""Calls of one process timed in turns.
+"""Time calls in turns within one process.
 
-The clock is `timeit`'s. pyperf, asv and pytest-benchmark time one benchmark to its end before they start the next; a
-machine that slows down meanwhile then slows one peer and not the other. Here all calls of a size take turns, and a
-ratio is made turn by turn.
+The clock is that of `timeit`. pyperf, asv and pytest-benchmark finish one benchmark before they start the next, so that
+a machine that slows down meanwhile slows one peer and not the other. Here all calls of a size take turns, and a ratio
+is computed from the times of the same turn.
 """
 
 import random
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Spread(NamedTuple):
-    """The median and the middle half of the turns."""
+    """The median and the quartiles of the turns."""
 
     median: float
     low: float
@@ -27,18 +27,18 @@ def spread(x: Sequence[float]) -> Spread:
 
 
 def ratio(x: Sequence[float], y: Sequence[float]) -> Spread:
-    """Divide turn by turn: what else slowed the machine in a turn slowed both."""
+    """The spread of the ratios within a turn: a load on the machine slows both calls of a turn."""
     return spread([a / b for a, b in zip(x, y, strict=True)])
 
 
 def take_turns(
     calls: Mapping[str, Callable[[], Any]], turns: int, seconds: float, warm: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds a call, turn by turn; in a turn each call is repeated for about `seconds`, and runs once at the least.
+    """The seconds per call in each turn, in which a call is repeated for about `seconds`, at least once.
 
-    The order is drawn anew for every turn: what a call leaves behind, caches or threads that still spin, is then not
-    always met by the same one. The draw is the same in every run. `warm=False` leaves out the calls before the first
-    turn and within it, for calls that start a process each time.
+    The order within a turn is random, so that the caches and spinning threads of one call do not always affect the same
+    other one. The random order is the same in every run. `warm=False` skips the warm-up calls, for calls that start a
+    process.
     """
     timers = {}
     for name, call in calls.items():
@@ -54,6 +54,6 @@ def take_turns(
         for name in order:
             timer, number = timers[name]
             if warm:
-                timer.timeit(1)  # its arrays back into the caches, while another library's threads stop spinning
+                timer.timeit(1)  # brings its arrays into the caches, and lets another library's threads stop spinning
             taken[name].append(timer.timeit(number) / number)
     return taken

@@ -19,11 +19,11 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "sphinxcontrib.programoutput",
-    # Puts MathJax beside the pages, which then need no network.
+    # Copies MathJax into the site, which then needs no network.
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build"]
-smartquotes = False  # "mean" is what one types
+smartquotes = False  # users type straight quotes, as in "mean"
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
@@ -34,9 +34,9 @@ myst_heading_anchors = 4
 # --- docstrings -------------------------------------------------------------------------------------------------------
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings say kinds and shapes, the annotations only that it is some array
+autodoc_typehints = "none"  # the docstrings have dtypes and shapes, the annotations only "array"
 numpydoc_show_class_members = False
-# `kl` in a docstring links to that function; what is no name of gklx's, a parameter say, is shown as code.
+# `kl` in a docstring links to that function; other names, such as parameters, are shown as code.
 default_role = "py:obj"
 nitpick_ignore_regex = [("py:obj", r".*")]
 

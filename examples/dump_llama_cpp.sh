@@ -1,5 +1,5 @@
 #!/bin/sh
-# Dumps the log-probabilities of GGUF models over a text by llama.cpp's own tool, and scores all against the last.
+# Dump the log-probabilities of GGUF models on a text by llama.cpp's own tool, and score all models against the last.
 #
 #     examples/dump_llama_cpp.sh text.txt model-q8_0.gguf model-q4_0.gguf model-f16.gguf
 #
@@ -13,6 +13,6 @@ for model in "$@"; do
     "${LLAMA_PERPLEXITY:-llama-perplexity}" -m "$model" -f "$text" --kl-divergence-base "$dump"
     dumps="$dumps $dump"
 done
-# The names hold no folders; models whose names have spaces would have to be renamed.
+# The dumps are in the working folder. The unquoted list does not allow spaces in the models' names.
 # shellcheck disable=SC2086
 exec ${GKLX:-gklx} score $dumps --loss kl,reverse_kl --top-k 5,10

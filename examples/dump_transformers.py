@@ -1,10 +1,10 @@
-"""Dumps the logits of a causal language model of `transformers` over a text, for `gklx score`.
+"""Dump the logits of a causal language model of `transformers` on a text, for `gklx score`.
 
     python examples/dump_transformers.py org/model text.txt original
     python examples/dump_transformers.py org/model-int4 text.txt int4
     gklx score int4-logits.npy original-logits.npy --targets original-targets.npy
 
-Writes NAME-logits.npy [samples, classes], in float16 where the model computes in halves, and NAME-targets.npy.
+It writes NAME-logits.npy [samples, classes], in float16 if the model computes in half precision, and NAME-targets.npy.
 """
 
 import sys
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(model_name: str, text_path: str, name: str, window: int = 512) -> None:
-    """Each window of tokens is read by itself; each token but its last is a sample, the next one its target."""
+    """Dump window by window: each token of a window except the last is a sample, and the next token is its target."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with open(text_path, encoding="utf-8") as file:
         ids = AutoTokenizer.from_pretrained(model_name)(file.read(), return_tensors="pt").input_ids[0]

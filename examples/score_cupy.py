@@ -1,8 +1,9 @@
-"""Scores a student's logits against a teacher's on a CUDA GPU, in CuPy alone: the job of `gklx score --backend cupy`.
+"""Score a student's logits against a teacher's on a CUDA GPU with CuPy, as `gklx score --backend cupy` does.
 
     python examples/score_cupy.py student.npy teacher.npy
 
-Files are [samples, classes], float16 or float32, of any size: rows go to the GPU in blocks by page-locked memory.
+The files are [samples, classes], float16 or float32, of any size: rows are copied to the GPU in blocks, through
+page-locked memory.
 """
 
 import sys
@@ -15,7 +16,7 @@ import gklx
 
 
 def main(student_path: str, teacher_path: str, block_bytes: int = 2**28) -> None:
-    """Prints mean, standard error, median and 99 % of KL and GKL, and the top-1 agreement."""
+    """Print mean, standard error, median and 99th percentile of KL and GKL, and the top-1 agreement."""
     student, teacher = (np.load(path, mmap_mode="r") for path in (student_path, teacher_path))
     samples, classes = student.shape
     rows = max(1, block_bytes // (4 * classes))
@@ -29,7 +30,7 @@ def main(student_path: str, teacher_path: str, block_bytes: int = 2**28) -> None
             blocks.append(cp.empty((count, classes), dtype=cp.float32))
             blocks[-1].set(host[:count])
         found["kl"].append(gklx.kl(*blocks, reduction="none"))
-        found["gkl"].append(gklx.gkl(*blocks, reduction="none"))  # gamma = 1: no normaliser over the whole file
+        found["gkl"].append(gklx.gkl(*blocks, reduction="none"))  # with gamma = 1 there is no normaliser over the file
         found["agrees"].append(cp.argmax(blocks[0], axis=-1) == cp.argmax(blocks[1], axis=-1))
     values = {name: cp.concatenate(parts).astype(cp.float64) for name, parts in found.items()}
     for name in ("kl", "gkl"):

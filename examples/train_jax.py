@@ -1,8 +1,8 @@
-"""Distils a teacher into a small student with JAX and optax, on scikit-learn's handwritten digits.
+"""Distil a teacher into a small student with JAX and optax, on scikit-learn's handwritten digits.
 
-Run it as `python examples/train_jax.py`; it needs jax, optax and scikit-learn. The teacher learns from one half of the
-images. The student gets a hundred of them: once with the labels alone, once with the teacher's logits as well. It
-prints the accuracies on the other half.
+Run it as `python examples/train_jax.py`; it needs jax, optax and scikit-learn. The teacher is trained on half of the
+images. The student is trained twice on a hundred of them: with the labels alone, and with the teacher's logits as well.
+The script prints the accuracies on the other half.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TEACHER_WIDTH, STUDENT_WIDTH = 128, 32
 STUDENT_IMAGES = 100
 BATCH = 32
 WARMUP = 20  # epochs
-# In the ranges that the authors used on CIFAR-100: `gklx.settings["cifar100-gkl"]`.
+# Within the ranges published for CIFAR-100: `gklx.settings["cifar100-gkl"]`.
 MSE_WEIGHT, CE_WEIGHT, GAMMA, TEMPERATURE, PRIOR_TEMPERATURE = 4.0, 4.0, 0.3, 4.0, 4.0
 OPTIMIZER = optax.adam(3e-3)
 
@@ -32,16 +32,16 @@ Params = list[tuple[jax.Array, jax.Array]]
 
 
 class Samples(NamedTuple):
-    """Images and what is known of them; a pytree, so that `jax.tree.map` takes the same rows of all."""
+    """Images with labels and teacher; a pytree, so that `jax.tree.map` selects the same rows of all."""
 
     images: jax.Array
     labels: jax.Array
     teacher: jax.Array | None = None
-    """The teacher's logits, where there is one."""
+    """The teacher's logits; None without a teacher."""
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """The state of the training."""
 
     params: Params
     optimizer: optax.OptState
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A network, its accuracy on the images held out, and its mean loss in each epoch."""
+    """A network, its accuracy on the held-out images, and its mean loss in each epoch."""
 
     params: Params
     accuracy: float
@@ -80,8 +80,8 @@ def start(key: jax.Array, widths: tuple[int, ...], like: jax.Array) -> State:
     return State(params, OPTIMIZER.init(params), gklx.ClassPriorState.uniform(CLASSES, like=like))
 
 
-def loss(params: Params, batch: Samples, table: jax.Array, warmth: jax.Array) -> jax.Array:
-    """Cross-entropy with the labels, plus GKL to the teacher where there is one."""
+def loss(params: Params, batch: Samples, table: jax.Array, warmup: jax.Array) -> jax.Array:
+    """The cross-entropy with the labels, plus GKL if there is a teacher."""
     student = logits(params, batch.images)
     hard = optax.losses.softmax_cross_entropy_with_integer_labels(student, batch.labels).mean()
     if batch.teacher is None:
@@ -91,24 +91,24 @@ def loss(params: Params, batch: Samples, table: jax.Array, warmth: jax.Array) ->
         batch.teacher,
         prior=table,
         labels=batch.labels,
-        mse_weight=warmth * MSE_WEIGHT,
-        ce_weight=warmth * CE_WEIGHT,
+        mse_weight=warmup * MSE_WEIGHT,
+        ce_weight=warmup * CE_WEIGHT,
         gamma=GAMMA,
         temperature=TEMPERATURE,
     )
 
 
-# The old state is not needed any more, so its memory is given to the new one.
+# The old state is not used again, so its memory is donated to the new one.
 @partial(jax.jit, donate_argnames="state")
-def epoch(state: State, samples: Samples, order: jax.Array, warmth: jax.Array) -> tuple[State, jax.Array]:
-    """One pass over the batches whose rows `order` [steps, batch] names; also the mean loss.
+def epoch(state: State, samples: Samples, order: jax.Array, warmup: jax.Array) -> tuple[State, jax.Array]:
+    """One pass over the batches, whose rows are in `order` [steps, batch]; the new state and the mean loss.
 
-    `warmth` is traced: an epoch with other loss weights compiles nothing anew.
+    `warmup` is traced, so that an epoch with other loss weights is not compiled again.
     """
 
     def step(state: State, rows: jax.Array) -> tuple[State, jax.Array]:
         batch = jax.tree.map(lambda x: x[rows], samples)
-        value, gradient = jax.value_and_grad(loss)(state.params, batch, state.prior.table, warmth)
+        value, gradient = jax.value_and_grad(loss)(state.params, batch, state.prior.table, warmup)
         updates, optimizer = OPTIMIZER.update(gradient, state.optimizer, state.params)
         prior = state.prior
         if batch.teacher is not None:
@@ -120,14 +120,14 @@ def epoch(state: State, samples: Samples, order: jax.Array, warmth: jax.Array) -
 
 
 def accuracy(params: Params, samples: Samples) -> float:
-    """The share of images whose largest logit is that of their label."""
+    """The fraction of images whose largest logit is that of their label."""
     return float((logits(params, samples.images).argmax(axis=-1) == samples.labels).mean())
 
 
 def train(
     key: jax.Array, width: int, seen: Samples, held_out: Samples, *, epochs: int, steps: int | None = None
 ) -> Trained:
-    """Trains a network of one hidden layer; the same key gives the same start and the same batches."""
+    """Train a network with one hidden layer; the key determines the initial network and the batches."""
     to_start, to_shuffle = jax.random.split(key)
     count, pixels = seen.images.shape
     state = start(to_start, (pixels, width, CLASSES), seen.images)
@@ -142,7 +142,7 @@ def train(
 
 
 def digits(seed: int) -> tuple[Samples, Samples]:
-    """The two halves of the images."""
+    """The images to train on, and the held-out images."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(
         (images / 16).astype(np.float32), labels.astype(np.int32), test_size=0.5, random_state=seed, stratify=labels
@@ -152,7 +152,7 @@ def digits(seed: int) -> tuple[Samples, Samples]:
 
 
 def positive(text: str) -> int:
-    """A number of at least 1 from the command line."""
+    """Parse an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
@@ -160,11 +160,11 @@ def positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Trained]:
-    """Trains the three networks and prints their accuracies."""
+    """Train the three networks and print their accuracies."""
     parser = argparse.ArgumentParser(description="Distil a teacher into a small student, on handwritten digits.")
-    parser.add_argument("--epochs", type=positive, default=100, help="passes over the images, of each network")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, the networks and the batches")
-    parser.add_argument("--steps", type=positive, help="at most so many batches an epoch; all where not given")
+    parser.add_argument("--epochs", type=positive, default=100, help="epochs of each network")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split, the networks and the batches")
+    parser.add_argument("--steps", type=positive, help="the largest number of batches per epoch [all]")
     given = parser.parse_args(argv)
 
     seen, held_out = digits(given.seed)
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Trained]:
     teacher = run(to_teacher, TEACHER_WIDTH, seen)
     few = jax.tree.map(lambda x: x[:STUDENT_IMAGES], seen)
     alone = run(to_student, STUDENT_WIDTH, few)
-    # The images are not augmented and the teacher is frozen: its logits are always these.
+    # The images are not augmented and the teacher is frozen, so its logits are computed once.
     distilled = run(to_student, STUDENT_WIDTH, few._replace(teacher=logits(teacher.params, few.images)))
     results = {"teacher": teacher, "student alone": alone, "student distilled": distilled}
     for name, trained in results.items():

@@ -1,8 +1,8 @@
-"""Distils a network into a smaller one with GKL, in PyTorch, on scikit-learn's handwritten digits.
+"""Distil a network into a smaller one with GKL, in PyTorch, on scikit-learn's handwritten digits.
 
-Run it as `python examples/train_torch.py`; it needs PyTorch and scikit-learn. A teacher learns from half of the
-images. Two equal students then learn from 200 of these in the same order, one from the labels alone and one from labels
-and teacher. What is printed is measured on the other half.
+Run it as `python examples/train_torch.py`; it needs PyTorch and scikit-learn. A teacher is trained on half of the
+images. Two equal students are then trained on 200 of them in the same order, one with the labels alone and one with
+labels and teacher. The script prints results on the other half.
 """
 
 import argparse
@@ -25,15 +25,15 @@ FEW = 200
 TEACHER_EPOCHS = 20
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From images, logits and labels to the loss of a batch."""
+"""Computes the loss of a batch from images, logits and labels."""
 
 
 class Measured(NamedTuple):
-    """What is measured on the held-out images."""
+    """The results on the held-out images."""
 
     accuracy: float
     divergence: float
-    """KL(teacher ‖ network), the mean over the images."""
+    """KL(teacher ‖ network), averaged over the images."""
 
 
 def make_teacher() -> nn.Module:
@@ -51,14 +51,14 @@ def make_teacher() -> nn.Module:
 
 
 def make_student() -> nn.Module:
-    """One convolution of 8 channels, with a twentieth of the teacher's parameters."""
+    """A network with one convolution of 8 channels and a twentieth of the teacher's parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8 * 4 * 4, CLASSES)
     )
 
 
 def make_criterion() -> GKLLoss:
-    """GKL within the published ranges for CIFAR-100, `gklx.settings["cifar100-gkl"]`."""
+    """GKL with weights in the ranges published for CIFAR-100: `gklx.settings["cifar100-gkl"]`."""
     return GKLLoss(
         CLASSES,
         mse_weight=4.0,
@@ -71,7 +71,7 @@ def make_criterion() -> GKLLoss:
 
 
 def split(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """Half of the 1,797 images to learn from, half held out; [N, 1, 8, 8] with values in [0, 1]."""
+    """Half of the 1,797 images to train on, half held out; [N, 1, 8, 8] with values in [0, 1]."""
     pixels, digits = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16.0, dtype=torch.float32).reshape(-1, 1, 8, 8)
     labels = torch.tensor(digits, dtype=torch.int64)
@@ -89,7 +89,7 @@ def train(
     seed: int = 0,
     end_epoch: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Trains for so many epochs, or steps if they are fewer; the mean loss of each epoch."""
+    """Train for `epochs`, but for `steps` batches at most; return the mean loss of each epoch."""
     loader = DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     network.train()
@@ -112,12 +112,12 @@ def train(
 
 
 def from_labels(images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of a network that learns from the labels alone."""
+    """The loss with the labels alone."""
     return nn.functional.cross_entropy(logits, labels)
 
 
 def from_teacher(teacher: nn.Module, criterion: GKLLoss) -> Loss:
-    """The loss of a student that learns from the labels and from a frozen teacher."""
+    """The loss with the labels and a frozen teacher."""
 
     def loss_of(images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -129,7 +129,7 @@ def from_teacher(teacher: nn.Module, criterion: GKLLoss) -> Loss:
 
 @torch.no_grad()
 def measure(network: nn.Module, teacher: nn.Module, data: TensorDataset) -> Measured:
-    """Accuracy, and how far the network's softmax is from the teacher's."""
+    """The accuracy, and KL from the teacher."""
     images, labels = data.tensors
     logits = network(images)
     accuracy = (logits.argmax(dim=-1) == labels).double().mean().item()
@@ -137,7 +137,7 @@ def measure(network: nn.Module, teacher: nn.Module, data: TensorDataset) -> Meas
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as argparse reads it."""
+    """Parse an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -145,11 +145,11 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Measured]:
-    """Trains the three networks, prints what they reach and returns it."""
+    """Train the three networks, print their results and return them."""
     parser = argparse.ArgumentParser(description="Distil a network into a smaller one with GKL, on handwritten digits.")
     parser.add_argument("--epochs", type=positive, default=150, help="epochs of a student (default %(default)s)")
-    parser.add_argument("--steps", type=positive, help="stop each network after so many steps, if they are fewer")
-    parser.add_argument("--seed", type=int, default=0, help="of the split, networks and order (default %(default)s)")
+    parser.add_argument("--steps", type=positive, help="the largest number of steps of each network")
+    parser.add_argument("--seed", type=int, default=0, help="seed of split, networks and order (default %(default)s)")
     options = parser.parse_args(argv)
     seen, held_out = split(options.seed)
     few = TensorDataset(*seen[:FEW])
@@ -177,5 +177,5 @@ def main(argv: list[str] | None = None) -> dict[str, Measured]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # for networks this small the threads cost more than they give
+    torch.set_num_threads(1)  # for such small networks more threads are slower
     main()

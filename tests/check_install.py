@@ -14,7 +14,7 @@ from gklx._run import cpu
 
 
 def main(kind: str) -> None:
-    """Exits with an error for each missing part."""
+    """Exit with an error if a part is missing or a result is wrong."""
     package = Path(gklx.__file__).parent
     sources = Path(__file__).resolve().parents[1] / "src"
     assert sources not in package.parents, f"{package} is the source tree, not an installation"

@@ -1,4 +1,4 @@
-"""Runs a test on every backend that takes part, and in every dtype that the backend is tested in."""
+"""Runs a test on every selected backend, and in every dtype that the backend is tested in."""
 
 import os
 import zlib
@@ -35,9 +35,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases for which others stand; marks those to be compiled optimised.
+    """Deselects the cases that other ones cover, and marks those whose programs are compiled with optimisations.
 
-    These are what a costly backend does not run, and under `GKLX_SAMPLE=N` all but about one in N cases of each
+    Deselected is what a costly backend does not run, and under `GKLX_SAMPLE=N` all but about one in N cases of each
     parametrised test: the same ones in every run.
     """
     for item in items:
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
         if isinstance(backend, backends.Backend) and backend.traced:
             item.add_marker("optimized_programs")
 
-    def left_out(item):
+    def is_covered_elsewhere(item):
         given = item.callspec.params if hasattr(item, "callspec") else {}
         backend, dtype, case, mask = (given.get(name) for name in ("backend", "dtype", "case", "mask"))
         if not isinstance(backend, backends.Backend):
@@ -56,20 +56,24 @@ def pytest_collection_modifyitems(config, items):
         case, mask = case if isinstance(case, Case) else None, mask if isinstance(mask, str) else None
         return not backends.takes_part(backend, dtype, case, mask)
 
-    out = [item for item in items if left_out(item)]
+    out = {item for item in items if is_covered_elsewhere(item)}
     if backends.SAMPLE > 1:
-        out_already, sampled = set(out), set()
-        for item in items:
-            if item in out_already or not hasattr(item, "callspec") or item.get_closest_marker("supports"):
-                continue
-            test = item.nodeid.partition("[")[0]
-            if test in sampled and zlib.crc32(item.nodeid.encode()) % backends.SAMPLE:
-                out.append(item)
-            sampled.add(test)
+        out |= not_sampled([item for item in items if item not in out])
     if out:
-        config.hook.pytest_deselected(items=out)
-        deselected = set(out)
-        items[:] = [item for item in items if item not in deselected]
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
+
+
+def not_sampled(items):
+    """The cases that are left out of a sample; every test keeps its first case, and those behind the table keep all."""
+    out, tests = set(), set()
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        parametrised = hasattr(item, "callspec") and not item.get_closest_marker("supports")
+        if parametrised and test in tests and zlib.crc32(item.nodeid.encode()) % backends.SAMPLE:
+            out.add(item)
+        tests.add(test)
+    return out
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ SAMPLES, CLASSES = 3000, 200
 COMMAND = (sys.executable, "-m", "gklx", "score")
 
 
-def saved_in(folder):
-    """Paths of the student's and the teacher's logits and of labels."""
+def save_dumps(folder):
+    """Save the student's and the teacher's logits and labels; return their paths."""
     rng = np.random.default_rng(3)
     paths = [str(folder / f"{name}.npy") for name in ("student", "teacher", "labels")]
     for path in paths[:2]:

@@ -14,8 +14,8 @@ import numpy as np
 EXACT = decimal.Context(prec=2000, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])  # for differences of floats
 CONTEXT = decimal.Context(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[])
 INF, NAN = math.inf, math.nan
-OWN = Decimal("1e-55")  # of the decimals' own rounding
-ZERO, ONE, NOTHING = Decimal(0), Decimal(1), Decimal("NaN")
+DECIMAL_ERROR = Decimal("1e-55")  # of the decimals' own rounding
+ZERO, ONE, DECIMAL_NAN = Decimal(0), Decimal(1), Decimal("NaN")
 
 
 def evaluate(name, s, t, *, prior=None, labels=None, mse_weight=1.0, ce_weight=1.0, gamma=1.0, temperature=1.0,
@@ -24,8 +24,8 @@ def evaluate(name, s, t, *, prior=None, labels=None, mse_weight=1.0, ce_weight=1
     """Value, gradient to the student, gradient to the teacher, and the three bounds of their errors in `dtype`.
 
     Arrays are NumPy's float64, of values that the dtype holds. An infinite bound: a factor or a summand is beyond the
-    dtype, so that the entry may be anything but NaN. NaN as a bound: it may be NaN as well, since it depends on
-    underflow whether an infinite difference counts.
+    dtype, so that the entry may be anything but NaN. A bound of NaN allows NaN too, since underflow decides whether an
+    infinite difference has a weight.
     """
     with decimal.localcontext(CONTEXT):
         kind = np.dtype(dtype).type
@@ -43,7 +43,7 @@ LAST["float64"] = (2.0**-52, 2.0**-1074)
 
 
 def fault(found, wanted, bound, dtype):
-    """A description of what is wrong with an array of `dtype`; "" where nothing is."""
+    """A description of the first wrong entry of an array of `dtype`; "" if there is none."""
     with np.errstate(all="ignore"):
         largest, (unit, smallest) = LARGEST[dtype], LAST[dtype]
         allowed = bound + unit * abs(wanted) + smallest
@@ -59,11 +59,11 @@ def fault(found, wanted, bound, dtype):
 
 
 class Row:
-    """The quantities of a sample, and for each `x` the bound of its error, `x_off`."""
+    """The quantities of a sample; the bound of the error of `x` is `x_off`."""
 
 
 def softmax(x, temperature, unit):
-    """Logarithms of the probabilities, the probabilities and the relative errors of these."""
+    """Log-probabilities, probabilities, the latter's relative errors, the scaled logits and the log of their sum."""
     top = max(x)
     z = [None if v == -INF else (Decimal(v) - Decimal(top)) / temperature for v in x]
     e = [ZERO if v is None else v.exp() for v in z]
@@ -88,7 +88,7 @@ class _Evaluation:
         self.reduction, self.unit, self.tiny, self.largest = reduction, unit, tiny, largest
 
     def row(self, a, b, w):
-        """A row of its valid classes alone, finite or infinite; `w` is its prior or None."""
+        """The quantities of a row that is cut to its valid classes; `w` is its prior or None."""
         row, unit, tiny = Row(), self.unit, self.tiny
         row.w_nan = (w is None and (any(map(math.isnan, b)) or math.isinf(max(b)))) or (
             w is not None and not all(x >= 0 for x in w)
@@ -108,7 +108,7 @@ class _Evaluation:
         row.ce = log_s - sum(p[j] * z_s[j] for j in both)
         row.ce_off = unit * (1 + log_s) + sum((p[j] * (p_off[j] + unit) + tiny) * -z_s[j] for j in both)
         row.kl = sum(p[j] * (log_p[j] - log_q[j]) for j in both) if self.kl else ZERO
-        row.kl_off = OWN * (1 + sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both))
+        row.kl_off = DECIMAL_ERROR * (1 + sum(p[j] * (abs(log_p[j]) + abs(log_q[j])) for j in both))
         for j in n if self.kl else ():
             ratio = log_p[j] - log_q[j] if j in both else ZERO
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]
@@ -126,7 +126,7 @@ class _Evaluation:
         share = sum(row.u[j] for j in some)
         mean = sum(row.u[j] * d[j] for j in some) / share if some else ZERO
         row.c = [d[j] - mean if j in some else ZERO for j in n]
-        own_off = max((abs(d[j]) for j in some), default=ZERO) * OWN
+        own_off = max((abs(d[j]) for j in some), default=ZERO) * DECIMAL_ERROR
         d_off = [unit * abs(d[j]) + own_off if j in some else ZERO for j in n]
         mean_off = sum(row.u[j] * (d_off[j] + row.u_off[j] * abs(row.c[j])) + tiny * abs(row.c[j]) for j in some)
         c_off = [x + mean_off for x in d_off]
@@ -203,10 +203,10 @@ class _Evaluation:
         """The contribution of a row to the value, and its bound."""
         part, off = ZERO, self.tiny
         if row.undefined and (self.kl or self.ce_weight != 0):
-            return NOTHING, ZERO
+            return DECIMAL_NAN, ZERO
         if not self.kl and self.mse_weight != 0:
             if self.spoiled or row.w_nan:
-                return NOTHING, ZERO
+                return DECIMAL_NAN, ZERO
             if row.undefined:
                 return self.undefined_energy(row, share)
         if self.kl or self.ce_weight != 0:
@@ -218,7 +218,7 @@ class _Evaluation:
         if not self.kl and self.mse_weight != 0:
             by = self.energy_factor(row, share)
             if row.vague:
-                return NOTHING, NOTHING
+                return DECIMAL_NAN, DECIMAL_NAN
             if max(by, row.energy) > self.largest / 64 and not (row.infinite and by):
                 return ZERO, Decimal(INF)
             part += Decimal(INF) if row.infinite and by else by * row.energy
@@ -227,11 +227,11 @@ class _Evaluation:
         return part, off
 
     def undefined_energy(self, row, share, u=ONE):
-        """NaN times what E, or the gradient of a class of weight u, is multiplied by: 0 where that is 0."""
+        """The contribution of an undefined E, or of its gradient to a class of weight u: NaN; 0 if the factor is 0."""
         by = self.energy_factor(row, share)
         if by * u == 0:
             return ZERO, ZERO
-        return NOTHING, NOTHING if min(by, u) < 8 * self.tiny else ZERO  # which may underflow
+        return DECIMAL_NAN, DECIMAL_NAN if min(by, u) < 8 * self.tiny else ZERO  # which may underflow
 
     def gradient(self, row, share):
         """For each class, to the student, to the teacher, and their bounds."""
@@ -241,11 +241,11 @@ class _Evaluation:
                 if self.mse_weight != 0:
                     nothing = row.w_nan or self.spoiled
                     pull = (
-                        (NOTHING, ZERO)
+                        (DECIMAL_NAN, ZERO)
                         if nothing
                         else self.undefined_energy(row, share, ONE if not self.gamma else row.u[j])
                     )
-                gap = (NOTHING, ZERO) if self.ce_weight != 0 else pull if self.symmetric else (ZERO, ZERO)
+                gap = (DECIMAL_NAN, ZERO) if self.ce_weight != 0 else pull if self.symmetric else (ZERO, ZERO)
                 yield gap[0], pull[0], gap[1], pull[1]
                 continue
             by = share * self.ce_weight / self.temperature
@@ -256,25 +256,25 @@ class _Evaluation:
             pull, pull_off = self.pull(row, share, j) if self.mse_weight != 0 else (ZERO, ZERO)
             if self.symmetric:
                 both = gap_off == pull_off == INF  # one infinity less another
-                gap, gap_off = gap - pull, NOTHING if both else gap_off + pull_off
+                gap, gap_off = gap - pull, DECIMAL_NAN if both else gap_off + pull_off
             yield gap, pull, gap_off, pull_off
 
     def pull(self, row, share, j):
         """dE/dt of one class, and its bound."""
         if row.w_nan or self.spoiled:
-            return NOTHING, NOTHING
+            return DECIMAL_NAN, DECIMAL_NAN
         by = self.energy_factor(row, share)
         if row.vague:
-            return NOTHING, NOTHING
+            return DECIMAL_NAN, DECIMAL_NAN
         if by > self.largest / 64:
             opposite = len(set(row.infinite.values())) == 2 and row.u[j]  # there is no mean of d
-            return (NOTHING, NOTHING) if opposite else (ZERO, Decimal(INF))
+            return (DECIMAL_NAN, DECIMAL_NAN) if opposite else (ZERO, Decimal(INF))
         if row.infinite and by:
             signs = {row.infinite[j]} if j in row.infinite else {-x for x in row.infinite.values()}
             if not row.u[j]:
                 return ZERO, ZERO
             if len(signs) == 2 or row.u[j] < 8 * self.tiny:
-                return NOTHING, NOTHING
+                return DECIMAL_NAN, DECIMAL_NAN
             return Decimal(INF) * signs.pop(), ZERO
         found = by * row.pull[j]
         off = by * row.pull_off[j] + abs(found) * (2 * row.W_off + self.factor_off + 4 * self.unit)

@@ -1,10 +1,10 @@
 """Mutants of the mathematics: one operator, comparison or number changed at a time, and the tests run on each.
 
 `python tests/mutants.py formulas` (or `kernel`) tries all of them, `--sample 40 --seed 1` some. It prints each mutant
-that no test turns red, and fails unless `EQUIVALENT` says why nobody could.
+that passes all tests, and fails unless `EQUIVALENT` says why no test can detect it.
 
-The tests are collected once; a mutant lives in a fork of that process. A mutant of the formulas is executed in their
-module, one of the kernel is compiled without optimisation for any processor and loaded in place of the library.
+The tests are collected once, and each mutant runs in a fork of that process. A mutant of the formulas is executed in
+their module; one of the kernel is compiled, without optimisation, and loaded in place of the library.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _OPERATORS = {
 _FUNCTIONS = {"max": "min", "any": "all", "exp": "expm1", "expm1": "exp", "isinf": "isnan", "isnan": "isinf"}
 
 
-def _changed(node: ast.AST) -> Iterator[tuple[str, object]]:
+def _replacements(node: ast.AST) -> Iterator[tuple[str, object]]:
     """The fields of a node, and their possible replacements."""
     match node:
         case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in _OPERATORS:
@@ -69,7 +69,7 @@ def _changed(node: ast.AST) -> Iterator[tuple[str, object]]:
             yield "attr", _FUNCTIONS[name]
 
 
-def of_formulas(_: pathlib.Path) -> Iterator[Mutant]:
+def formula_mutants(_: pathlib.Path) -> Iterator[Mutant]:
     for module in ("formulas", "batch"):
         path = PACKAGE / "_core" / f"{module}.py"
         source = path.read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def of_formulas(_: pathlib.Path) -> Iterator[Mutant]:
         for function in (x for x in tree.body if isinstance(x, ast.FunctionDef)):
             for statement in function.body:
                 for node in ast.walk(statement):
-                    for field, new in _changed(node):
+                    for field, new in _replacements(node):
                         old, before = getattr(node, field), ast.unparse(node)
                         setattr(node, field, new)
                         name = f"{module}.{function.name}: {before}  ->  {ast.unparse(node)}"
@@ -89,13 +89,13 @@ def of_formulas(_: pathlib.Path) -> Iterator[Mutant]:
 
 
 def _execute(module: str, code: object) -> None:
-    """The functions that others look up in the module are then the mutant's."""
+    """Replace the functions of the module by the mutant's."""
     exec(code, vars(importlib.import_module(f"gklx._core.{module}")))
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
 
-# Which part of a file is the mathematics: from here to there. test_kernel.py tests the rest, each type and layout.
+# The part of a file that is mathematics: from the first text to the last. test_kernel.py covers types and layouts.
 _MATHEMATICS = {
     "row.h": ("template <class R> GKLX_BOTH R exponential", None),
     "loops.h": ("// A row of valid classes", None),
@@ -110,7 +110,7 @@ _PLACES = re.compile(
 )
 
 
-def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
+def kernel_mutants(folder: pathlib.Path) -> Iterator[Mutant]:
     sources = PACKAGE / "_kernels"
     _compile(sources, folder / "whole.so")
     for name, (first, last) in _MATHEMATICS.items():
@@ -131,7 +131,7 @@ def of_kernel(folder: pathlib.Path) -> Iterator[Mutant]:
 
 
 def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
-    """Compiles fast to slow code, for the baseline instruction set of every processor."""
+    """Compile without optimisation, to be quick, for the baseline instruction set."""
     options = (
         "-std=c++17",
         "-O0",
@@ -165,7 +165,7 @@ def _load(folder: pathlib.Path, name: str, changed: str) -> None:
     cpu._instruction_set.cache_clear()
 
 
-# --- the tests on each ------------------------------------------------------------------------------------------------
+# --- the tests on each mutant -----------------------------------------------------------------------------------------
 
 _NOT_A_PROGRAM = 77
 _SELECTED = {
@@ -173,20 +173,20 @@ _SELECTED = {
     "kernel": "numpy and not formulas and not float16",
 }
 _TESTS = (
-    "test_against_definition.py::test_value_and_gradients",
+    "test_against_definition.py::test_value_and_gradients_are_those_of_the_definition",
     "test_extremes.py",
-    "test_right_numbers.py::test_the_same_fill_in_both_networks",
-    "test_right_numbers.py::test_opposite_offsets",
+    "test_right_numbers.py::test_same_fill_value_in_both_networks",
+    "test_right_numbers.py::test_opposite_offsets_of_the_networks",
     "test_right_numbers.py::test_kl_is_not_negative",
     "test_right_numbers.py::test_scales_of_the_prior",
-    "test_score_fidelity.py::test_kl_the_other_way_round_and_low_quantiles",
-    "test_blocks.py::test_blocks_are_the_whole",
+    "test_score_fidelity.py::test_reverse_kl_and_low_quantiles",
+    "test_blocks.py::test_blocks_give_the_results_of_the_whole_batch",
 )
-MUTANTS = {"formulas": of_formulas, "kernel": of_kernel}
+MUTANTS = {"formulas": formula_mutants, "kernel": kernel_mutants}
 
 
-class EachMutant:
-    """A pytest plugin: runs the collected tests on each mutant, until one fails."""
+class MutantRunner:
+    """A pytest plugin that runs the collected tests on each mutant, until one fails."""
 
     def __init__(self, mutants: list[Mutant]) -> None:
         self.mutants, self.outcomes = mutants, Counter()
@@ -239,7 +239,7 @@ def main() -> int:
             os.environ["GKLX_KERNEL_LIBRARY"] = str(pathlib.Path(folder) / "whole.so")
         if options.sample is not None:
             mutants = random.Random(options.seed).sample(mutants, min(options.sample, len(mutants)))
-        plugin = EachMutant(mutants)
+        plugin = MutantRunner(mutants)
         arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", _SELECTED[options.execution]]
         status = pytest.main([*arguments, *(str(HERE / test) for test in _TESTS)], plugins=[plugin])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -251,7 +251,8 @@ def main() -> int:
     return bool(unexplained)
 
 
-# Mutants that compute the same, differ where any outcome is right, or where NumPy does not come: another test is named.
+# Mutants that compute the same, that differ where any outcome is right, or that NumPy does not reach (the test that
+# detects them is named).
 EQUIVALENT: dict[str, str] = {
     "formulas.rows_of: False  ->  True  in  "
     "s, t = (xp.astype(x, call.dtype, copy=False) for x in (arrays.student, arrays.teacher))": "a copy is the same",
@@ -282,7 +283,7 @@ EQUIVALENT: dict[str, str] = {
         "NumPy's expm1(-x) is never below -x, as another library's may be; test_kl_is_not_negative"
     ),
     "formulas.class_weights: ~rows.has_valid  ->  ~~rows.has_valid": (
-        "NumPy's labels are read and refused; test_what_nobody_read_is_nan_and_no_plausible_number"
+        "NumPy's labels are read and refused; test_invalid_arguments_of_a_compiled_loss_give_nan"
     ),
     "batch.factors_of: share * upstream  ->  share / upstream": (
         "NumPy has no upstream gradient; test_compiled_without_a_graph_break"

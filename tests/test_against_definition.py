@@ -1,4 +1,4 @@
-"""Values and gradients of every loss, on every backend and dtype, against all pairs of the definition."""
+"""Every loss and its gradients, on every backend and dtype, against the definition over all pairs of classes."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from closeness import assert_close, ulps_of
 @pytest.mark.supports("mixed precision", "NumPy", "Dask")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_value_and_gradients(backend, dtype, case, mask):
+def test_value_and_gradients_are_those_of_the_definition(backend, dtype, case, mask):
     s, t, arrays = call(case, mask)
     given_s, given_t, given = on(backend, dtype, s, t, arrays)
     exact_s, exact_t, exact = rounded(backend, dtype, s, t, arrays)
@@ -36,7 +36,7 @@ def test_value_and_gradients(backend, dtype, case, mask):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3)], ids=str)
-def test_batch_axes(backend, case, batch):
+def test_any_batch_axes_are_accepted(backend, case, batch):
     s, t, arrays = call(case, "none", batch=batch)
     value, to_s, to_t = oracle.evaluate(case.loss, s, t, **case.settings, **arrays)
     given_s, given_t, given = on(backend, "float64", s, t, arrays)
@@ -47,7 +47,7 @@ def test_batch_axes(backend, case, batch):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.loss != "kl"], ids=lambda case: case.id)
-def test_terms_are_the_parts_and_sum_to_the_loss(backend, case):
+def test_terms_are_wmse_and_ce_and_sum_to_the_loss(backend, case):
     s, t, arrays = call(case, "samples")
     given_s, given_t, given = on(backend, "float64", s, t, arrays)
     parts = backend.wrap(gklx.terms(loss_of(case)))(given_s, given_t, **given)
@@ -58,7 +58,7 @@ def test_terms_are_the_parts_and_sum_to_the_loss(backend, case):
     assert_close(parts.mse + parts.ce, backend.numpy(whole), backend, "float64", ulps=4)
 
 
-def test_one_class(backend):
+def test_loss_of_one_class_is_zero(backend):
     one = backend.array([[3.0], [-2.0]])
     other = backend.array([[1.0], [5.0]])
     for loss in (gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl):
@@ -68,7 +68,7 @@ def test_one_class(backend):
             assert_close(gradient, [[0.0], [0.0]], backend, "float64", ulps=0)
 
 
-def test_mixed_precision_of_student_and_teacher(backend):
+def test_student_and_teacher_may_differ_in_dtype(backend):
     s, t, _ = call(CASES[0], "none")
     student, teacher = backend.array(s, "float32"), backend.array(t, "float64")
     value, to_s, to_t = oracle.evaluate("gkl", backend.rounded(s, "float32"), t)
@@ -78,7 +78,7 @@ def test_mixed_precision_of_student_and_teacher(backend):
     assert_close(got_t, to_t, backend, "float64", ulps=32)
 
 
-def test_argnums_follow_jax(backend):
+def test_argnums_choose_gradients_as_in_jax(backend):
     # The kernel has a loop for one gradient and one for both; a compiler need not contract them alike.
     ulps = 4 if backend.execution == "kernel" else 0
     s, t, _ = call(CASES[0], "none")

@@ -1,6 +1,6 @@
-"""All libraries in one process, on the same inputs: every loss, dtype and reduction, value and gradients.
+"""All libraries in one process give the same values and gradients, for every loss, dtype and reduction.
 
-The others are compared with NumPy. `test_against_definition.py` compares each library with the definition, with every
+Each library is compared with NumPy. `test_against_definition.py` compares each library with the definition, with every
 mask.
 """
 
@@ -19,7 +19,7 @@ NUMPY = backends.BACKENDS[0]
 
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_library_agrees_with_numpy(backend, dtype, case, mask):
+def test_library_agrees_with_numpy(backend, dtype, case, mask):
     if dtype == "bfloat16":
         pytest.skip("NumPy has no bfloat16; the comparison with the definition covers it")
     arguments = call(case, mask, batch=(3, 2), classes=11, seed=7)

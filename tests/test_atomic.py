@@ -14,7 +14,7 @@ from gklx._scoring.atomic import check_writable, replacing
 pytestmark = pytest.mark.library_independent
 
 
-def test_a_file_takes_its_place_at_the_end(tmp_path):
+def test_file_is_replaced_when_the_block_ends(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o640)
@@ -26,7 +26,7 @@ def test_a_file_takes_its_place_at_the_end(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_new_file_obeys_the_umask(tmp_path):
+def test_new_file_obeys_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
         with replacing(tmp_path / "x") as part:
@@ -38,7 +38,7 @@ def test_a_new_file_obeys_the_umask(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
 @pytest.mark.parametrize("old", ["old", None])
-def test_an_interruption_leaves_the_old_file_or_none(tmp_path, error, old):
+def test_interruption_leaves_the_old_file_or_none(tmp_path, error, old):
     path = tmp_path / "x"
     if old:
         path.write_text(old)
@@ -53,7 +53,7 @@ def test_an_interruption_leaves_the_old_file_or_none(tmp_path, error, old):
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == ({"x": old} if old else {})
 
 
-def test_a_link_is_followed(tmp_path):
+def test_symbolic_link_is_followed(tmp_path):
     (tmp_path / "x").symlink_to(tmp_path / "there")
     with replacing(tmp_path / "x") as part:
         part.write_text("new")
@@ -62,7 +62,7 @@ def test_a_link_is_followed(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-def test_a_device_is_written_and_stays():
+def test_device_is_written_in_place():
     with pytest.raises(OSError, match=r"No space left.*'/dev/full'$") as caught, replacing("/dev/full") as part:
         part.write_text("x")
     assert caught.value.errno == errno.ENOSPC
@@ -70,7 +70,7 @@ def test_a_device_is_written_and_stays():
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
-def test_a_pipe_is_written_and_stays(tmp_path):
+def test_pipe_is_written_in_place(tmp_path):
     path = tmp_path / "x"
     os.mkfifo(path)
     got = []
@@ -85,15 +85,15 @@ def test_a_pipe_is_written_and_stays(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such device here")
-def test_the_standard_output_is_written_where_it_is_a_pipe():
+def test_dev_stdout_is_written_when_it_is_a_pipe():
     assert _python('with replacing("/dev/stdout") as part: part.write_text("new")') == "new"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on files here")
-def test_a_disk_that_fills_up_is_an_error_with_the_name_and_leaves_the_old_file(tmp_path):
+def test_full_disk_raises_an_error_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
-    said = _python(
+    output_text = _python(
         "import resource, signal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -101,12 +101,12 @@ def test_a_disk_that_fills_up_is_an_error_with_the_name_and_leaves_the_old_file(
         f"    with replacing({str(path)!r}) as part: part.write_bytes(bytes(5000))\n"
         "except OSError as error: print(error)\n"
     )
-    assert said.strip().endswith(f"File too large: {str(path)!r}")
+    assert output_text.strip().endswith(f"File too large: {str(path)!r}")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_a_read_only_file_is_replaced_and_stays_so(tmp_path):
+def test_read_only_file_is_replaced_and_stays_read_only(tmp_path):
     path = tmp_path / "x"
     path.write_text("old")
     path.chmod(0o440)
@@ -127,7 +127,7 @@ def _python(code):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
 @pytest.mark.parametrize("name", ["x", "[a-z]*.json", "n" * 250])
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, name):
+def test_temporary_file_of_a_killed_process_is_removed_by_the_next(tmp_path, name):
     path = tmp_path / name
     code = f"""
 import sys
@@ -160,7 +160,7 @@ with replacing({str(path)!r}) as part:
     assert sorted(os.listdir(tmp_path)) == sorted([name, other.name, f".{name[:40]}.01234567.part"])
 
 
-def test_what_cannot_be_written(tmp_path):
+def test_check_writable_refuses_folders_and_missing_folders(tmp_path):
     with pytest.raises(ValueError, match=r"must be a file to write, got a directory$"):
         check_writable(tmp_path)
     with pytest.raises(ValueError, match=r"must be in a folder that exists, got .*none$"):
@@ -170,7 +170,7 @@ def test_what_cannot_be_written(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_may_not_be_written(tmp_path):
+def test_check_writable_refuses_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match=r"must be in a folder that may be written to"):
         check_writable(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""PyTorch and JAX differentiate the public functions, by the analytic gradient, and only what is asked for."""
+"""PyTorch's and JAX's autodiff return the analytic gradients, and compute only the requested ones."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def arguments(name, case, mask="none", dtype="float64"):
 
 @pytest.mark.parametrize("mask", ["none", "elements", "samples", "absent"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_torch_backward(torch, case, mask):
+def test_torch_backward_is_the_analytic_gradient(torch, case, mask):
     s, t, given = arguments("torch", case, mask)
     expected = gklx.grad(loss_of(case), (0, 1))(s, t, **given)
     for wanted in ((True, True), (True, False), (False, True)):
@@ -49,7 +49,7 @@ def test_torch_backward(torch, case, mask):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_torch_unreduced_with_upstream_weights(torch, case):
+def test_torch_backward_of_unreduced_losses_applies_the_upstream_gradient(torch, case):
     s, t, given = arguments("torch", case)
     upstream = torch.arange(1.0, 6.0, dtype=torch.float64)
     student, teacher = s.requires_grad_(), t.requires_grad_()
@@ -66,7 +66,7 @@ def test_torch_unreduced_with_upstream_weights(torch, case):
         assert_close(x.grad, exact.numpy(), BY_NAME["torch"], "float64", ulps=8)
 
 
-def test_torch_half_gradients_come_back_in_half(torch):
+def test_torch_gradients_of_half_precision_logits_are_in_half_precision(torch):
     for dtype in ("float16", "bfloat16"):
         s, t, _ = arguments("torch", CASES[0], dtype=dtype)
         student, teacher = s.requires_grad_(), t.requires_grad_()
@@ -99,7 +99,7 @@ def test_torch_second_derivative_of_dkl_is_that_of_kl(torch):
         assert_close(of_dkl, of_kl.numpy(), BY_NAME["torch"], "float64", ulps=64)
 
 
-def test_torch_keeps_no_graph_where_none_is_wanted(torch):
+def test_torch_records_no_graph_without_differentiable_logits(torch):
     s, t, _ = arguments("torch", CASES[0])
     assert not gklx.gkl(s, t).requires_grad
     with torch.no_grad():
@@ -110,8 +110,8 @@ def test_torch_keeps_no_graph_where_none_is_wanted(torch):
     assert not gklx.class_sums(s.clone().requires_grad_(), torch.zeros(5, dtype=torch.int64), 7).requires_grad
 
 
-def test_torch_value_of_value_and_grad_is_differentiated_by_the_analytic_gradient(torch):
-    """Through the formulas instead, the weights of DKL would get a gradient that they must not have."""
+def test_torch_value_from_value_and_grad_has_the_analytic_gradient(torch):
+    """Autograd through the formulas would differentiate DKL's class weights, which are constants."""
     s, t, _ = arguments("torch", CASES[0])
     student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
     value, gradient = gklx.value_and_grad(gklx.dkl, 1)(student, teacher)
@@ -120,7 +120,7 @@ def test_torch_value_of_value_and_grad_is_differentiated_by_the_analytic_gradien
     assert_close(teacher.grad, gradient.detach().numpy(), BY_NAME["torch"], "float64", ulps=16)
 
 
-def test_torch_forward_makes_the_gradients_that_are_asked_for_and_no_other(torch, monkeypatch, execution):
+def test_torch_forward_computes_only_the_requested_gradients(torch, monkeypatch, execution):
     from gklx._autodiff import torch as adapter
 
     asked = []
@@ -136,7 +136,7 @@ def test_torch_forward_makes_the_gradients_that_are_asked_for_and_no_other(torch
     assert asked == [{"value": True, "student": True, "teacher": False}]
 
 
-def test_torch_parts_are_differentiable(torch):
+def test_torch_terms_are_differentiable(torch):
     s, t, _ = arguments("torch", CASES[0])
     student = s.clone().requires_grad_()
     parts = gklx.terms(gklx.ikl)(student, t)
@@ -147,7 +147,7 @@ def test_torch_parts_are_differentiable(torch):
 
 @pytest.mark.parametrize("mask", ["none", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_jax_grad(jax, case, mask):
+def test_jax_grad_is_the_analytic_gradient(jax, case, mask):
     s, t, given = arguments("jax", case, mask)
     expected = gklx.grad(loss_of(case), (0, 1))(s, t, **given)
     loss = loss_of(case)
@@ -164,7 +164,7 @@ def test_jax_grad(jax, case, mask):
 
 
 @pytest.mark.supports("mixed precision", "JAX")
-def test_jax_grad_without_jit_and_in_half(jax):
+def test_jax_grad_of_eager_bfloat16_logits(jax):
     s, t, _ = arguments("jax", CASES[0], dtype="bfloat16")
     value, (to_s, to_t) = jax.value_and_grad(gklx.gkl, (0, 1))(s, t)
     exact = gklx.grad(gklx.gkl, (0, 1))(s.astype("float64"), t.astype("float64"))
@@ -210,13 +210,13 @@ def test_jax_hyper_parameters_may_be_traced(jax):
     assert loss(*(jax.numpy.asarray(x) for x in (0.5, 2.0, 3.0, 1.5, 4.0)))[0].dtype == "float64"
 
 
-def test_jax_says_that_hyper_parameters_are_not_differentiable(jax):
+def test_jax_gradient_of_a_hyper_parameter_is_an_error(jax):
     s, t, _ = arguments("jax", CASES[0])
     with pytest.raises(TypeError, match=r"^gamma must be held constant \(jax.lax.stop_gradient\)"):
         jax.grad(lambda gamma: gklx.gkl(s, t, gamma=gamma))(0.5)
 
 
-def test_jax_without_float64(jax):
+def test_jax_without_x64_computes_in_float32(jax):
     if hasattr(jax, "enable_x64"):
         narrow = jax.enable_x64(False)
     else:
@@ -235,8 +235,8 @@ def test_jax_without_float64(jax):
             jax.jit(jax.grad(gklx.gkl))(s, t)
 
 
-def test_nothing_is_attached_where_nothing_is_differentiated():
-    """NumPy has no autodiff; the same entry gives value and gradients from one sweep."""
+def test_numpy_value_and_gradients_come_from_one_pass():
+    """NumPy has no autodiff: the entry point returns value and gradient from one pass."""
     from gklx.losses import call_builder
 
     s, t, _ = call(CASES[0], "none")

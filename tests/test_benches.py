@@ -1,4 +1,4 @@
-"""The benches run from the command line and report what was asked for; no speed is asserted."""
+"""The benches run from the command line and report what their options request; no speed is asserted."""
 
 import csv
 import importlib
@@ -23,7 +23,7 @@ DRAWS = all(importlib.util.find_spec(name) for name in ("altair", "vl_convert"))
 
 
 def run(*command: str, before: Path | None = None) -> subprocess.CompletedProcess:
-    """A Python command; modules in the folder `before` are imported instead of installed ones."""
+    """Run Python; modules in the folder `before` take precedence over installed ones."""
     paths = [str(before or ""), os.environ.get("PYTHONPATH", ""), str(Path(gklx.__file__).parents[1])]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
@@ -72,7 +72,7 @@ def test_fuzz_of_files_finds_nothing(seed):
 # --- compare.py -------------------------------------------------------------------------------------------------------
 
 
-def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
+def test_compare_times_every_call_with_its_peer_and_a_copy(tmp_path):
     """One test, since parallel workers would each repeat the run."""
     page = quick("compare.py", "--output", str(tmp_path))
     rows = {(row["size"], row["library"], row["what"], row["peer"]): row for row in table(tmp_path)}
@@ -99,8 +99,11 @@ def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
         assert float(row["peer milliseconds"]) > 0
     (source,) = tmp_path.glob("*.md")
     assert source.read_text(encoding="utf-8") + "\n" == page
-    for said in ("made by `python benches/compare.py --quick`", f"of {sum(map(bool, expected.values()))} are met"):
-        assert said in page
+    for phrase in (
+        "made by `python benches/compare.py --quick`",
+        f"of {sum(map(bool, expected.values()))} are met",
+    ):
+        assert phrase in page
     pictures = {f"{source.stem}.svg"} if DRAWS else set()
     assert {path.name for path in tmp_path.iterdir()} == {f"{source.stem}.md", f"{source.stem}.csv"} | pictures
     for picture in pictures:
@@ -108,8 +111,8 @@ def test_compare_puts_every_call_beside_its_peer_and_a_copy(tmp_path):
         assert f"]({picture})" in page
 
 
-def test_compare_scores_files_beside_another_version(tmp_path):
-    """The other version is this one too, imported by another interpreter."""
+def test_compare_scores_files_with_another_version_too(tmp_path):
+    """The other version is this one, in another interpreter."""
     python = tmp_path / "python"
     source = shlex.quote(str(Path(gklx.__file__).parents[1]))
     python.write_text(f'#!/bin/sh\nPYTHONPATH={source} exec {shlex.quote(sys.executable)} "$@"\n')
@@ -127,7 +130,7 @@ def test_compare_scores_files_beside_another_version(tmp_path):
     assert 0.01 < float(rows["peak resident memory", "1 GB"]["ratio"]) < 1
 
 
-def test_compare_leaves_out_what_is_missing_and_writes_nothing_unasked(tmp_path):
+def test_compare_reports_missing_libraries_and_writes_only_to_output(tmp_path):
     (tmp_path / "jax.py").write_text("raise ImportError('hidden by the test')")
     before = files(BENCHES)
     page = quick("compare.py", "--only", "JAX|NumPy 8", before=tmp_path)
@@ -148,7 +151,7 @@ def test_compare_refuses_to_time_a_wrong_result():
     assert "from the definition in float64" in done.stderr
 
 
-def test_goals_are_met_on_their_side(monkeypatch):
+def test_goal_is_a_lower_or_an_upper_bound(monkeypatch):
     compare, timing = bench("compare", monkeypatch), bench("timing", monkeypatch)
     row = compare.Row("8 × 50", "NumPy", "kl", "a copy", 2.0, 1.0, timing.Spread(2.0, 1.5, 2.5), 2.0, False)
     cases = ((2.0, False, True), (1.9, False, False), (2.0, True, True), (2.1, True, False))
@@ -156,7 +159,7 @@ def test_goals_are_met_on_their_side(monkeypatch):
         assert row._replace(goal=goal, at_least=at_least).met is met
 
 
-def test_differences_are_by_the_largest_entry_of_a_row_and_nan_is_one(monkeypatch):
+def test_difference_is_relative_to_the_largest_entry_of_a_row(monkeypatch):
     difference = bench("definitions", monkeypatch).difference
     expected = [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.0]])]
     assert difference(expected, [np.asarray(2.0), np.asarray([[1.0, 4.0], [1.0, 1.5]])]) == 0.5
@@ -204,15 +207,17 @@ def test_scaling_fits_the_exponent(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
-def test_peak_of_memory(monkeypatch):
+def test_memory_peak_of_a_call(monkeypatch):
     found = bench("memory", monkeypatch).peak(lambda: np.ones(2**23))
     assert 2**26 <= found <= 1.1 * 2**26
 
 
-@pytest.mark.parametrize(("script", "said"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")])
-def test_quick_run_writes_nothing_unasked(script, said):
+@pytest.mark.parametrize(
+    ("script", "output_text"), [("scaling.py", "| form | held |"), ("scoring.py", "| numpy | kl, dkl,")]
+)
+def test_quick_run_writes_no_file(script, output_text):
     before = files(BENCHES)
-    assert said in quick(script)
+    assert output_text in quick(script)
     assert files(BENCHES) == before
 
 
@@ -220,7 +225,7 @@ def test_quick_run_writes_nothing_unasked(script, said):
 
 
 def gpu_sh(tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, str]:
-    """The script's run, and the summary that it left."""
+    """The finished run of the script, and its summary."""
     out = tmp_path / "out"
     env = os.environ | {"OUT": str(out), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment
     done = subprocess.run(
@@ -230,20 +235,20 @@ def gpu_sh(tmp_path, **environment: str) -> tuple[subprocess.CompletedProcess, s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
-def test_gpu_script_says_what_it_skips(tmp_path):
+def test_gpu_script_reports_skipped_parts(tmp_path):
     done, summary = gpu_sh(tmp_path, PARTS="a d")
     assert done.returncode == 0, done.stdout
     assert "a, kernels: skipped" in summary
     assert "d, benchmark: skipped" in summary
     assert "c, " not in summary
-    said = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
+    output_text = (tmp_path / "out" / "a.txt").read_text(encoding="utf-8")
     for library in ("torch", "cupy"):
-        assert f"{library}: skipped, " in said
+        assert f"{library}: skipped, " in output_text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
 @pytest.mark.skipif("torch" not in HERE, reason="PyTorch is not installed")
-def test_gpu_script_holds_a_library_to_the_definition_and_goes_on(tmp_path):
+def test_gpu_script_reports_a_wrong_loss_and_continues(tmp_path):
     """A wrong loss, imported in place of gklx's own, makes part a fail; part d still runs."""
     done, summary = gpu_sh(tmp_path, PARTS="a", DRY="1")
     assert done.returncode == 0, summary

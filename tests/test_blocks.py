@@ -22,28 +22,28 @@ SHAPES = ((5,), (3, 2), (3, 3), (3, 1, 2))
 
 
 @pytest.fixture
-def blocks_of(monkeypatch):
-    """Returns a function that sets the bytes of a block; only the formulas have blocks, so they run."""
+def set_block_bytes(monkeypatch):
+    """A function that sets the size of a block in bytes. The kernel is off, since only the formulas have blocks."""
     monkeypatch.setenv("GKLX_KERNEL", "0")
     torch = sys.modules.get("torch")
     if torch is not None:  # its blocks grow with its threads
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
-    def set_bytes(size):
+    def set_size(size):
         monkeypatch.setattr(libraries, "_BLOCK_ON_CPU", size)
 
-    return set_bytes
+    return set_size
 
 
-def in_blocks(backend):
-    """Skips backends that do not run the formulas in blocks; each library is tested once."""
+def skip_without_blocks(backend):
+    """Skip backends that do not run the formulas in blocks; each library is tested once."""
     if backend.execution == "kernel":
         pytest.skip(f"the kernel has no blocks; {backend.name}-formulas has them")
     if backend.library.block(backend.array([0.0])) == 0:
         pytest.skip(f"{backend.name} is given all rows at once")
 
 
-def outcomes(case, s, t, given):
+def values_and_gradients(case, s, t, given):
     values = [loss_of(case, reduction=how)(s, t, **given) for how in ("mean", "sum", "none")]
     gradients = [g for how in ("mean", "sum") for g in gklx.grad(loss_of(case, reduction=how), (0, 1))(s, t, **given)]
     return values, gradients
@@ -51,17 +51,17 @@ def outcomes(case, s, t, given):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
-def test_blocks_are_the_whole(backend, case, mask, blocks_of):
-    in_blocks(backend)
+def test_blocks_give_the_results_of_the_whole_batch(backend, case, mask, set_block_bytes):
+    skip_without_blocks(backend)
     for shape in SHAPES:
         s, t, arrays = call(case, mask, batch=shape)
         if "sample_weight" in arrays:  # of another size in each block
             arrays["sample_weight"] *= 8.0 ** np.arange(math.prod(shape)).reshape(shape)
         s, t, given = on(backend, "float64", s, t, arrays)
-        blocks_of(2**40)
-        whole = outcomes(case, s, t, given)
-        blocks_of(2 * 7 * 8)
-        parts = outcomes(case, s, t, given)
+        set_block_bytes(2**40)
+        whole = values_and_gradients(case, s, t, given)
+        set_block_bytes(2 * 7 * 8)
+        parts = values_and_gradients(case, s, t, given)
         for one, other in zip(parts[0], whole[0], strict=True):
             assert_close(backend.xp.asarray(one), backend.numpy(other), backend, "float64", ulps=4, by="entry")
         for one, other in zip(parts[1], whole[1], strict=True):
@@ -70,20 +70,20 @@ def test_blocks_are_the_whole(backend, case, mask, blocks_of):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (3, 7), (7,), (1, 3, 7), (2, 1, 7), (2, 3, 1), (1, 1, 1)])
-def test_where_of_fewer_axes_follows_its_block(backend, shape, blocks_of):
-    in_blocks(backend)
+def test_broadcast_where_is_cut_with_its_block(backend, shape, set_block_bytes):
+    skip_without_blocks(backend)
     s, t, _ = call(CASES[0], "none", batch=(2, 3))
     where = np.random.default_rng(0).random(shape) < 0.7
-    blocks_of(7 * 8)
+    set_block_bytes(7 * 8)
     found = gklx.grad(gklx.gkl)(backend.array(s), backend.array(t), where=backend.array(where))
     expected = gklx.grad(gklx.gkl)(s, t, where=np.broadcast_to(where, s.shape).copy())
     assert_close(found, expected, backend, "float64", ulps=16)
 
 
-def test_one_row_may_be_larger_than_a_block(blocks_of):
+def test_row_may_be_larger_than_a_block(set_block_bytes):
     s, t, _ = call(CASES[0], "none")
     expected = gklx.grad(gklx.gkl)(s, t)
-    blocks_of(1)
+    set_block_bytes(1)
     assert_close(gklx.grad(gklx.gkl)(s, t), expected, BY_NAME["numpy"], "float64", ulps=4)
     assert gklx.grad(gklx.gkl)(s[0], t[0]).shape == (7,)
 
@@ -101,33 +101,33 @@ EXTREMES = {
 @pytest.mark.parametrize("row", [0, 4])
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in KINDS], ids=lambda case: case.id)
-def test_a_row_of_extremes_comes_out_alike_in_whichever_block(backend, case, extreme, row, blocks_of):
-    in_blocks(backend)
+def test_extreme_row_gives_the_same_results_in_any_block(backend, case, extreme, row, set_block_bytes):
+    skip_without_blocks(backend)
     s, t, given = call(case, "none", batch=(5,))
     s[row], t[row] = EXTREMES[extreme](s[row], t[row])
     s, t, given = on(backend, "float64", s, t, given)
-    blocks_of(2**40)
+    set_block_bytes(2**40)
     with np.errstate(all="ignore"):
-        whole = outcomes(case, s, t, given)
-        blocks_of(2 * 7 * 8)
-        parts = outcomes(case, s, t, given)
+        whole = values_and_gradients(case, s, t, given)
+        set_block_bytes(2 * 7 * 8)
+        parts = values_and_gradients(case, s, t, given)
     for one, other in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
         np.testing.assert_allclose(backend.numpy(one), backend.numpy(other), rtol=1e-13, atol=1e-300)
 
 
 @pytest.mark.parametrize("samples", [5, 9])
-def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, blocks_of):
-    """Of a table of 7 rows, of which the samples may be fewer or more."""
-    in_blocks(backend)
+def test_invalid_label_of_weight_zero_is_ignored_in_any_block(backend, samples, set_block_bytes):
+    """The prior's table has 7 rows: more than one number of samples, fewer than the other."""
+    skip_without_blocks(backend)
     case = next(case for case in CASES if case.id == "gkl-prior")
     s, t, given = call(case, "none", batch=(samples,))
     given["sample_weight"] = np.arange(samples) % 3 / 2.0
     given["labels"][given["sample_weight"] == 0] = -3
     s, t, given = on(backend, "float64", s, t, given)
-    blocks_of(2**40)
-    whole = outcomes(case, s, t, given)
-    blocks_of(2 * 7 * 8)
-    parts = outcomes(case, s, t, given)
+    set_block_bytes(2**40)
+    whole = values_and_gradients(case, s, t, given)
+    set_block_bytes(2 * 7 * 8)
+    parts = values_and_gradients(case, s, t, given)
     for one, other in zip((*parts[0], *parts[1]), (*whole[0], *whole[1]), strict=True):
         assert np.isfinite(backend.numpy(other)).all()
         np.testing.assert_allclose(backend.numpy(one), backend.numpy(other), rtol=1e-13, atol=1e-15)
@@ -138,13 +138,13 @@ def test_a_label_of_no_weight_may_name_no_class_in_any_block(backend, samples, b
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_torch_half_gradients_take_the_upstream_gradient_of_their_block(dtype, reduction, blocks_of):
+def test_torch_half_precision_gradients_use_the_upstream_gradient_of_their_block(dtype, reduction, set_block_bytes):
     """They are computed in the backward pass: multiplied by the upstream gradient, then rounded once."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     case = next(case for case in CASES if case.id == "gkl-prior")
     s, t, given = on(BY_NAME["torch"], dtype, *call(case, "none", batch=(3, 4)))
-    blocks_of(2 * 7 * 4)
+    set_block_bytes(2 * 7 * 4)
     upstream = torch.linspace(0.3, 3.0, 12).reshape(3, 4) if reduction == "none" else torch.tensor(2.9)
     student, teacher = s.clone().requires_grad_(), t.clone().requires_grad_()
     loss_of(case, reduction=reduction)(student, teacher, **given).backward(upstream)
@@ -207,8 +207,8 @@ def padded(torch, dtype):
 
 @pytest.mark.supports("memory of a few row blocks", "PyTorch")
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)], ids=["student", "both"])
-def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(monkeypatch, wanted, execution):
-    """Forward and backward; a row of 150,000 classes in float32 is 600 KB, and a block holds a row or two a thread."""
+def test_torch_memory_of_vocabulary_size_bfloat16_is_a_few_row_blocks(monkeypatch, wanted, execution):
+    """In forward and backward pass. A float32 row of 150,000 classes has 600 KB; a block has one or two of a thread."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
@@ -232,8 +232,8 @@ def test_torch_vocabulary_size_bfloat16_keeps_to_a_few_row_blocks(monkeypatch, w
 
 
 @pytest.mark.supports("memory of a few row blocks", "NumPy")
-def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks(monkeypatch, execution):
-    """A thread; each has its own."""
+def test_numpy_memory_of_vocabulary_size_float16_is_a_few_row_blocks(monkeypatch, execution):
+    """With one thread: each thread has its own blocks."""
     monkeypatch.setenv("GKLX_NUM_THREADS", "1")
     rng = np.random.default_rng(0)
     s, t = (rng.standard_normal((2, 16, VOCABULARY), dtype=np.float32).astype(np.float16) for _ in range(2))
@@ -250,8 +250,8 @@ def test_numpy_vocabulary_size_half_keeps_to_a_few_row_blocks(monkeypatch, execu
     assert to_student.nbytes < most < to_student.nbytes + rows * VOCABULARY * 4
 
 
-def test_jax_vocabulary_size_bfloat16_takes_what_the_page_says(monkeypatch):
-    """As XLA plans it, beyond inputs and gradient: four arrays in float32, the gradient and the logits among them."""
+def test_jax_temporary_memory_of_vocabulary_size_bfloat16_is_four_float32_arrays(monkeypatch):
+    """XLA plans at most four float32 arrays beyond inputs and gradient, among them the widened logits and gradient."""
     backends.needs("jax")
     jax = pytest.importorskip("jax")
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -22,11 +22,11 @@ def raises(kind, message):
     return pytest.raises(kind, match="^" + re.escape(message) + "$")
 
 
-# --- arrays that are none ---------------------------------------------------------------------------------------------
+# --- arguments that are no arrays -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_logits(loss):
+def test_none_is_refused_as_logits(loss):
     for call in (loss, gklx.grad(loss), gklx.value_and_grad(loss, (0, 1))):
         for logits in ((None, T), (None, None)):
             with raises(TypeError, f"student_logits must be an array of {KNOWN}, got None"):
@@ -35,7 +35,7 @@ def test_no_logits(loss):
             call(S, None)
 
 
-def test_no_arrays_for_the_class_prior():
+def test_none_is_refused_by_the_class_prior():
     for call in (lambda *xs: gklx.class_sums(*xs, 3), gklx.ClassPrior(3).update):
         with raises(TypeError, f"logits must be an array of {KNOWN}, got None"):
             call(None, LABELS)
@@ -57,15 +57,15 @@ def test_no_arrays_for_the_class_prior():
         ("prior", gklx.ClassPrior(3), "gklx.prior.ClassPrior"),
     ],
 )
-def test_arrays_of_no_library(name, value, came):
+def test_arguments_that_are_no_arrays_are_refused(name, value, came):
     with raises(TypeError, f"{name} must be an array of {KNOWN}, got {came}"):
         gklx.gkl(S, T, **{"prior": TABLE, "labels": LABELS, name: value})
 
 
-# --- arrays of a kind that losses are not computed on -----------------------------------------------------------------
+# --- unsupported kinds of arrays --------------------------------------------------------------------------------------
 
 
-def torch_kinds():
+def unsupported_tensors():
     torch = pytest.importorskip("torch")
     from torch.masked import masked_tensor
 
@@ -83,12 +83,12 @@ def torch_kinds():
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, that these kinds are prototypes
-def test_kinds_of_tensors():
+def test_nested_sparse_and_masked_tensors_are_refused():
     needs("torch")
     import torch
 
     s, labels = torch.tensor(S), torch.tensor(LABELS)
-    for kind, x in torch_kinds().items():
+    for kind, x in unsupported_tensors().items():
         came = f" must be a dense array without a mask of its own, got {kind.removesuffix(', jagged')}"
         for loss in LOSSES:
             for call in (loss, gklx.grad(loss), gklx.value_and_grad(loss, (0, 1))):
@@ -112,7 +112,7 @@ def test_kinds_of_tensors():
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
-def test_masked_and_matrix_arrays_of_numpy():
+def test_masked_and_matrix_arrays_of_numpy_are_refused():
     for x in (np.ma.masked_array(S), np.asmatrix(S)):
         came = f"got {type(x).__module__}.{type(x).__name__}"
         with raises(TypeError, f"student_logits must be an array of {KNOWN}, {came}"):
@@ -121,7 +121,7 @@ def test_masked_and_matrix_arrays_of_numpy():
             gklx.kl(S, T, sample_weight=x)
 
 
-def test_masked_chunks_of_dask():
+def test_dask_arrays_with_masked_chunks_are_refused():
     needs("dask")
     import dask.array
 
@@ -131,7 +131,7 @@ def test_masked_chunks_of_dask():
         gklx.kl(dask.array.from_array(S), x)
 
 
-def test_sparse_arrays_of_jax():
+def test_sparse_arrays_of_jax_are_refused():
     needs("jax")
     import jax.numpy as jnp
     from jax.experimental import sparse
@@ -148,12 +148,12 @@ NUMBERS = ("temperature", "weight_temperature", "gamma", "mse_weight", "ce_weigh
 
 @pytest.mark.parametrize("spelling", [np.float64, np.float32, np.float16, np.int64, np.uint8, np.asarray, int])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_in_other_spellings(name, spelling):
+def test_hyper_parameters_may_be_numbers_of_any_type(name, spelling):
     s, t = np.random.default_rng(0).standard_normal((2, 4, 3))
     np.testing.assert_array_equal(gklx.gkl(s, t, **{name: spelling(2)}), gklx.gkl(s, t, **{name: 2.0}))
 
 
-def test_numbers_of_numpy_beside_arrays_of_other_libraries(backend):
+def test_numpy_hyper_parameters_are_accepted_by_every_library(backend):
     s, t = (backend.array(x, "float32") for x in np.random.default_rng(0).standard_normal((2, 4, 3)))
     expected = backend.numpy(gklx.gkl(s, t, temperature=2.0, gamma=2.0))
     found = gklx.gkl(s, t, temperature=np.asarray(2.0), gamma=np.float64(2.0))
@@ -172,13 +172,13 @@ def test_numbers_of_numpy_beside_arrays_of_other_libraries(backend):
         (None, "NoneType"),
     ],
 )
-def test_no_numbers(name, value, came):
+def test_hyper_parameters_that_are_no_numbers_are_refused(name, value, came):
     with raises(TypeError, f"{name} must be a Python number, got {came}"):
         gklx.gkl(S, T, **{name: value})
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_beyond_every_float(backend, name):
+def test_hyper_parameters_beyond_the_float_range_are_refused(backend, name):
     s, t = backend.array(S, "float32"), backend.array(T, "float32")
     for value, came in (
         (10**400, "a number of type int beyond the largest float"),
@@ -199,8 +199,8 @@ SMALLEST = {"float32": ("1.18e-38", 2.0**-126), "float64": ("2.23e-308", 2.0**-1
 
 
 @pytest.mark.parametrize("name", ["temperature", "weight_temperature"])
-def test_temperatures_below_the_normal_numbers(backend, name, dtype):
-    """A processor may take them for 0, and 1 / them is infinite."""
+def test_subnormal_temperatures_are_refused(backend, name, dtype):
+    """A processor may flush them to 0, and their reciprocals are infinite."""
     computed = "float64" if dtype == "float64" else "float32"
     text, smallest = SMALLEST[computed]
     s, t, labels = backend.array(S, dtype), backend.array(T, dtype), backend.array(LABELS)
@@ -217,7 +217,7 @@ def test_temperatures_below_the_normal_numbers(backend, name, dtype):
         prior.update(s, labels)
 
 
-def test_the_smallest_temperature_in_words():
+def test_error_names_the_smallest_temperature():
     s = S.astype("float32")
     for value in (1e-40, np.float32(1e-40)):
         message = "temperature must be at least 1.18e-38, the smallest normal number of float32, got "
@@ -229,7 +229,7 @@ def test_the_smallest_temperature_in_words():
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_numbers_beyond_the_dtype_computed_in(backend, name):
+def test_hyper_parameters_beyond_the_compute_dtype_are_refused(backend, name):
     s, t = backend.array(S, "float32"), backend.array(T, "float32")
     message = f"{name} must be finite in float32, the dtype computed in, got 1e+300"
     for value in (1e300, 10**300):
@@ -241,7 +241,7 @@ def test_numbers_beyond_the_dtype_computed_in(backend, name):
         gklx.gkl(s, t, **{name: -1e300})
 
 
-def test_traced_numbers_are_held_to_the_same():
+def test_jax_scalar_hyper_parameters_are_checked():
     needs("jax")
     import jax.numpy as jnp
 
@@ -250,8 +250,8 @@ def test_traced_numbers_are_held_to_the_same():
         gklx.kl(s, t, temperature=jnp.asarray(1e-40, "float64"))
 
 
-def test_a_tangent_names_the_argument_that_it_belongs_to():
-    """`kl` has one temperature, and its message must not speak of another."""
+def test_error_of_a_differentiated_temperature_names_the_argument():
+    """`kl` has one temperature, so its message must not name `weight_temperature`."""
     needs("jax")
     import jax
     import jax.numpy as jnp
@@ -267,7 +267,7 @@ def test_a_tangent_names_the_argument_that_it_belongs_to():
 # --- choices, counts, argnums -----------------------------------------------------------------------------------------
 
 
-def test_symmetric(backend):
+def test_symmetric_must_be_a_bool(backend):
     s, t = backend.array([[0.0, 1.0, 3.0]]), backend.array([[2.0, 1.0, 0.0]])
     for value in (True, False):
         found = gklx.grad(gklx.gkl)(s, t, symmetric=np.bool_(value))
@@ -279,14 +279,14 @@ def test_symmetric(backend):
 
 
 @pytest.mark.parametrize("name", ["reduction", "normalize"])
-def test_choices_that_are_no_text(name):
+def test_reduction_and_normalize_must_be_known_strings(name):
     assert gklx.gkl(S, T, **{name: np.str_("samples" if name == "normalize" else "sum")}) > 0
     for value in (None, 1, np.asarray(["mean", "sum"]), ["mean"], True):
         with pytest.raises(ValueError, match=f'^{name} must be ".*", got {re.escape(repr(value))}$'):
             gklx.gkl(S, T, **{name: value})
 
 
-def test_argnums_of_numpy():
+def test_argnums_may_be_numpy_integers():
     rng = np.random.default_rng(0)
     s, t = rng.standard_normal((2, 4, 3))
     for_student, for_teacher = gklx.grad(gklx.kl, (0, 1))(s, t)
@@ -305,7 +305,7 @@ def test_argnums_of_numpy():
             gklx.grad(gklx.kl, wrong)
 
 
-def test_argnums_of_the_test_helper():
+def test_assert_gradients_match_checks_argnums():
     from gklx.testing import assert_gradients_match
 
     s, t = np.random.default_rng(0).standard_normal((2, 2, 3))
@@ -317,7 +317,7 @@ def test_argnums_of_the_test_helper():
             assert_gradients_match(gklx.kl, s, t, argnums=wrong, backends=["numpy"])
 
 
-def test_numbers_of_classes():
+def test_num_classes_must_be_an_integer():
     for three in (np.int64(3), np.uint8(3), np.asarray(3)):
         assert gklx.class_sums(S, LABELS, three).shape == (3, 3)
         assert type(gklx.ClassPrior(three).num_classes) is int
@@ -329,7 +329,7 @@ def test_numbers_of_classes():
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def test_modules_without_class_weights_take_no_labels():
+def test_modules_without_class_weights_refuse_labels():
     needs("torch")
     import torch
 
@@ -364,7 +364,7 @@ def test_errors_of_modules_name_the_public_class():
                 call(getattr(modules, name))
 
 
-def test_modules_take_settings_in_other_spellings():
+def test_modules_accept_numpy_settings():
     needs("torch")
     import torch
 
@@ -384,7 +384,7 @@ def test_modules_take_settings_in_other_spellings():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64"])
-def test_labels_of_every_integer_dtype(backend, kind):
+def test_labels_may_have_any_integer_dtype(backend, kind):
     rng = np.random.default_rng(0)
     s, t = (backend.array(x, "float32") for x in rng.standard_normal((2, 4, 3)))
     labels, table = np.asarray([2, 0, 1, 2]), rng.dirichlet(np.ones(3), 3)
@@ -401,8 +401,8 @@ def test_labels_of_every_integer_dtype(backend, kind):
 
 
 @pytest.mark.parametrize(("kind", "value"), [("uint32", 2**32 - 1), ("uint64", 2**64 - 1), ("uint64", 2**63)])
-def test_labels_beyond_other_dtypes(backend, kind, value):
-    """An error names them where values are read; elsewhere the result is NaN, and never that of another class."""
+def test_labels_beyond_the_signed_range_name_no_class(backend, kind, value):
+    """Such a label is an error where values are read, and gives NaN elsewhere: it must not wrap around to a class."""
     s, t, prior = backend.array(S), backend.array(T), backend.array(TABLE)
     labels = backend.array(np.asarray([0, value], kind))
     loss = backend.wrap(lambda s, t, p, y: gklx.gkl(s, t, prior=p, labels=y))
@@ -416,7 +416,7 @@ def test_labels_beyond_other_dtypes(backend, kind, value):
         assert np.isnan(backend.numpy(sums(t, labels))).any()
 
 
-def test_labels_without_a_sign_under_torch_compile():
+def test_unsigned_labels_under_torch_compile():
     needs("torch")
     import torch
 
@@ -428,12 +428,12 @@ def test_labels_without_a_sign_under_torch_compile():
     assert torch.isnan(compiled(torch.tensor(np.asarray([0, 2**64 - 1], "uint64"))))
 
 
-# --- JAX, told to promote no ranks ------------------------------------------------------------------------------------
+# --- JAX without rank promotion ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_promote_no_ranks(loss, shape):
+def test_losses_work_without_jax_rank_promotion(loss, shape):
     needs("jax")
     import jax
     import jax.numpy as jnp
@@ -460,7 +460,7 @@ def test_losses_promote_no_ranks(loss, shape):
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3)], ids=str)
-def test_the_class_prior_promotes_no_ranks(shape):
+def test_class_prior_works_without_jax_rank_promotion(shape):
     needs("jax")
     import jax
     import jax.numpy as jnp

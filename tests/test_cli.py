@@ -69,7 +69,7 @@ def process(*argv, **kwargs):
 
 
 @pytest.mark.parametrize("columns", ["30", "80", "120"])
-def test_table_holds_every_number(run, monkeypatch, columns):
+def test_table_shows_every_number_at_any_width(run, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     status, out, err = run("score", *FILES, "--labels", LABELS)
     assert (status, err) == (0, "")
@@ -93,7 +93,7 @@ def test_table_without_parts_and_without_labels(run):
     assert "undefined" not in out
 
 
-def test_table_tells_what_is_not_finite(run, save):
+def test_table_counts_infinite_and_undefined_samples(run, save):
     s = np.load(STUDENT)
     s[3, 1] = -np.inf
     s[9] = np.nan
@@ -104,7 +104,7 @@ def test_table_tells_what_is_not_finite(run, save):
     assert "e+" in out
 
 
-def test_json(run):
+def test_json_has_all_fields(run):
     status, out, err = run("score", *FILES, "--labels", LABELS, "--format", "json", "--gamma", "0.5", "--temperature=2")
     assert (status, err) == (0, "")
     found = json.loads(out, parse_constant=pytest.fail)
@@ -140,7 +140,7 @@ def test_json(run):
 
 
 @pytest.mark.parametrize("on", ["numpy", "dask", "array_api_strict"])
-def test_json_is_strict_where_numbers_are_not_finite(run, save, on):
+def test_json_has_null_for_numbers_that_are_not_finite(run, save, on):
     backends.needs(on)
     s, t = np.load(STUDENT)[:20], np.load(TEACHER)[:20]
     s[3, 1], t[5, 0], s[6] = -np.inf, np.inf, np.nan
@@ -167,7 +167,7 @@ def test_json_is_strict_where_numbers_are_not_finite(run, save, on):
     ],
     ids=" ".join,
 )
-def test_losses_by_commas_spaces_and_again_keep_their_order_and_come_once(run, argv):
+def test_loss_option_may_be_repeated_or_separated_by_commas(run, argv):
     status, out, err = (
         run("score", *argv, "--format", "json") if "--" not in argv else run("score", "--format", "json", *argv)
     )
@@ -175,7 +175,7 @@ def test_losses_by_commas_spaces_and_again_keep_their_order_and_come_once(run, a
     assert list(json.loads(out)["losses"]) == ["gkl", "kl"]
 
 
-def test_one_loss_before_the_files(run):
+def test_loss_option_may_precede_the_files(run):
     status, out, err = run("score", "--format", "json", "--loss", "kl", *FILES)
     assert (status, err) == (0, "")
     assert list(json.loads(out)["losses"]) == ["kl"]
@@ -208,7 +208,7 @@ def test_version_and_help(run):
         (b"\x93NUM", "not a NumPy .npy or .npz file"),
     ],
 )
-def test_files_that_are_no_arrays(fails, tmp_path, content, message):
+def test_file_without_an_array_is_refused(fails, tmp_path, content, message):
     path = tmp_path / "bad.npy"
     path.write_bytes(content)
     for files in ([path, TEACHER], [STUDENT, path], [*FILES, "--labels", path]):
@@ -217,7 +217,7 @@ def test_files_that_are_no_arrays(fails, tmp_path, content, message):
         assert message in line
 
 
-def test_files_that_are_not_there_or_not_whole(fails, tmp_path):
+def test_missing_or_truncated_file_is_refused(fails, tmp_path):
     assert "No such file" in fails("score", tmp_path / "none.npy", TEACHER)
     assert "is a directory" in fails("score", tmp_path, TEACHER)
     assert "not a regular file" in fails("score", os.devnull, TEACHER)
@@ -229,7 +229,7 @@ def test_files_that_are_not_there_or_not_whole(fails, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read(fails, save):
+def test_unreadable_file_is_refused(fails, save):
     path = save("s", np.zeros((2, 2)))
     os.chmod(path, 0)
     assert "Permission denied" in fails("score", path, TEACHER)
@@ -254,7 +254,7 @@ def test_a_file_that_may_not_be_read(fails, save):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
-def test_arrays_that_are_no_logits(fails, save, x, message):
+def test_arrays_that_are_no_logits_are_refused(fails, save, x, message):
     path = save("bad", x)
     line = fails("score", path, path)
     assert line.startswith(f"{path}: ")
@@ -267,7 +267,7 @@ def test_long_doubles_are_refused(fails, save):
     assert "must be float16, bfloat16, float32 or float64" in fails("score", path, path)
 
 
-def test_files_that_do_not_fit_together(fails, save):
+def test_files_of_different_shapes_are_refused(fails, save):
     wide = save("wide", np.zeros((899, 12), dtype=np.float32))
     line = fails("score", STUDENT, wide)
     assert line == f"vocabulary mismatch: {STUDENT} has shape [899, 10] and {wide} has shape [899, 12]"
@@ -286,7 +286,7 @@ def test_files_that_do_not_fit_together(fails, save):
         (lambda y: np.where(np.arange(899) == 17, 2**64 - 1, y.astype(np.uint64)), "at sample 17"),
     ],
 )
-def test_bad_labels(fails, save, change, message):
+def test_invalid_labels_are_refused(fails, save, change, message):
     assert message in fails("score", *FILES, "--labels", save("y", change(np.load(LABELS))))
 
 
@@ -312,11 +312,11 @@ def test_bad_labels(fails, save, change, message):
         (["--labels", LABELS, "more"], "unrecognized arguments: more"),
     ],
 )
-def test_bad_arguments(fails, argv, message):
+def test_invalid_options_are_refused(fails, argv, message):
     assert message in fails("score", *FILES, *argv)
 
 
-def test_outputs_that_are_inputs_or_each_other(fails, save, tmp_path):
+def test_outputs_must_differ_from_inputs_and_each_other(fails, save, tmp_path):
     s, t, y = save("s", np.load(STUDENT)), save("t", np.load(TEACHER)), save("y", np.load(LABELS))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "link.npy").symlink_to(t)
@@ -337,7 +337,7 @@ def test_outputs_that_are_inputs_or_each_other(fails, save, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"s.npy", "t.npy", "y.npy", "link.npy", "hard.npy", "new"}
 
 
-def test_outputs_within_an_input(fails, tmp_path):
+def test_outputs_must_not_lie_within_an_input(fails, tmp_path):
     zarr = pytest.importorskip("zarr")
     zarr.create_array(tmp_path / "s.zarr", shape=(899, 10), dtype="f4", chunks=(100, 10))[...] = np.load(STUDENT)
     group = zarr.open_group(tmp_path / "g.zarr", mode="w")
@@ -351,7 +351,7 @@ def test_outputs_within_an_input(fails, tmp_path):
         assert (tmp_path / store / "zarr.json").read_bytes() == before
 
 
-def test_too_few_arguments(fails):
+def test_missing_arguments_are_refused(fails):
     assert "required: TEACHER" in fails("score", STUDENT)
     assert "invalid choice: 'train'" in fails("train")
 
@@ -359,7 +359,7 @@ def test_too_few_arguments(fails):
 @pytest.mark.parametrize(
     "library", [x for x in LIBRARIES if x.backend not in ("numpy", "dask")], ids=lambda x: x.backend
 )
-def test_unknown_devices(fails, library):
+def test_unknown_devices_are_refused(fails, library):
     backends.needs(library.backend)
     for device in ("nowhere", "cpu:999999", ":", "cuda:99"):
         if (library.backend, device) != ("torch", "cpu:999999"):  # PyTorch's CPU has any number
@@ -368,13 +368,13 @@ def test_unknown_devices(fails, library):
             )
 
 
-def test_library_not_installed(fails, monkeypatch):
+def test_missing_library_is_an_error(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "array_api_compat.cupy", None)
     assert "backend cupy: CuPy cannot be imported here" in fails("score", *FILES, "--backend", "cupy")
 
 
 @pytest.mark.parametrize("on", [x.backend for x in LIBRARIES if x.backend not in ("numpy", "cupy", "dask")])
-def test_devices_by_name(run, on):
+def test_device_option_selects_the_device(run, on):
     backends.needs(on)
     name = "CPU_DEVICE" if on == "array_api_strict" else "cpu"
     status, out, _ = run("score", *FILES, "--loss", "kl", "--backend", on, "--device", name, "--format", "json")
@@ -390,7 +390,7 @@ def test_devices_by_name(run, on):
         (RuntimeError("one\ntwo"), 1, "gklx: error: RuntimeError: one two"),
     ],
 )
-def test_trouble_inside(run, monkeypatch, raised, status, line):
+def test_internal_errors_are_one_line(run, monkeypatch, raised, status, line):
     def trouble(request, report):
         raise raised
 
@@ -398,7 +398,7 @@ def test_trouble_inside(run, monkeypatch, raised, status, line):
     assert run("score", *FILES) == (status, "", line + "\n")
 
 
-def test_broken_pipe_in_process(tmp_path, monkeypatch, capsys):
+def test_broken_pipe_gives_status_141(tmp_path, monkeypatch, capsys):
     class Closed(io.StringIO):
         def write(self, text):
             if text:
@@ -415,7 +415,7 @@ def test_broken_pipe_in_process(tmp_path, monkeypatch, capsys):
     ["\x1b[31mred", "\x9b31m", "\x07\x08", "\u202eback", "\udcff", "\r", "two\u2028lines", "x" * 200_000, "é"],
     ids=ascii,
 )
-def test_names_do_not_steer_the_terminal(fails, name):
+def test_error_lines_escape_control_characters(fails, name):
     line = fails("score", f"{name}.npy", TEACHER)
     assert "No such file" in line or "File name too long" in line
     assert line.isprintable()
@@ -428,7 +428,7 @@ def test_names_do_not_steer_the_terminal(fails, name):
 
 
 @pytest.mark.library_independent
-def test_module_is_the_command():
+def test_python_m_gklx_runs_the_command():
     done = process("score", *FILES, "--labels", LABELS, "--format", "json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["samples"] == 899
@@ -438,14 +438,14 @@ def test_module_is_the_command():
 
 
 @pytest.mark.library_independent
-def test_nothing_but_ascii_where_no_more_can_be_spelt():
+def test_output_is_ascii_on_an_ascii_stream():
     done = process("score", *FILES, "--labels", LABELS, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "+- standard error" in done.stdout
     assert "?" not in done.stdout
 
 
-def test_import_brings_no_command():
+def test_import_does_not_load_the_command():
     code = "import sys, gklx; print([m for m in sys.modules if m.startswith(('rich', 'gklx._cli', 'gklx._scoring'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
@@ -456,7 +456,7 @@ def test_import_brings_no_command():
     [(["score", *FILES], "rich"), (["score", *FILES], "psutil"), (["verify", "--backend", "numpy"], "rich")],
 )
 @pytest.mark.library_independent
-def test_without_the_extra(argv, absent):
+def test_command_without_the_cli_extra_names_it(argv, absent):
     """A plain install has neither package: one line says what to install."""
     code = f"import sys; sys.modules[{absent!r}] = None; from gklx._cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *argv]
@@ -466,7 +466,7 @@ def test_without_the_extra(argv, absent):
 
 
 @pytest.mark.library_independent
-def test_score_in_python_without_the_extra():
+def test_score_function_without_the_cli_extra_names_it():
     code = "import sys, gklx; sys.modules['psutil'] = None; gklx.score([[0.0, 1.0]], [[1.0, 0.0]])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     expected = r"ModuleNotFoundError: gklx\.score needs psutil, .*pip install 'gklx\[cli\]'"
@@ -476,7 +476,7 @@ def test_score_in_python_without_the_extra():
 @pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
 @pytest.mark.parametrize(("argv", "statuses"), [(["score", *FILES], {141}), (["score", "--help"], {0, 141})])
-def test_nobody_reads(tmp_path, argv, statuses):
+def test_closed_output_pipe_ends_the_command_silently(tmp_path, argv, statuses):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "wb") as out:
@@ -494,7 +494,7 @@ def test_nobody_reads(tmp_path, argv, statuses):
 @pytest.mark.library_independent
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
 @pytest.mark.parametrize("by", ["standard output", "--output"])
-def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
+def test_failed_output_keeps_the_progress(tmp_path, by):
     argv = [sys.executable, "-m", "gklx", "score", *FILES, "--work-dir", str(tmp_path / "work"), "--format", "json"]
     if by == "--output":
         argv += ["--output", "/dev/full"]
@@ -512,8 +512,8 @@ def test_output_that_cannot_be_written_and_the_progress_is_kept(tmp_path, by):
 @pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="streams of POSIX")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
-@pytest.mark.parametrize("case", ["report", "file", "error", "help", "nothing asked"])
-def test_streams_that_are_closed(tmp_path, closed, case):
+@pytest.mark.parametrize("case", ["report", "file", "error", "help", "no arguments"])
+def test_closed_standard_streams(tmp_path, closed, case):
     """A lost report gives an error status, nothing goes to the other stream, and no file gets a stream's descriptor."""
     out = tmp_path / "out.json"
     argv = {
@@ -521,7 +521,7 @@ def test_streams_that_are_closed(tmp_path, closed, case):
         "file": ["score", *FILES, "--format", "json", "--output", str(out)],
         "error": ["score", "none.npy", TEACHER],
         "help": ["score", "--help"],
-        "nothing asked": [],
+        "no arguments": [],
     }[case]
     work = ["--work-dir", str(tmp_path / "work")] if "--format" in argv else []
     done = subprocess.run(
@@ -533,16 +533,16 @@ def test_streams_that_are_closed(tmp_path, closed, case):
     )
     silent, deaf = ">&-" in closed.replace("2>&-", ""), "2>" in closed
     lost = "gklx: error: OSError: standard output is closed, and the report was to go there\n" if silent else ""
-    said = {
+    output_text = {
         "report": lost,
         "file": "",
         "error": "gklx: error: none.npy: No such file or directory\n",
         "help": lost,
-        "nothing asked": done.stderr,
+        "no arguments": done.stderr,
     }[case]
-    assert done.stderr == ("" if deaf else said)
+    assert done.stderr == ("" if deaf else output_text)
     assert (
-        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "nothing asked": 2}[case]
+        done.returncode == {"report": int(silent), "file": 0, "error": 2, "help": int(silent), "no arguments": 2}[case]
     )
     if case == "report" and not silent:
         assert json.loads(done.stdout)["samples"] == 899
@@ -558,7 +558,7 @@ def test_streams_that_are_closed(tmp_path, closed, case):
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["gklx._cli.verify", "gklx._scoring.comparison", "rich.progress", "psutil"])
 def test_interrupt_during_imports(tmp_path, module):
-    """It ends at once without output: an interrupted import could print a traceback of any kind."""
+    """The command ends without output; otherwise an interrupted import might print a traceback."""
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -582,7 +582,7 @@ def test_interrupt_during_imports(tmp_path, module):
 @pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize(("command", "status"), [(["gklx", "--version"], -signal.SIGINT), (["script.py"], 1)])
-def test_interrupt_while_the_package_itself_is_imported(command, status):
+def test_interrupt_while_the_package_is_imported(command, status):
     """The command ends without output; in a script KeyboardInterrupt is raised."""
     code = (
         "import os, signal, sys\n"
@@ -603,7 +603,7 @@ def test_interrupt_while_the_package_itself_is_imported(command, status):
 
 @pytest.mark.library_independent
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_interrupt(tmp_path):
+def test_interrupt_reports_the_progress(tmp_path):
     code = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit it ignored\n"

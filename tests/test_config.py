@@ -1,4 +1,4 @@
-"""`gklx.show_config` reports the versions and the execution of each library as they are."""
+"""`gklx.show_config` reports each library's version and what executes its losses."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def executions(config):
     return [x for of in config["libraries"].values() for name, x in of.items() if name != "version"]
 
 
-def test_versions_and_libraries():
+def test_config_reports_versions_and_libraries():
     found = gklx.show_config(mode="dicts")
     assert (found["gklx"], found["numpy"]) == (gklx.__version__, np.__version__)
     assert found["kernel"] == cpu.instruction_set()
@@ -46,7 +46,7 @@ def test_versions_and_libraries():
     assert found["libraries"]["numpy"]["version"] == np.__version__
 
 
-def test_it_prints_what_it_returns(capsys):
+def test_config_prints_what_it_returns(capsys):
     assert gklx.show_config() is None
     lines = capsys.readouterr().out.splitlines()
     found = gklx.show_config(mode="dicts")
@@ -59,35 +59,35 @@ def test_it_prints_what_it_returns(capsys):
     ]
 
 
-def test_another_mode_is_an_error():
+def test_unknown_mode_is_an_error():
     with pytest.raises(ValueError, match=r"^mode must be \"stdout\" or \"dicts\", got 'json'$"):
         gklx.show_config("json")
 
 
-def test_without_the_kernel(monkeypatch):
+def test_config_reports_formulas_when_the_kernel_is_off(monkeypatch):
     monkeypatch.setenv("GKLX_KERNEL", "0")
     found = gklx.show_config("dicts")
     assert found["kernel"] is None
     assert set(executions(found)) == {"formulas"}
 
 
-def test_a_pure_installation():
+def test_config_reports_formulas_when_the_kernel_library_is_missing():
     code = "import gklx; c = gklx.show_config('dicts'); print(c['kernel'], c['libraries']['numpy']['eager'])"
     assert in_a_process(code, GKLX_KERNEL_LIBRARY=str(ROOT / "no" / "such.so")) == "None formulas\n"
 
 
-def test_no_library_is_imported():
+def test_config_imports_no_library():
     names = sorted(backends.BY_BACKEND.keys() - {"numpy"})
     code = f"import gklx, sys; gklx.show_config('dicts'); print([m for m in {names} if m in sys.modules])"
     assert in_a_process(code) == "[]\n"
 
 
-def test_a_library_that_is_not_here(monkeypatch):
+def test_config_leaves_out_missing_libraries(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "torch" not in gklx.show_config("dicts")["libraries"]
 
 
-def test_a_distribution_of_another_name(monkeypatch, tmp_path):
+def test_version_is_found_under_another_distribution_name(monkeypatch, tmp_path):
     if importlib.util.find_spec("cupy") is not None:
         pytest.skip("CuPy is installed")
     (tmp_path / "cupy").mkdir()
@@ -100,7 +100,7 @@ def test_a_distribution_of_another_name(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("kernel", "says"), [("0", "formulas"), ("1", "kernels (cuda)")])
-def test_a_launcher_of_the_cuda_kernels(monkeypatch, kernel, says):
+def test_config_reports_cuda_kernels_when_a_launcher_is_installed(monkeypatch, kernel, says):
     backends.needs("torch")
     monkeypatch.setenv("GKLX_KERNEL", kernel)
     monkeypatch.setattr(cuda_launch, "_is_installed", lambda module: module == "cuda.core")
@@ -111,11 +111,11 @@ def test_a_launcher_of_the_cuda_kernels(monkeypatch, kernel, says):
 
 @pytest.mark.parametrize("kernel", ["0", "1"])
 @pytest.mark.parametrize("name", ["numpy", "torch", "torch.compile", "jax", "jax.jit", "dask", "array_api_strict"])
-def test_what_it_says_is_what_runs(name, kernel, monkeypatch):
+def test_reported_execution_is_what_runs(name, kernel, monkeypatch):
     library, _, compiler = name.partition(".")
     backends.needs(library)
     monkeypatch.setenv("GKLX_KERNEL", kernel)
-    said = gklx.show_config("dicts")["libraries"][library][name if compiler else "eager"]
+    reported = gklx.show_config("dicts")["libraries"][library][name if compiler else "eager"]
     runs, formulas = [], []
     true_run, true_evaluate = cpu.run, blocks.evaluate
     monkeypatch.setattr(cpu, "run", lambda request: runs.append(true_run(request)))
@@ -137,5 +137,5 @@ def test_what_it_says_is_what_runs(name, kernel, monkeypatch):
             f = torch.compile(gklx.kl, backend="aot_eager", fullgraph=True)
         assert float(f(logits, logits)) == 0
         by_kernel = bool(runs) if library != "jax" else not formulas
-    assert said == (f"kernel ({cpu.instruction_set()})" if by_kernel else "formulas")
+    assert reported == (f"kernel ({cpu.instruction_set()})" if by_kernel else "formulas")
     assert by_kernel == (kernel == "1" and cpu.library() is not None and name in KERNELS)

@@ -1,6 +1,6 @@
-"""The CUDA kernels: on a CPU, thread by thread, against the array functions; compiled for GPUs; and on one.
+"""The CUDA kernels against the formulas: run on a CPU, thread by thread; compiled for GPUs; and run on a GPU.
 
-Only the last tests check what a GPU adds: synchronised blocks of threads, and their shared memory.
+Only the tests on a GPU cover the synchronisation of a block's threads and its shared memory.
 """
 
 import ctypes
@@ -30,23 +30,25 @@ pytestmark = pytest.mark.cuda_kernels
 
 HERE = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parents[1] / "_kernels"
-EACH = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
-def compiled(program, path, *options):
-    """A library of the host; products and sums are contracted where the machine can, as a GPU does."""
+def compile_for_host(program, path, *options):
+    """Compile a program for the host, with fused multiply-adds where the machine has them, as on a GPU."""
     command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++17", "-march=native", "-ffp-contract=fast", *options]
     command += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", f"-I{KERNELS}", "-o", str(path)]
     subprocess.run([*command, str(program)], check=True)
     return ctypes.CDLL(str(path))
 
 
-def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
-    """Starts the kernels as on a GPU; each plan is compiled once, and `start.plans` are those that were started."""
+def make_starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
+    """A function that starts kernels on the CPU. It compiles each plan once; `start.plans` has the started plans."""
 
     @cache
     def library(options):
-        return compiled(program, folder / f"{abs(hash(options))}.so", *(f"-D{k}={v}" for k, v in options), *more)
+        return compile_for_host(
+            program, folder / f"{abs(hash(options))}.so", *(f"-D{k}={v}" for k, v in options), *more
+        )
 
     def start(options, blocks, name, arguments):
         kinds = {int: ctypes.c_longlong, np.float32: ctypes.c_float, np.float64: ctypes.c_double}
@@ -65,10 +67,10 @@ def starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
 
 @pytest.fixture(scope="session")
 def on_cpu(tmp_path_factory):
-    """The kernels as a device of the host."""
+    """A device for `cuda.evaluate` that runs the kernels on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler here: g++ is not on the path")
-    return device_with(starter(tmp_path_factory.mktemp("rows")))
+    return device_with(make_starter(tmp_path_factory.mktemp("rows")))
 
 
 def device_with(start):
@@ -77,7 +79,7 @@ def device_with(start):
 
 @pytest.fixture
 def gklx_on_kernels(on_cpu, monkeypatch):
-    """The package's launcher, on NumPy's arrays."""
+    """Makes the public functions run the CUDA kernels, on the CPU, for NumPy's arrays."""
     monkeypatch.setattr(dispatch.rows, "serves", lambda call: True)
     monkeypatch.setattr(dispatch.rows, "evaluate", partial(cuda.evaluate, device=on_cpu))
 
@@ -122,17 +124,17 @@ def compare(on_cpu, case, dtype, s, t, given, ulps, reduction="mean", dtypes=Non
         assert_near(one.astype("float64"), other, one.dtype.name, ulps=close_to, scale=scale)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_kernels_are_the_formulas(on_cpu, case, mask, dtype):
+def test_kernels_agree_with_the_formulas(on_cpu, case, mask, dtype):
     for reduction in ("mean", "sum", "none"):
         compare(on_cpu, case, dtype, *call(case, mask), ulps_of(dtype), reduction)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
-def test_kernels_are_the_definition(gklx_on_kernels, case, mask):
+def test_kernels_agree_with_the_definition(gklx_on_kernels, case, mask):
     s, t, given = call(case, mask)
     for reduction in ("mean", "sum"):
         with np.errstate(all="ignore"):
@@ -143,10 +145,10 @@ def test_kernels_are_the_definition(gklx_on_kernels, case, mask):
             assert_near(one, other, "float64", ulps=32)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("classes", [1, 2, 32, 33, 600, 4096])
-def test_of_any_number_of_classes(on_cpu, case, classes):
-    """Loads of 16 bytes and single ones, rows shorter and longer than a group of threads."""
+def test_any_number_of_classes(on_cpu, case, classes):
+    """With loads of 16 bytes and of single logits, and rows shorter and longer than a group of threads."""
     compare(on_cpu, case, "float32", *call(case, "samples", classes=classes, batch=(2,)), 64)
     options = on_cpu.start.plans[-1]
     assert options["VECTOR"] == ("4" if classes % 4 == 0 else "1")
@@ -155,14 +157,14 @@ def test_of_any_number_of_classes(on_cpu, case, classes):
 
 @pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32"), ("float32", "float64")])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in ("kl", "gkl", "gkl-prior")], ids=lambda c: c.id)
-def test_of_halves_and_of_two_dtypes(on_cpu, case, dtypes):
+def test_half_precision_and_mixed_dtypes(on_cpu, case, dtypes):
     widest = "float64" if "float64" in dtypes else "float32"
     s, t, given = call(case, "elements", classes=64)
     compare(on_cpu, case, widest, s, t, given, 32, dtypes=dtypes)
 
 
-def test_half_and_bfloat16_round_as_numpy_does(on_cpu, tmp_path):
-    """Every float16 and bfloat16, and floats between them."""
+def test_float16_and_bfloat16_round_as_in_numpy(on_cpu, tmp_path):
+    """For every float16 and bfloat16, and for floats between them."""
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     program = tmp_path / "halves.cpp"
     program.write_text("""
@@ -182,7 +184,7 @@ extern "C" void from_float(const float *x, Half *h, Brain *b, int n) {
   for (int i = 0; i < n; ++i) { narrow(x[i], h[i]); narrow(x[i], b[i]); }
 }
 """)
-    kernels = compiled(program, tmp_path / "halves.so")
+    kernels = compile_for_host(program, tmp_path / "halves.so")
 
     def at(x):
         return ctypes.c_void_p(x.ctypes.data)
@@ -205,9 +207,9 @@ extern "C" void from_float(const float *x, Half *h, Brain *b, int n) {
         np.testing.assert_array_equal(brain.astype(np.float32), values.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("kind", ["offset", "confident", "close", "spread"])
-def test_extremes_keep_their_digits(on_cpu, case, kind):
+def test_extreme_logits_keep_their_digits(on_cpu, case, kind):
     s, t, given = call(case, "none", classes=50)
     rng = np.random.default_rng(5)
     s, t = {
@@ -221,7 +223,7 @@ def test_extremes_keep_their_digits(on_cpu, case, kind):
     compare(on_cpu, case, "float32", s, t, given, {"close": 2**14, "spread": 512}.get(kind, 128), "none")
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize(
     "rows_of",
     [
@@ -251,7 +253,7 @@ def test_extremes_keep_their_digits(on_cpu, case, kind):
         "underflown",
     ],
 )
-def test_infinities_and_nan_end_as_in_the_formulas(on_cpu, case, rows_of):
+def test_infinities_and_nan_agree_with_the_formulas(on_cpu, case, rows_of):
     given = {}
     if case.prior:
         given["prior"] = np.asarray([[0.2, 0.5, 0.3], [1.0, 0.0, 2.0], [0.1, 0.1, 0.8]])
@@ -267,8 +269,8 @@ def test_infinities_and_nan_end_as_in_the_formulas(on_cpu, case, rows_of):
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("entry", [np.nan, -0.25])
-def test_a_prior_entry_that_is_no_weight(on_cpu, gamma, entry):
-    """The public functions let one pass where reading values is not free."""
+def test_invalid_prior_entry_gives_nan(on_cpu, gamma, entry):
+    """The public functions do not check the prior where reading values is not free."""
     case = Case("", "gkl", {"gamma": gamma, "normalize": "samples"}, "rows")
     s, t, given = call(case, "none")
     given["where"] = np.arange(7) != 3
@@ -284,7 +286,7 @@ def test_a_prior_entry_that_is_no_weight(on_cpu, gamma, entry):
         assert_near(one, other, "float64", ulps=64)
 
 
-def test_a_label_that_names_no_class_gives_nan(on_cpu):
+def test_invalid_label_gives_nan(on_cpu):
     case = next(case for case in CASES if case.id == "gkl-prior")
     s, t, given = call(case, "none")
     for label in (7, -1):
@@ -298,7 +300,7 @@ def test_a_label_that_names_no_class_gives_nan(on_cpu):
             assert np.isnan(gradient).any(axis=-1).tolist() == [False, False, True, False, False]
 
 
-def test_only_what_is_asked_for_is_made(on_cpu):
+def test_only_the_requested_results_are_computed(on_cpu):
     case = next(case for case in CASES if case.id == "gkl")
     own = call_of(case, *call(case, "none"))
     for asked in ({"value": True}, {"student": True}, {"teacher": True}):
@@ -316,7 +318,7 @@ def test_only_what_is_asked_for_is_made(on_cpu):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.id in ("dkl-T", "ikl-prior", "gkl-tau")], ids=lambda c: c.id
 )
-def test_samples_are_those_of_the_formulas(on_cpu, monkeypatch, case, mask, dtype):
+def test_sample_losses_agree_with_the_formulas(on_cpu, monkeypatch, case, mask, dtype):
     s, t, given = on(BY_NAME["numpy"], dtype, *call(case, mask))
     if mask == "none":
         s, t = s.copy(), t.copy()
@@ -359,8 +361,8 @@ def test_float32_is_within_the_bounds_of_the_precision_tests(gklx_on_kernels, mo
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.id in ("kl", "gkl-tau", "gkl-rows")], ids=lambda c: c.id
 )
-def test_the_order_of_the_classes_costs_no_digits(on_cpu, case, order):
-    """Each class of a thread is then larger than the one before: sums are rescaled, the reference moves each time."""
+def test_order_of_the_classes_costs_no_digits(on_cpu, case, order):
+    """In rising order each class of a thread exceeds the one before, so that every class rescales the sums."""
     s, t, given = call(case, "none", classes=3000)
     last = 40.0 * (np.arange(3000) == 2999)
     if order == "heaviest-last":
@@ -377,9 +379,9 @@ def test_the_order_of_the_classes_costs_no_digits(on_cpu, case, order):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("fill", ["-1e9", "smallest"])
-def test_the_same_fill_in_both(on_cpu, case, fill, dtype):
+def test_same_fill_value_in_both_networks(on_cpu, case, fill, dtype):
     s, t, given = call(case, "none", classes=64)
     s[:, ::3] = t[:, ::3] = -1e9 if fill == "-1e9" else np.finfo(dtype).min
     compare(on_cpu, case, dtype, s, t, given, 64)
@@ -400,7 +402,7 @@ def test_kl_of_close_rows_keeps_its_digits(on_cpu, size):
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-12, 1e12, 1e30])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in ("gkl-prior", "gkl-rows")], ids=lambda c: c.id)
-def test_the_scale_of_a_prior_is_taken_out_again(on_cpu, case, scale):
+def test_scale_of_a_prior_cancels(on_cpu, case, scale):
     s, t, given = call(case, "samples")
     expected = blocks.evaluate(call_of(case, s, t, given), value=True, student=True)
     small = {**given, "prior": (scale * given["prior"]).astype("float32")}
@@ -410,16 +412,16 @@ def test_the_scale_of_a_prior_is_taken_out_again(on_cpu, case, scale):
     assert_near(found.student.astype("float64"), expected.student, "float32", ulps=64)
 
 
-def test_gamma_reaches_below_underflow(on_cpu):
-    """p = exp(-150) is 0 in float32, its 0.1th power is not."""
+def test_power_of_an_underflowing_probability_is_kept(on_cpu):
+    """exp(-150) is 0 in float32, but its power 0.1 is not."""
     s, t = np.zeros((1, 3)), np.asarray([[0.0, -150.0, -1.0]])
     case = Case("", "gkl", {"gamma": 0.1})
     compare(on_cpu, case, "float32", s, t, {}, 8)
     compare(on_cpu, case, "float32", s, t, {"prior": np.asarray([[1.0, 1e-44, 0.3]])}, 8)
 
 
-@EACH
-def test_what_is_left_out_has_gradients_of_positive_zero(on_cpu, case):
+@ALL_CASES
+def test_masked_classes_have_gradient_positive_zero(on_cpu, case):
     s, t, given = call(case, "elements")
     found = cuda.evaluate(call_of(case, s, t, given), device=on_cpu, student=True, teacher=True)
     for gradient in found[1:3]:
@@ -429,7 +431,7 @@ def test_what_is_left_out_has_gradients_of_positive_zero(on_cpu, case):
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 1), (1, 7), (1, 1), (5, 7)])
-def test_where_need_not_be_repeated(on_cpu, shape):
+def test_where_is_broadcast(on_cpu, shape):
     case = next(case for case in CASES if case.id == "gkl-tau")
     s, t, _ = call(case, "none")
     where = np.random.default_rng(3).random(shape) < 0.7
@@ -451,7 +453,7 @@ def test_where_need_not_be_repeated(on_cpu, shape):
         ("add(x.moment, -(mass.high * by))", "add(x.moment, mass.high * by)"),
     ],
 )
-def test_a_mutation_of_the_kernels_is_caught(tmp_path, on_cpu, old, new):
+def test_mutation_of_the_kernels_is_detected(tmp_path, on_cpu, old, new):
     for file in KERNELS.glob("*.*"):
         if file.suffix in (".cu", ".h"):
             shutil.copy(file, tmp_path)
@@ -462,7 +464,7 @@ def test_a_mutation_of_the_kernels_is_caught(tmp_path, on_cpu, old, new):
     case = next(case for case in CASES if case.id == "ikl-tau")
     s, t, given = call(case, "none", classes=100)
     with pytest.raises(AssertionError, match="units in the last place"):
-        compare(device_with(starter(tmp_path, program)), case, "float64", s, t, given, 64)
+        compare(device_with(make_starter(tmp_path, program)), case, "float64", s, t, given, 64)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -479,7 +481,7 @@ def test_a_mutation_of_the_kernels_is_caught(tmp_path, on_cpu, old, new):
         ("float64", "float64", (7,), 0, 1, 32, 1),
     ],
 )
-def test_the_plan(student, teacher, shape, offset, vector, group, blocks):
+def test_plan_chooses_vector_group_and_blocks(student, teacher, shape, offset, vector, group, blocks):
     s, t = np.zeros(shape, dtype=student), np.zeros(shape, dtype=teacher)
     found = cuda.plan_of(call_builder(gklx.kl)(s, t), (4096, 8192 + offset), True)
     assert (found.vector, found.group, found.blocks) == (vector, group, blocks)
@@ -497,21 +499,21 @@ def test_the_plan(student, teacher, shape, offset, vector, group, blocks):
         ("gkl-prior", "PRIOR_POWER"),
     ],
 )
-def test_the_plan_says_where_the_weights_come_from(case, weights):
+def test_plan_names_the_source_of_the_weights(case, weights):
     case = next(x for x in CASES if x.id == case)
     found = call_of(case, *call(case, "none"))
     assert cuda.plan_of(found, (0, 0), True).weights == weights
     assert cuda.plan_of(found, (0, 0), False).weights == "UNWEIGHTED"
 
 
-def test_arrays_on_the_cpu_are_not_served():
+def test_cuda_does_not_serve_arrays_on_the_cpu():
     assert not cuda.serves(call_builder(gklx.kl)(np.zeros((2, 3)), np.zeros((2, 3))))
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     assert not cuda.serves(call_builder(gklx.kl)(torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
-def test_what_does_not_compile_is_said_so_once_and_left(monkeypatch):
+def test_launcher_that_fails_to_compile_warns_once_and_is_skipped(monkeypatch):
     def fails(*_):
         raise OSError("libnvrtc.so: cannot open shared object file")
 
@@ -540,7 +542,7 @@ def test_what_does_not_compile_is_said_so_once_and_left(monkeypatch):
 
 @pytest.fixture
 def torch_on_kernels(tmp_path, monkeypatch):
-    """`cuda.evaluate` runs on PyTorch's tensors of the host: what it started: names, streams, blocks."""
+    """Runs `cuda.evaluate` on PyTorch's CPU tensors; the list of started kernels: name, stream and blocks."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler here: g++ is not on the path")
     backends.needs("torch")
@@ -549,7 +551,7 @@ def torch_on_kernels(tmp_path, monkeypatch):
     @cache
     def library(options):
         path = tmp_path / f"{abs(hash(options))}.so"
-        return compiled(HERE / "cuda_on_cpu.cpp", path, *(f"-D{k}={v}" for k, v in options))
+        return compile_for_host(HERE / "cuda_on_cpu.cpp", path, *(f"-D{k}={v}" for k, v in options))
 
     def start(kernel, device, stream, blocks, given):
         options, name = kernel
@@ -565,8 +567,8 @@ def torch_on_kernels(tmp_path, monkeypatch):
     return started
 
 
-def test_tensors_reach_the_kernels_however_they_lie(torch_on_kernels):
-    """Transposed, cut, expanded, unaligned, with a sign yet to be taken, recorded by autograd; of two dtypes."""
+def test_tensors_of_any_layout_reach_the_kernels(torch_on_kernels):
+    """Transposed, sliced, expanded, unaligned and lazily negated tensors, parameters, and tensors of two dtypes."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -619,16 +621,16 @@ def test_labels_priors_and_masks_of_other_dtypes_are_converted(torch_on_kernels)
         assert_near(np.asarray(one.double()), other, "float32", ulps=64)
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
-def test_around_the_kernels_nothing_is_moved_or_read(case, mask):
-    """On the meta device an array has no values; and no operator meets a tensor of the host, which it would move."""
+def test_launching_moves_and_reads_no_values(case, mask):
+    """Meta tensors have no values to read, and no operator may receive a CPU tensor, which it would move."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    class NothingElsewhere(TorchDispatchMode):
+    class OnlyMetaTensors(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
             result = operator(*args, **(kwargs or {}))
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
@@ -646,7 +648,7 @@ def test_around_the_kernels_nothing_is_moved_or_read(case, mask):
     s, t = (torch.tensor(x, device="meta", dtype=torch.float32) for x in (s, t))
     given = {name: torch.tensor(x, device="meta") for name, x in given.items()}
     for reduction in ("mean", "sum", "none"):
-        with NothingElsewhere():
+        with OnlyMetaTensors():
             own = call_builder(loss_of(case, reduction=reduction))(s, t, **given)
             found = cuda.evaluate(own, device=device, value=True, student=True, teacher=True)
         assert found.value.shape == ((5,) if reduction == "none" else ())
@@ -654,7 +656,7 @@ def test_around_the_kernels_nothing_is_moved_or_read(case, mask):
 
 
 def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
-    """Which cuda-core's `set_current` changes for PyTorch as well. Both kernels come of one compilation."""
+    """cuda-core's `set_current` changes PyTorch's current device too. One compilation gives both kernels."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     current, made = [0], []
@@ -689,22 +691,22 @@ def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
     assert made == ["sm_90"]  # both at once: half the compiling
 
 
-def test_the_source_is_one_text():
+def test_source_is_self_contained():
     text = cuda_launch.source()
     assert set(re.findall(r"#include (.*)", text)) == {"<cmath>", "<cstdint>", "<cstring>"}  # not for NVRTC
     assert "#pragma once" not in text
     assert text.count("Difference<R> difference(R t, R s)") == 1
 
 
-# --- compiled, and on a GPU -------------------------------------------------------------------------------------------
+# --- compiled for GPUs, and on a GPU ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", ["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"])
 @pytest.mark.parametrize("kinds", [("float", "float", "float", 4), ("double", "double", "double", 2),
                                    ("float", "Half", "Half", 8), ("float", "Brain", "float", 4)])  # fmt: skip
 @pytest.mark.parametrize("architecture", ["compute_75", "compute_80", "compute_90", "compute_120"])
-def test_nvrtc_compiles_them(kinds, architecture, weights):
-    """The compiler that CuPy calls needs no GPU; of a warning there is none."""
+def test_nvrtc_compiles_the_kernels(kinds, architecture, weights):
+    """NVRTC, which CuPy calls, needs no GPU; it must give no warning."""
     nvrtc = nvrtc_library()
     the_plan = cuda.Plan(*kinds[:3], weights, kinds[3], 64, 1)
     program, log_size, size = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
@@ -727,8 +729,8 @@ def test_nvrtc_compiles_them(kinds, architecture, weights):
 
 
 @pytest.mark.parametrize("kinds", [("float", "float", "float", 4), ("double", "double", "float", 2)])
-def test_cuda_core_compiles_them(kinds):
-    """What PyTorch's tensors take where CuPy is not installed; it starts nothing without a driver."""
+def test_cuda_core_compiles_the_kernels(kinds):
+    """cuda-core serves PyTorch where CuPy is not installed; without a driver it can compile, but not start kernels."""
     pytest.importorskip("cuda.core", reason="cuda-core is not installed")
     nvrtc_library()
     the_plan = cuda.Plan(*kinds[:3], "PRIOR_POWER", kinds[3], 64, 1)
@@ -746,10 +748,10 @@ def nvrtc_library():
     return ctypes.CDLL(str(found[0]))
 
 
-@EACH
+@ALL_CASES
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("library", ["cupy", "torch"])
-def test_on_a_gpu_kernels_are_the_formulas(case, mask, library):
+def test_on_a_gpu_kernels_agree_with_the_formulas(case, mask, library):
     module = on_a_gpu(library)
     s, t, given = call(case, mask, batch=(6,), classes=1000)
 
@@ -766,7 +768,7 @@ def test_on_a_gpu_kernels_are_the_formulas(case, mask, library):
         assert_near(one, other, "float32", ulps=128)
 
 
-def test_on_a_gpu_losses_go_by_the_kernels(monkeypatch):
+def test_on_a_gpu_losses_run_on_the_kernels(monkeypatch):
     torch = on_a_gpu("torch")
     started = []
     original = cuda_launch._numbers

@@ -1,4 +1,4 @@
-"""Dask arrays that were filtered: chunks without a row, and chunks whose sizes nobody has computed."""
+"""Filtered Dask arrays: chunks without rows, and chunks of unknown size."""
 
 import re
 
@@ -44,42 +44,42 @@ def filtered(x, known):
     return kept
 
 
-def computed(x):
+def compute(x):
     return np.asarray(x.compute(scheduler="synchronous"))
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["an empty chunk", "unknown sizes"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_and_gradients(name, known):
+def test_losses_and_gradients_agree_with_numpy(name, known):
     loss, settings = LOSSES[name]
     here = {key: x[KEEP] if np.shape(x)[:1] == (N,) else x for key, x in settings.items()}
-    there = {key: filtered(x, known) if np.shape(x)[:1] == (N,) else lazily(x) for key, x in settings.items()}
+    there = {key: filtered(x, known) if np.shape(x)[:1] == (N,) else as_dask(x) for key, x in settings.items()}
     for masks in ({}, {"sample_weight": WEIGHTS}, {"where": WHERE}):
         own = {**here, **{key: x[KEEP] for key, x in masks.items()}}
         lazy = {**there, **{key: filtered(x, known) for key, x in masks.items()}}
         s, t = filtered(S, known), filtered(T, known)
         for reduction in ("mean", "sum", "none"):
-            found = computed(loss(s, t, **lazy, reduction=reduction))
+            found = compute(loss(s, t, **lazy, reduction=reduction))
             np.testing.assert_allclose(found, loss(S[KEEP], T[KEEP], **own, reduction=reduction), rtol=1e-13)
         found = gklx.grad(loss, (0, 1))(s, t, **lazy)
         expected = gklx.grad(loss, (0, 1))(S[KEEP], T[KEEP], **own)
         for one, other in zip(found, expected, strict=True):
-            np.testing.assert_allclose(computed(one), other, rtol=1e-13, atol=1e-15)
+            np.testing.assert_allclose(compute(one), other, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["an empty chunk", "unknown sizes"])
-def test_the_class_prior(known):
+def test_class_prior_agrees_with_numpy(known):
     logits, labels, weights = (filtered(x, known) for x in (T, LABELS, WEIGHTS))
     for own, lazy in ((None, None), (WEIGHTS[KEEP], weights)):
         found = gklx.class_sums(logits, labels, C, sample_weight=lazy)
         expected = gklx.class_sums(T[KEEP], LABELS[KEEP], C, sample_weight=own)
-        np.testing.assert_allclose(computed(found), expected, rtol=1e-14)
+        np.testing.assert_allclose(compute(found), expected, rtol=1e-14)
     prior, same = gklx.ClassPrior(C), gklx.ClassPrior(C)
     prior.update(logits, labels)
     same.update(T[KEEP], LABELS[KEEP])
     prior.advance()
     same.advance()
-    np.testing.assert_allclose(computed(prior.table), same.table, rtol=1e-14)
+    np.testing.assert_allclose(compute(prior.table), same.table, rtol=1e-14)
 
 
 def test_batch_axes_with_an_empty_chunk():
@@ -91,35 +91,35 @@ def test_batch_axes_with_an_empty_chunk():
     labels = dask.array.from_array(np.stack([LABELS] * 4), (2, 4))[keep]
     logits.compute_chunk_sizes()
     labels.compute_chunk_sizes()
-    np.testing.assert_allclose(computed(gklx.kl(logits, logits[:, ::-1])), gklx.kl(x[:2], x[:2, ::-1]), rtol=1e-13)
+    np.testing.assert_allclose(compute(gklx.kl(logits, logits[:, ::-1])), gklx.kl(x[:2], x[:2, ::-1]), rtol=1e-13)
     found, expected = gklx.class_sums(logits, labels, C), gklx.class_sums(x[:2], np.stack([LABELS] * 2), C)
-    np.testing.assert_allclose(computed(found), expected, rtol=1e-14)
+    np.testing.assert_allclose(compute(found), expected, rtol=1e-14)
 
 
-def test_a_batch_of_which_nothing_is_left_is_0():
+def test_loss_of_a_batch_filtered_to_nothing_is_zero():
     import dask.array
 
     none = dask.array.from_array(S, (2, C))[dask.array.from_array(KEEP & ~KEEP, 2)]
     for loss in (gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl):
         value, gradient = gklx.value_and_grad(loss)(none, none)
-        assert computed(value) == 0
-        assert computed(gradient).shape == (0, C)
+        assert compute(value) == 0
+        assert compute(gradient).shape == (0, C)
 
 
-def test_a_known_size_does_not_go_with_an_unknown_one():
+def test_known_and_unknown_sizes_must_not_be_mixed():
     with pytest.raises(
         ValueError, match=re.escape("teacher_logits must have the shape of student_logits, [nan, 3], got [5, 3]")
     ):
         gklx.kl(filtered(S, known=False), filtered(T, known=True))
 
 
-def test_the_number_of_classes_must_be_known():
+def test_number_of_classes_must_be_known():
     s = filtered(np.ascontiguousarray(np.tile(S, (1, 2)).T.repeat(2, 0)[:N]), known=False).T
     with pytest.raises(ValueError, match=r"^student_logits must have at least 1 class on the last axis, got .*nan\]$"):
         gklx.kl(s, s)
 
 
-def lazily(x):
+def as_dask(x):
     import dask.array
 
     return dask.array.from_array(x) if isinstance(x, np.ndarray) else x

@@ -1,6 +1,6 @@
 """Every Python block of docs/**/*.md is a doctest and prints what the page shows.
 
-A block is complete in itself, but in a tutorial, which is one doctest from its first block to its last.
+Each block is complete in itself, except in a tutorial, whose blocks together are one doctest.
 """
 
 import ast
@@ -43,7 +43,7 @@ def is_tutorial(page):
 
 
 def needs_examples(page):
-    """All pages but those above and the reference, whose docstrings are doctests themselves."""
+    """Whether a page must have examples: all but EXEMPT and the reference, whose docstrings are doctests themselves."""
     return name_of(page) not in EXEMPT and page.parent.name != "reference"
 
 
@@ -54,7 +54,7 @@ def doctest_of(source, page, above):
 
 
 def examples_in(page):
-    """A doctest a block; for a tutorial one of all blocks, the lines between them blank."""
+    """One doctest per block; for a tutorial one of all blocks, with blank lines between them, to keep line numbers."""
     text = page.read_text(encoding="utf-8")
     blocks = [(at[1], text[: at.start(1)].count("\n")) for at in FENCED.finditer(text)]
     if not (is_tutorial(page) and blocks):
@@ -72,7 +72,7 @@ def doctest_at(page, line):
 
 
 def imported(test):
-    """The top-level modules that a doctest imports; with `gklx.torch` comes PyTorch."""
+    """The top-level modules that a doctest imports; `gklx.torch` counts as PyTorch too."""
     found = set()
     for node in ast.walk(ast.parse("".join(each.source for each in test.examples))):
         if isinstance(node, ast.Import):
@@ -84,9 +84,9 @@ def imported(test):
 
 def problems(test):
     """The differences between the output of a doctest and the page; empty where there are none."""
-    said = []
-    doctest.DocTestRunner(verbose=False).run(test, out=said.append)
-    return "".join(said)
+    output_text = []
+    doctest.DocTestRunner(verbose=False).run(test, out=output_text.append)
+    return "".join(output_text)
 
 
 BLOCKS = [pytest.param(test, id=f"{name_of(page)}:{test.lineno + 1}") for page in PAGES for test in examples_in(page)]
@@ -99,7 +99,7 @@ def test_block_prints_what_the_page_shows(test):
     if "optax" in modules:
         pytest.importorskip("optax", reason="optax is not installed")
     if modules & FRAMEWORKS.keys():
-        pytest.skip("test_block_of_a_framework runs it")
+        pytest.skip("test_framework_block_prints_what_the_page_shows runs it")
     found = problems(test)
     assert not found, found
 
@@ -113,8 +113,8 @@ FRAMEWORK_BLOCKS = [
 
 
 @pytest.mark.parametrize(("test", "framework", "library"), FRAMEWORK_BLOCKS)
-def test_block_of_a_framework(test, framework, library):
-    """In a process of its own: Keras has one backend a process, and each has warnings that are not of gklx."""
+def test_framework_block_prints_what_the_page_shows(test, framework, library):
+    """In a separate process: Keras has one backend per process, and frameworks give warnings of their own."""
     backends.needs(library)
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
@@ -175,7 +175,7 @@ def test_links_of_the_readme_lead_to_files():
 
 
 def test_no_example_stands_outside_a_block():
-    """A prompt that the pattern of a block does not find would never run."""
+    """The doctests would miss a prompt outside a fenced block."""
     for page in PAGES:
         prompts = re.findall(r"^\s*>>> ", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(prompts) == sum(len(test.examples) for test in examples_in(page)), page

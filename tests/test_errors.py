@@ -14,7 +14,7 @@ S, T = np.zeros((2, 3)), np.ones((2, 3))
 LABELS, TABLE = np.asarray([0, 2]), np.full((3, 3), 1 / 3)
 
 
-def exactly(message):
+def whole_message(message):
     return "^" + re.escape(message) + "$"
 
 
@@ -96,18 +96,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_losses(wrong):
+def test_loss_raises_the_documented_error(wrong):
     loss, logits, settings, kind, message = WRONG[wrong]
     for call in (loss, gklx.grad(loss), gklx.value_and_grad(loss, (0, 1))):
-        with pytest.raises(kind, match=exactly(message)):
+        with pytest.raises(kind, match=whole_message(message)):
             call(*logits, **settings)
     if loss is not gklx.kl:
-        with pytest.raises(kind, match=exactly(message)):
+        with pytest.raises(kind, match=whole_message(message)):
             gklx.terms(loss)(*logits, **settings)
 
 
-def test_the_same_errors_on_every_backend(backend):
-    """Kinds, shapes and dtypes everywhere; values where reading them is free, NaN elsewhere."""
+def test_errors_are_the_same_on_every_backend(backend):
+    """Types, shapes and dtypes are checked everywhere, values where reading them is free; elsewhere they give NaN."""
     s, t, table = backend.array(S), backend.array(T), backend.array(TABLE)
     with pytest.raises(ValueError, match=r"^teacher_logits must have the shape"):
         gklx.kl(s, backend.array(np.ones((2, 4))))
@@ -129,7 +129,7 @@ def test_the_same_errors_on_every_backend(backend):
         assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(S - 1))))
 
 
-def test_two_libraries(backend):
+def test_arrays_of_two_libraries_are_refused(backend):
     if backend.library.backend == "numpy":
         strict = pytest.importorskip("array_api_strict")
         other, name = strict.asarray(T), "array-api-strict"
@@ -144,31 +144,31 @@ def test_two_libraries(backend):
         gklx.kl(s, backend.array(T), sample_weight=other[:, 0])
 
 
-def test_two_devices():
+def test_arrays_on_two_devices_are_refused():
     strict = pytest.importorskip("array_api_strict")
     there = strict.asarray(T, device=strict.Device("device1"))
     with pytest.raises(ValueError, match=r"^teacher_logits must be on the device of student_logits, .*CPU.*, got .*1"):
         gklx.kl(strict.asarray(S), there)
 
 
-def test_two_devices_of_torch():
+def test_tensors_on_two_devices_are_refused():
     torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match=r"^teacher_logits must be on the device of student_logits, cpu, got meta$"):
         gklx.kl(torch.tensor(S), torch.tensor(T, device="meta"))
 
 
 @pytest.mark.parametrize("transform", [gklx.grad, gklx.value_and_grad, gklx.terms])
-def test_transforms_take_the_four_losses_only(transform):
+def test_transforms_accept_only_the_four_losses(transform):
     message = "loss must be gklx.kl, gklx.dkl, gklx.ikl, gklx.gkl or a functools.partial of one, got "
-    with pytest.raises(TypeError, match=exactly(message + "sum")):
+    with pytest.raises(TypeError, match=whole_message(message + "sum")):
         transform(sum)
-    with pytest.raises(TypeError, match=exactly(message + "sum")):
+    with pytest.raises(TypeError, match=whole_message(message + "sum")):
         transform(functools.partial(sum, start=1))
-    with pytest.raises(TypeError, match=exactly(message + "str")):
+    with pytest.raises(TypeError, match=whole_message(message + "str")):
         transform("kl")
 
 
-def test_argnums():
+def test_invalid_argnums_are_refused():
     for wrong in (2, -1, (0, 2)):
         with pytest.raises(ValueError, match=r"^argnums must be made of 0 \(student\) and 1 \(teacher\), got"):
             gklx.grad(gklx.kl, wrong)
@@ -179,7 +179,7 @@ def test_argnums():
             gklx.value_and_grad(gklx.kl, wrong)
 
 
-def test_no_gradient_of_unreduced_losses():
+def test_gradient_of_an_unreduced_loss_is_refused():
     for transform in (gklx.grad, gklx.value_and_grad):
         with pytest.raises(ValueError, match=r'^reduction must be "mean" or "sum" for a gradient, got "none"$'):
             transform(gklx.kl)(S, T, reduction="none")
@@ -190,7 +190,7 @@ def test_kl_has_no_terms():
         gklx.terms(gklx.kl)
 
 
-def test_unknown_and_missing_arguments():
+def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="unexpected keyword"):
         gklx.kl(S, T, ignore_index=-100)
     with pytest.raises(TypeError, match="unexpected keyword"):
@@ -199,7 +199,7 @@ def test_unknown_and_missing_arguments():
         gklx.kl(S, T, 2.0)
 
 
-def test_class_sums():
+def test_class_sums_raises_the_documented_errors():
     for arguments, kind, message in (
         ((S, LABELS, 4), ValueError, "logits must have num_classes = 4 classes on the last axis, got [2, 3]"),
         ((S, LABELS, 0), ValueError, "num_classes must be at least 1, got 0"),
@@ -208,7 +208,7 @@ def test_class_sums():
         ((S, LABELS * 1.0, 3), TypeError, "labels must be integers, got float64"),
         ((LABELS, LABELS, 3), TypeError, "logits must be float16, bfloat16, float32 or float64, got int64"),
     ):
-        with pytest.raises(kind, match=exactly(message)):
+        with pytest.raises(kind, match=whole_message(message)):
             gklx.class_sums(*arguments)
     with pytest.raises(ValueError, match=r"^temperature must be above 0, got 0$"):
         gklx.class_sums(S, LABELS, 3, temperature=0)

@@ -1,4 +1,4 @@
-"""The CuPy script in `examples/` prints what `gklx.score` finds; both on the GPU."""
+"""The CuPy script in `examples/` prints the statistics of `gklx.score`; both run on the GPU."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ FILES = [str(EXAMPLES / "digits" / f"{name}.npy") for name in ("student", "teach
 
 
 @pytest.mark.parametrize("block_bytes", [2**28, 4 * 10 * 100])
-def test_script_and_command_agree(capsys, block_bytes):
+def test_script_prints_the_statistics_of_score(capsys, block_bytes):
     backends.needs("cupy")
     runpy.run_path(str(EXAMPLES / "score_cupy.py"))["main"](*FILES, block_bytes=block_bytes)
     out = capsys.readouterr().out

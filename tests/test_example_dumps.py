@@ -32,8 +32,8 @@ def text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers(text, tmp_path, monkeypatch, dtype):
-    """On a tiny random model, saved and loaded as any other."""
+def test_transformers_dump_has_the_models_logits_and_targets(text, tmp_path, monkeypatch, dtype):
+    """With a tiny random model."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -65,8 +65,8 @@ def test_transformers(text, tmp_path, monkeypatch, dtype):
     assert found.perplexity.student.value == pytest.approx(np.exp(-own.mean()), rel=1e-5)
 
 
-def test_vllm(text, monkeypatch):
-    """By an engine of the same shape as vLLM's: prompt_logprobs has None, then a dictionary of every class a token."""
+def test_vllm_dump_has_the_engines_log_probabilities(text, monkeypatch):
+    """With a stand-in for vLLM: prompt_logprobs has None, and then for each token a dictionary of all classes."""
     rng = np.random.default_rng(0)
     words = {word: at for at, word in enumerate(sorted(set(TEXT.split())))}
     given, asked = [], []
@@ -76,7 +76,7 @@ def test_vllm(text, monkeypatch):
             assert kwargs["max_logprobs"] == -1
 
         def get_tokenizer(self):
-            return types.SimpleNamespace(encode=lambda said: [words[word] for word in said.split()])
+            return types.SimpleNamespace(encode=lambda text: [words[word] for word in text.split()])
 
         def generate(self, prompts, parameters):
             assert parameters == {"max_tokens": 1, "prompt_logprobs": -1}
@@ -100,8 +100,8 @@ def test_vllm(text, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="a shell script")
-def test_llama_cpp(tmp_path):
-    """With a stand-in for the tool that copies dumps of the real one."""
+def test_llama_cpp_script_scores_the_dumps(tmp_path):
+    """With a stand-in for llama.cpp's tool, which copies dumps of the real one."""
     tool = tmp_path / "tool"
     tool.write_text(
         '#!/bin/sh\n[ "$1 $3 $4 $5" = "-m -f text.txt --kl-divergence-base" ] || exit 9\n'

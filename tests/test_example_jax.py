@@ -1,4 +1,4 @@
-"""The JAX example trains, and trains the same way again."""
+"""The JAX example trains, reproducibly."""
 
 import importlib.util
 import math
@@ -29,7 +29,7 @@ def results(example):
     return example.main(SHORT)
 
 
-def test_three_networks(results):
+def test_three_networks_are_trained(results):
     assert list(results) == ["teacher", "student alone", "student distilled"]
     for each in results.values():
         assert len(each.losses) == EPOCHS
@@ -54,18 +54,18 @@ def test_weights_are_warmed_up(example, monkeypatch):
     given = []
     true_epoch = example.epoch
 
-    def spy(state, samples, order, warmth):
-        given.append((samples.teacher is not None, float(warmth)))
-        return true_epoch(state, samples, order, warmth)
+    def spy(state, samples, order, warmup):
+        given.append((samples.teacher is not None, float(warmup)))
+        return true_epoch(state, samples, order, warmup)
 
     monkeypatch.setattr(example, "epoch", spy)
     example.main(("--epochs", "22", "--steps", "1"))
-    distilled = [warmth for with_teacher, warmth in given if with_teacher]
+    distilled = [warmup for with_teacher, warmup in given if with_teacher]
     assert distilled == pytest.approx([min((number + 1) / 20, 1.0) for number in range(22)], rel=1e-6)
 
 
-def test_prior_lives_through_the_epochs(example):
-    """The table that an epoch returns is the teacher's mean softmax by class, of the images it went over."""
+def test_prior_of_an_epoch_is_the_teachers_mean_softmax(example):
+    """The mean is by class, over the images of the epoch."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -84,7 +84,7 @@ def test_prior_lives_through_the_epochs(example):
     assert not np.asarray(after.prior.sums).any()
 
 
-def test_all_epochs_run_what_the_first_compiled(example):
+def test_epochs_compile_once(example):
     import jax
     import jax.numpy as jnp
 
@@ -92,19 +92,19 @@ def test_all_epochs_run_what_the_first_compiled(example):
     samples = seen._replace(teacher=jnp.zeros((len(seen.labels), 10), jnp.float32))
     state = example.start(jax.random.key(0), (64, 4, 10), seen.images)
     before = example.epoch._cache_size()
-    for warmth in (0.25, 0.5, 1.0):
-        state, _ = example.epoch(state, samples, jnp.arange(16).reshape(2, 8), jnp.float32(warmth))
+    for warmup in (0.25, 0.5, 1.0):
+        state, _ = example.epoch(state, samples, jnp.arange(16).reshape(2, 8), jnp.float32(warmup))
     assert example.epoch._cache_size() == before + 1
 
 
-def test_same_seed_same_result(example, results):
+def test_same_seed_gives_the_same_result(example, results):
     again = example.main(SHORT)
     for name, each in results.items():
         assert again[name].accuracy == each.accuracy
         assert again[name].losses == each.losses
 
 
-def test_other_seed_other_result(example, results):
+def test_other_seed_gives_another_result(example, results):
     other = example.main((*SHORT, "--seed", "1"))
     for (_, each), (_, its) in zip(results.items(), other.items(), strict=True):
         assert each.losses != its.losses

@@ -1,4 +1,4 @@
-"""The PyTorch example trains on the real digits, and does what its text says."""
+"""The PyTorch example trains on the real digits, as its text says."""
 
 import importlib.util
 from pathlib import Path
@@ -26,7 +26,7 @@ def example():
     torch.set_num_threads(threads)
 
 
-def test_a_short_run_is_above_chance_and_the_same_again(example, capsys):
+def test_short_run_is_above_chance_and_reproducible(example, capsys):
     found = example.main(["--steps", "60", "--epochs", "9", "--seed", "3"])
     printed = capsys.readouterr().out
     assert list(found) == ["teacher", "student alone", "student distilled"]
@@ -41,7 +41,7 @@ def test_a_short_run_is_above_chance_and_the_same_again(example, capsys):
     assert other["student alone"] != found["student alone"]
 
 
-def test_the_loss_falls_and_the_student_nears_its_teacher(example):
+def test_loss_falls_and_student_approaches_its_teacher(example):
     import torch
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_the_loss_falls_and_the_student_nears_its_teacher(example):
     assert criterion.warmup_epochs == 20
 
 
-def test_the_criterion_advances_once_an_epoch(example, monkeypatch):
+def test_criterion_advances_once_per_epoch(example, monkeypatch):
     made, make = [], example.make_criterion
     monkeypatch.setattr(example, "make_criterion", lambda: made.append(make()) or made[-1])
     example.main(["--steps", "14", "--epochs", "2"])
@@ -79,7 +79,7 @@ def test_the_criterion_advances_once_an_epoch(example, monkeypatch):
     assert made[0].prior.diagonal().mean() > 0.1 + 1e-3  # a class's own share, above the uniform table's
 
 
-def test_steps_stop_a_run(example):
+def test_steps_option_limits_a_run(example):
     seen, _ = example.split(0)
     student, drawn = example.make_student(), []
 
@@ -101,7 +101,7 @@ def test_steps_stop_a_run(example):
         (["--classes", "3"], "unrecognized arguments: --classes 3"),
     ],
 )
-def test_wrong_options(example, capsys, wrong, message):
+def test_invalid_options_are_refused(example, capsys, wrong, message):
     with pytest.raises(SystemExit) as stopped:
         example.main(wrong)
     assert stopped.value.code == 2

@@ -14,7 +14,7 @@ COMPILED = [each.name for each in BACKENDS if each.execution and each.traced]
 
 
 @pytest.fixture
-def chosen(request, monkeypatch):
+def named_backend(request, monkeypatch):
     each = BY_NAME[request.param]
     backends.needs(each.library.backend)
     backends.run_on(each.execution, each.library.backend, monkeypatch)
@@ -30,55 +30,55 @@ def runs(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("chosen", EAGER, indirect=True)
+@pytest.mark.parametrize("named_backend", EAGER, indirect=True)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_values_and_gradients(chosen, case, runs):
-    s, t, given = on(chosen, "float32", *call(case, "elements"))
+def test_values_and_gradients_run_on_the_named_execution(named_backend, case, runs):
+    s, t, given = on(named_backend, "float32", *call(case, "elements"))
     loss_of(case)(s, t, **given)
     gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given)
-    assert runs == [chosen.execution] * 2
+    assert runs == [named_backend.execution] * 2
 
 
-@pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
+@pytest.mark.parametrize("named_backend", [name for name in EAGER if name.startswith("torch")], indirect=True)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_backward_passes(chosen, dtype, runs):
-    """For half precisions the backward pass computes; for others it scales the gradient of the forward pass."""
-    s, t, _ = on(chosen, dtype, *call(CASES[0], "none"))
+def test_backward_passes_run_on_the_named_execution(named_backend, dtype, runs):
+    """In half precision the backward pass computes the gradient; otherwise it scales that of the forward pass."""
+    s, t, _ = on(named_backend, dtype, *call(CASES[0], "none"))
     gklx.gkl(s.requires_grad_(), t).backward()
-    assert runs == [chosen.execution] * (2 if dtype == "bfloat16" else 1)
+    assert runs == [named_backend.execution] * (2 if dtype == "bfloat16" else 1)
 
 
-@pytest.mark.parametrize("chosen", [name for name in EAGER if name.startswith("torch")], indirect=True)
-def test_compiled_pytorch(chosen, runs):
+@pytest.mark.parametrize("named_backend", [name for name in EAGER if name.startswith("torch")], indirect=True)
+def test_compiled_pytorch_runs_on_the_named_execution(named_backend, runs):
     import torch
 
     torch.compiler.reset()
-    s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
+    s, t, _ = on(named_backend, "float32", *call(CASES[0], "none"))
     torch.compile(gklx.gkl, backend="aot_eager", fullgraph=True)(s.requires_grad_(), t).backward()
     torch.compiler.reset()
-    assert set(runs) == {chosen.execution}
+    assert set(runs) == {named_backend.execution}
 
 
-@pytest.mark.parametrize("chosen", COMPILED, indirect=True)
+@pytest.mark.parametrize("named_backend", COMPILED, indirect=True)
 @pytest.mark.parametrize("function", [gklx.kl, gklx.value_and_grad(gklx.gkl, (0, 1))], ids=["value", "gradients"])
-def test_compiled_jax(chosen, function):
-    s, t, _ = on(chosen, "float32", *call(CASES[0], "none"))
-    program = chosen.wrap(function).lower(s, t).as_text()
-    assert ("@gklx_rows" in program) == (chosen.execution == "kernel")
+def test_compiled_jax_runs_on_the_named_execution(named_backend, function):
+    s, t, _ = on(named_backend, "float32", *call(CASES[0], "none"))
+    program = named_backend.wrap(function).lower(s, t).as_text()
+    assert ("@gklx_rows" in program) == (named_backend.execution == "kernel")
 
 
-@pytest.mark.parametrize("chosen", ["jax", "jax-formulas"], indirect=True)
-def test_eager_jax_compiles_for_shapes_alone(chosen):
+@pytest.mark.parametrize("named_backend", ["jax", "jax-formulas"], indirect=True)
+def test_eager_jax_compiles_once_per_shape(named_backend):
     from gklx._run import xla
 
-    s, t, _ = on(chosen, "float32", *np.random.default_rng(0).standard_normal((2, 3, 11)), {})
+    s, t, _ = on(named_backend, "float32", *np.random.default_rng(0).standard_normal((2, 3, 11)), {})
     before = xla._compiled._cache_size()
     found = {float(gklx.gkl(s, t, mse_weight=weight, gamma=weight)) for weight in (0.25, 0.5, 0.75)}
     assert xla._compiled._cache_size() == before + 1
     assert len(found) == 3
 
 
-def test_without_the_library_its_tests_skip_or_fail(monkeypatch):
+def test_missing_kernel_skips_or_fails_its_tests(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     for required, outcome in ((False, pytest.skip.Exception), (True, pytest.fail.Exception)):
         monkeypatch.setattr(backends, "KERNEL_REQUIRED", required)
@@ -86,7 +86,7 @@ def test_without_the_library_its_tests_skip_or_fail(monkeypatch):
             backends.run_on("kernel", "numpy", monkeypatch)
 
 
-def test_the_two_agree_in_one_process(monkeypatch):
+def test_both_executions_agree_in_one_process(monkeypatch):
     backends.needs_kernel()
     s, t, given = call(CASES[-2], "elements")
     found = []

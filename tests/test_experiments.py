@@ -1,4 +1,4 @@
-"""The experiments: their statistics, reports and errors, the pieces, and each recipe run for two steps."""
+"""The experiments: statistics, reports, errors, shared modules, and two steps of each recipe."""
 
 import dataclasses
 import importlib
@@ -20,7 +20,7 @@ NEEDED = ("altair", "rich", "scipy", "vl_convert")
 
 
 @pytest.fixture
-def piece(monkeypatch):
+def load_module(monkeypatch):
     """Imports a module of the experiments, as a recipe does."""
     for package in NEEDED:
         pytest.importorskip(package, reason=f"{package} is not installed, and the experiments use it")
@@ -40,9 +40,9 @@ def torch():
 
 
 @pytest.fixture
-def mnist(piece):
+def mnist(load_module):
     try:
-        return piece("pieces.images").load("mnist")
+        return load_module("pieces.images").load("mnist")
     except (FileNotFoundError, ModuleNotFoundError) as absent:
         pytest.skip(str(absent))
 
@@ -61,7 +61,7 @@ class ImageSettings(Settings):
 
 
 def train(variant, seed, settings):
-    """KL has 90, 91, …; DKL the same and GKL 1, 2, 3, … more, times the scale."""
+    """The accuracies of KL and DKL are 90, 91, …; GKL's are higher by 1, 2, 3, … times the scale."""
     if settings.fault == "raise" and variant == "gkl":
         raise ArithmeticError("no step\ncan be made")
     if settings.fault == "nan" and seed == 1:
@@ -77,8 +77,8 @@ def train(variant, seed, settings):
 
 
 @pytest.fixture
-def toy(piece):
-    """An experiment with three variants and two conditions, of arithmetic."""
+def toy(load_module):
+    """An experiment with three variants and two conditions, whose training is plain arithmetic."""
 
     def make(**changes):
         made = {
@@ -91,19 +91,19 @@ def toy(piece):
             "full": {"ten": Settings(10.0)},
             "higher_is_better": {"loss": False},
         }
-        return piece("pieces.experiment").Experiment(**(made | changes))
+        return load_module("pieces.experiment").Experiment(**(made | changes))
 
     return make
 
 
 @pytest.fixture
-def run(piece, tmp_path, capsys):
-    """Runs an experiment in this process; the exit status, the folder, and what was printed on either stream."""
+def run(load_module, tmp_path, capsys):
+    """A function that runs an experiment; it returns the exit status, the folder, and the text of both streams."""
 
     def ran(experiment, *arguments, processes=1):
         arguments = [*arguments, "--out", str(tmp_path / "out"), "--processes", str(processes)]
         try:
-            status = piece("pieces.experiment").main(experiment, arguments)
+            status = load_module("pieces.experiment").main(experiment, arguments)
         except SystemExit as stopped:
             status = stopped.code
         return status, tmp_path / "out", *capsys.readouterr()
@@ -111,8 +111,8 @@ def run(piece, tmp_path, capsys):
     return ran
 
 
-def test_a_mean_has_students_interval(piece):
-    statistics = piece("pieces.statistics")
+def test_mean_has_the_interval_of_students_t(load_module):
+    statistics = load_module("pieces.statistics")
     estimate = statistics.mean([1.0, 2.0, 3.0])
     half = T_975 / math.sqrt(3)
     assert estimate.count == 3
@@ -123,8 +123,8 @@ def test_a_mean_has_students_interval(piece):
     assert statistics.mean([-11.0, -12.0, -13.0]).excludes_zero
 
 
-def test_one_value_has_no_interval_and_none_no_mean(piece):
-    statistics = piece("pieces.statistics")
+def test_interval_needs_two_values_and_mean_needs_one(load_module):
+    statistics = load_module("pieces.statistics")
     single = statistics.mean([4.0])
     assert single.mean == 4.0
     assert math.isnan(single.low)
@@ -134,8 +134,8 @@ def test_one_value_has_no_interval_and_none_no_mean(piece):
         statistics.mean([])
 
 
-def test_differences_are_paired_by_seed(piece):
-    statistics = piece("pieces.statistics")
+def test_differences_are_paired_by_seed(load_module):
+    statistics = load_module("pieces.statistics")
     found = statistics.paired_difference({2: 4.0, 0: 3.0, 1: 5.0, 8: 70.0}, {0: 1.0, 1: 2.0, 2: 3.0, 7: 9.0})
     half = T_975 / math.sqrt(3)  # of 2, 3, 1
     assert_near([found.mean, found.half_width, found.count], [2.0, half, 3], "float64", ulps=8)
@@ -168,12 +168,12 @@ def test_results_table_and_plot_are_written(toy, run):
     assert all(text in svg for text in ("A toy", "plain", "double", "accuracy, %", "dkl"))
 
 
-def test_a_difference_beyond_its_interval_is_bold(toy, run):
+def test_difference_larger_than_its_interval_is_bold(toy, run):
     _, _, printed, _ = run(toy(conditions={"plain": Settings()}), "--seeds", "5")
     assert "| **+3.0 ± 2.0** |" in printed
 
 
-def test_a_part_of_an_experiment(toy, run):
+def test_options_select_variants_and_conditions(toy, run):
     status, _, printed, _ = run(toy(), "--only", "gkl", "--condition", "double", "--seeds", "1")
     assert status == 0
     assert "| gkl | 92.00 | – | 0.50 | – |" in printed  # nothing to be compared with, and no interval
@@ -182,12 +182,12 @@ def test_a_part_of_an_experiment(toy, run):
     assert "## ten" in run(toy(), "--full", "--seeds", "1")[2]
 
 
-def test_the_limit_of_steps_reaches_the_training(toy, run):
+def test_steps_limit_reaches_the_training(toy, run):
     _, _, printed, _ = run(toy(conditions={"plain": Settings(fault="limit")}), "--steps-limit", "7", "--seeds", "1")
     assert "| kl | 7.00 |" in printed
 
 
-def test_worker_processes_find_the_same(toy, run):
+def test_worker_processes_give_the_same_results(toy, run):
     alone = json.loads((run(toy(), "--seeds", "2")[1] / "toy.json").read_text())
     status, out, *_ = run(toy(), "--seeds", "2", processes=2)
     assert status == 0
@@ -195,7 +195,7 @@ def test_worker_processes_find_the_same(toy, run):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "output_text"),
     [
         (["--only", "kl", "jsd"], "argument --only: invalid choice: 'jsd'"),
         (["--condition", "triple"], "argument --condition: invalid choice: 'triple' (choose from plain, double)"),
@@ -204,17 +204,17 @@ def test_worker_processes_find_the_same(toy, run):
         (["--data", "cifar10"], "unrecognized arguments: --data cifar10"),
     ],
 )
-def test_a_wrong_option_is_one_line(toy, run, wrong, said):
+def test_invalid_option_is_a_one_line_error(toy, run, wrong, output_text):
     status, out, printed, errors = run(toy(), *wrong)
     assert status == 2
-    assert errors.startswith(f"toy.py: error: {said}")
+    assert errors.startswith(f"toy.py: error: {output_text}")
     assert errors.count("\n") == 1
     assert not printed
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("fault", "status", "said"),
+    ("fault", "status", "output_text"),
     [
         ("raise", 1, "toy: error: plain, gkl, seed 0: ArithmeticError: no step\n"),
         ("nan", 1, "toy: error: plain, kl, seed 1: loss is nan\n"),
@@ -222,18 +222,18 @@ def test_a_wrong_option_is_one_line(toy, run, wrong, said):
         ("stop", 130, "toy: interrupted, nothing was written\n"),
     ],
 )
-def test_a_run_that_fails_leaves_the_files_as_they_were(toy, run, fault, status, said):
+def test_failed_run_leaves_the_old_files(toy, run, fault, status, output_text):
     _, out, *_ = run(toy(), "--seeds", "1")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     found, _, printed, errors = run(toy(conditions={"plain": Settings(fault=fault)}), "--seeds", "2")
     assert found == status
-    assert errors.endswith(said)
+    assert errors.endswith(output_text)
     assert "Traceback" not in errors
     assert not printed
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_run_that_fails_in_a_worker_is_one_line(toy, run):
+def test_failure_in_a_worker_is_a_one_line_error(toy, run):
     status, out, _, errors = run(toy(conditions={"plain": Settings(fault="raise")}), processes=2)
     assert status == 1
     assert errors.splitlines()[-1].endswith("ArithmeticError: no step")
@@ -241,15 +241,15 @@ def test_a_run_that_fails_in_a_worker_is_one_line(toy, run):
     assert not out.exists()
 
 
-def test_cifar_needs_its_folder(toy, run):
+def test_cifar_needs_the_root_option(toy, run):
     status, _, _, errors = run(toy(conditions={"plain": ImageSettings()}), "--data", "cifar100")
     assert status == 2
     assert errors == "toy.py: error: cifar100 needs --root DIR, the folder that holds its files\n"
 
 
-def test_cifar_that_is_not_there_is_one_line(torch, piece, run, tmp_path):
+def test_missing_cifar_files_are_a_one_line_error(torch, load_module, run, tmp_path):
     status, out, _, errors = run(
-        piece("distillation").EXPERIMENT, "--data", "cifar10", "--root", str(tmp_path), "--seeds", "1"
+        load_module("distillation").EXPERIMENT, "--data", "cifar10", "--root", str(tmp_path), "--seeds", "1"
     )
     assert status == 1
     last = errors.splitlines()[-1]
@@ -270,16 +270,16 @@ def test_mnist_is_split_evenly(mnist):
     assert 0.3 < ink < 0.6  # a one takes less than half of a nought's ink
 
 
-def test_counts_fall_geometrically(piece):
-    class_counts = piece("pieces.images").class_counts
+def test_long_tailed_class_counts_fall_geometrically(load_module):
+    class_counts = load_module("pieces.images").class_counts
     assert class_counts(50, 10).tolist() == [5] * 10
     assert class_counts(1000, 10, 20.0).tolist() == [294, 211, 151, 108, 78, 56, 40, 29, 20, 15]
     assert class_counts(10_847, 100, 100.0).max() <= 500  # what CIFAR-100 has
     assert class_counts(12, 3, 1e6).min() == 1
 
 
-def test_a_subset_is_of_its_seed(piece):
-    subset = piece("pieces.images").subset
+def test_subset_is_determined_by_its_seed(load_module):
+    subset = load_module("pieces.images").subset
     labels = np.repeat([0, 1, 2], 20)
     rows = subset(labels, [5, 3, 1], seed=4)
     assert np.bincount(labels[rows]).tolist() == [5, 3, 1]
@@ -291,9 +291,9 @@ def test_a_subset_is_of_its_seed(piece):
 
 
 @pytest.fixture
-def gradient_of(torch, piece):
-    """The student's gradient of a divergence by name, beside a frozen teacher."""
-    losses = piece("pieces.losses")
+def gradient_of(torch, load_module):
+    """A function: the student's gradient of a named divergence, with a frozen teacher."""
+    losses = load_module("pieces.losses")
     draw = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 6, 10, dtype=torch.float64, generator=draw)
     prior = torch.rand(10, 10, dtype=torch.float64, generator=draw)
@@ -307,32 +307,32 @@ def gradient_of(torch, piece):
     return gradient
 
 
-def test_one_sided_rows_of_the_ablation_are_kl(piece, gradient_of):
+def test_one_sided_variants_of_the_ablation_have_kls_gradient(load_module, gradient_of):
     kl = gradient_of("kl")
     assert_near(gradient_of("dkl"), kl, "float64", ulps=64)
-    for name in piece("pieces.losses").ABLATION:
+    for name in load_module("pieces.losses").ABLATION:
         if name.startswith("onesided"):
             assert_near(gradient_of(name), kl, "float64", ulps=64)
         else:
             assert np.abs(gradient_of(name) - kl).max() > 1e-3
 
 
-def test_the_ablation_has_gkl_among_its_rows(piece, gradient_of):
-    assert len(set(piece("pieces.losses").ABLATION)) == 16
+def test_ablation_contains_gkl(load_module, gradient_of):
+    assert len(set(load_module("pieces.losses").ABLATION)) == 16
     assert_near(gradient_of("symmetric-prior-0.5"), gradient_of("gkl"), "float64", ulps=0)
     assert np.abs(gradient_of("symmetric-teacher-0.5") - gradient_of("gkl")).max() > 1e-3
     assert np.abs(gradient_of("symmetric-prior-0.2") - gradient_of("gkl")).max() > 1e-3
 
 
-def test_an_unknown_divergence(piece):
-    losses = piece("pieces.losses")
+def test_unknown_divergence_is_an_error(load_module):
+    losses = load_module("pieces.losses")
     with pytest.raises(ValueError, match="unknown divergence 'jsd'; there are none, kl, dkl"):
         losses.divergence("jsd", losses.Weights())
     assert losses.divergence("none", losses.Weights())(None, None) == 0
 
 
-def test_batches_are_of_their_seed_and_end(torch, piece):
-    schedule = piece("pieces.training").schedule
+def test_batches_are_determined_by_their_seed_and_stop_at_the_limit(torch, load_module):
+    schedule = load_module("pieces.training").schedule
     epochs = list(schedule(10, 4, 3, seed=1, steps_limit=None))
     assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4, 4, 2]] * 3
     assert sorted(torch.cat(epochs[1]).tolist()) == list(range(10))
@@ -342,8 +342,8 @@ def test_batches_are_of_their_seed_and_end(torch, piece):
     assert again[1][1].tolist() == epochs[1][1].tolist()
 
 
-def test_images_are_moved_and_mirrored(torch, piece):
-    augment = piece("pieces.training").augment
+def test_augmentation_shifts_and_mirrors_images(torch, load_module):
+    augment = load_module("pieces.training").augment
     images = 1 + torch.arange(40 * 2 * 5 * 5.0).reshape(40, 2, 5, 5)
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     found = set()
@@ -363,10 +363,10 @@ def test_images_are_moved_and_mirrored(torch, piece):
     assert augment(images, 0, False, torch.Generator()) is images
 
 
-def test_jax_moves_images_as_well(piece):
+def test_augmentation_of_the_jax_recipe_shifts_images(load_module):
     backends.needs("jax")
     pytest.importorskip("optax")
-    moved = piece("distillation_jax").moved
+    moved = load_module("distillation_jax").shifted
     images = 1 + np.arange(30 * 1 * 4 * 4, dtype=np.float32).reshape(30, 1, 4, 4)
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     for image, found in zip(padded, moved(images, 1, np.random.default_rng(0)), strict=True):
@@ -379,8 +379,8 @@ def test_jax_moves_images_as_well(piece):
     # As others count them: 0.70 and 2.26 million on CIFAR-100, 46.2 million on CIFAR-10.
     [((16, 2), 100, 703_284), ((40, 2), 100, 2_255_156), ((34, 10), 10, 46_160_474)],
 )
-def test_wide_residual_networks_have_the_published_size(torch, piece, network, num_classes, parameters):
-    build = piece("pieces.networks").build
+def test_wide_residual_networks_have_the_published_size(torch, load_module, network, num_classes, parameters):
+    build = load_module("pieces.networks").build
     with torch.device("meta"):
         made = build(network, (3, 32, 32), num_classes)
         assert made(torch.zeros(2, 3, 32, 32)).shape == (2, num_classes)
@@ -388,7 +388,7 @@ def test_wide_residual_networks_have_the_published_size(torch, piece, network, n
 
 
 class Threshold:
-    """Two classes, told apart by the only pixel; a network whose margin is known."""
+    """A network for two classes that compares the only pixel with 0.5, so that its margin is known."""
 
     def __call__(self, images):
         pixel = images.flatten(1).mean(dim=1)
@@ -397,8 +397,8 @@ class Threshold:
         return torch.stack([0.5 - pixel, pixel - 0.5], dim=-1)
 
 
-def test_an_image_stands_as_far_as_its_margin(torch, piece):
-    attacks = piece("pieces.attacks")
+def test_image_withstands_attacks_within_its_margin(torch, load_module):
+    attacks = load_module("pieces.attacks")
     images = torch.tensor([0.9, 0.6, 0.45, 0.7]).reshape(4, 1, 1, 1)
     labels = torch.tensor([1, 1, 0, 0])  # 0.4, 0.1 and 0.05 from the threshold, and wrong at once
     for epsilon, expected in ((0.02, [True, True, True, False]), (0.07, [True, True, False, False]),
@@ -410,8 +410,8 @@ def test_an_image_stands_as_far_as_its_margin(torch, piece):
             assert standing.tolist() == expected
 
 
-def test_an_attack_stays_within_its_bounds_and_gains(torch, piece):
-    attacks = piece("pieces.attacks")
+def test_attack_stays_within_its_bounds_and_raises_the_loss(torch, load_module):
+    attacks = load_module("pieces.attacks")
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
     images, labels = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
@@ -432,8 +432,8 @@ def test_an_attack_stays_within_its_bounds_and_gains(torch, piece):
 
 
 @pytest.mark.parametrize("name", ["adversarial", "distillation", "ablation", "vision_language", "language_model"])
-def test_a_recipe_runs(torch, piece, mnist, run, name):
-    experiment = piece(name).EXPERIMENT
+def test_recipe_runs(torch, load_module, mnist, run, name):
+    experiment = load_module(name).EXPERIMENT
     status, out, printed, errors = run(experiment, "--steps-limit", "2", "--seeds", "1")
     assert status == 0, errors
     runs = json.loads((out / f"{name}.json").read_text())["runs"]
@@ -443,11 +443,11 @@ def test_a_recipe_runs(torch, piece, mnist, run, name):
     assert by_variant["kl"] != by_variant["symmetric-prior-0.5" if name == "ablation" else "gkl"]
 
 
-def test_the_recipe_in_jax_runs(piece, mnist, run):
+def test_jax_recipe_runs(load_module, mnist, run):
     backends.needs("jax")
     pytest.importorskip("optax", reason="optax is not installed, and the recipe in JAX uses it")
     few = ["--only", "teacher", "kl", "gkl", "--condition", "balanced-500"]  # each variant is compiled, for seconds
-    status, out, _, errors = run(piece("distillation_jax").EXPERIMENT, "--steps-limit", "2", "--seeds", "1", *few)
+    status, out, _, errors = run(load_module("distillation_jax").EXPERIMENT, "--steps-limit", "2", "--seeds", "1", *few)
     assert status == 0, errors
     teacher, kl, gkl = (
         found["metrics"]["divergence"] for found in json.loads((out / "distillation_jax.json").read_text())["runs"]
@@ -458,8 +458,8 @@ def test_the_recipe_in_jax_runs(piece, mnist, run):
     assert kl != gkl
 
 
-def test_the_same_seed_gives_the_same_and_dkl_is_kl(torch, piece, mnist):
-    recipe = piece("distillation")
+def test_recipe_is_reproducible_and_dkl_trains_as_kl(torch, load_module, mnist):
+    recipe = load_module("distillation")
     settings = recipe.Settings(200, epochs=3, teacher_epochs=1)
     kl = recipe.train("kl", 5, settings)
     recipe.trained_teacher.cache_clear()
@@ -469,36 +469,36 @@ def test_the_same_seed_gives_the_same_and_dkl_is_kl(torch, piece, mnist):
     assert recipe.train("teacher", 5, settings)["divergence"] == 0
 
 
-def test_captions_say_what_is_there(piece, mnist):
-    captions = piece("pieces.captions")
+def test_captions_describe_the_image(load_module, mnist):
+    captions = load_module("pieces.captions")
     blank = np.zeros((2, 1, 28, 28), np.float32)
     for row in range(4, 24):
         blank[0, 0, row, 24 - row] = 1.0  # from the lower left to the upper right
         blank[1, 0, row, row - 1 : row + 2] = 1.0
-    scale = captions.Scale(np.full(10, 0.05), np.array([-0.5, 0.5]))
-    said = captions.looks(blank, np.array([1, 7]), scale)
-    texts = captions.captions(said, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
+    scale = captions.Thresholds(np.full(10, 0.05), np.array([-0.5, 0.5]))
+    attributes = captions.attributes_of(blank, np.array([1, 7]), scale)
+    texts = captions.captions(attributes, ("a {stroke}, {slant} {digit}",), np.random.default_rng(0))
     assert [bytes(text).rstrip(b"\0") for text in texts] == [
         b"a thin, right-leaning one",
         b"a bold, left-leaning seven",
     ]
-    every = captions.every_look("a {stroke}, {slant} {digit}")
+    every = captions.all_captions("a {stroke}, {slant} {digit}")
     assert len({bytes(text) for text in every}) == 60
-    assert (every[captions.index(said)] == texts).all()
-    told = captions.looks(mnist.images, mnist.labels, captions.scale_of(mnist.images, mnist.labels))
-    assert 0.4 < told.stroke.mean() < 0.6
-    assert np.bincount(told.slant).min() > 0.3 * len(mnist.labels)
+    assert (every[captions.index(attributes)] == texts).all()
+    measured = captions.attributes_of(mnist.images, mnist.labels, captions.thresholds_of(mnist.images, mnist.labels))
+    assert 0.4 < measured.stroke.mean() < 0.6
+    assert np.bincount(measured.slant).min() > 0.3 * len(mnist.labels)
 
 
-def test_captions_held_out_are_not_learned_from(piece):
-    captions = piece("pieces.captions")
+def test_held_out_captions_are_not_trained_on(load_module):
+    captions = load_module("pieces.captions")
     assert not {*captions.HELD_OUT, captions.HELD_OUT_IN_FULL} & set(captions.TO_LEARN)
     with pytest.raises(ValueError, match="may have 64 bytes, got 65"):
         captions.as_bytes(["three", "x" * 65])
 
 
-def test_text_is_cut_and_split_by_documents(piece):
-    text = piece("pieces.text")
+def test_text_is_cut_and_split_by_documents(load_module):
+    text = load_module("pieces.text")
     found = text.cut([b"abcde", b"xy"], 3)
     assert found.bytes.tolist() == [[97, 98, 99], [100, 101, 0], [120, 121, 0]]
     assert found.before.tolist() == [[0, 97, 98], [99, 100, 101], [0, 120, 121]]
@@ -510,9 +510,9 @@ def test_text_is_cut_and_split_by_documents(piece):
     assert 0.1 < len(held_out.bytes) / len(learned.bytes) < 0.4
 
 
-def test_padding_changes_nothing(torch, piece):
-    """What a model says after a document's end reaches neither a loss nor a gradient, NaN included."""
-    losses = piece("pieces.losses")
+def test_padding_does_not_affect_loss_or_gradient(torch, load_module):
+    """Logits after a document's end, NaN included, affect neither the loss nor the gradient."""
+    losses = load_module("pieces.losses")
     logits, towards = torch.randn(2, 3, 5, 256, generator=torch.Generator().manual_seed(0)).unbind()
     real = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
     after, prior = torch.arange(15).reshape(3, 5), torch.full((256, 256), 1 / 256)

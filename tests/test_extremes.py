@@ -21,7 +21,7 @@ def run(backend, loss, s, t, **given):
 
 
 @pytest.mark.parametrize("name", ["kl", "dkl"])
-def test_a_class_the_teacher_rules_out_contributes_nothing(backend, name):
+def test_class_of_teacher_logit_minus_infinity_contributes_nothing(backend, name):
     value, (to_s, to_t) = run(backend, LOSSES[name], [[1.0, 2.0, 0.5]], [[0.0, -INF, 1.0]])
     near, (near_s, near_t) = run(backend, LOSSES[name], [[1.0, 2.0, 0.5]], [[0.0, -800.0, 1.0]])
     assert_close(value, backend.numpy(near), backend, "float64", ulps=4)
@@ -31,7 +31,7 @@ def test_a_class_the_teacher_rules_out_contributes_nothing(backend, name):
 
 
 @pytest.mark.parametrize("loss", [*LOSSES.values(), partial(gklx.gkl, gamma=0.0)], ids=[*LOSSES, "gkl-0"])
-def test_a_class_the_student_alone_rules_out_makes_the_loss_infinite(backend, loss):
+def test_class_of_student_logit_minus_infinity_makes_the_loss_infinite(backend, loss):
     value, (to_s, to_t) = run(backend, loss, [[1.0, -INF, 0.5], [0.0, 1.0, 2.0]], [[0.0, 0.5, 1.0], [0.0, 1.0, 1.0]])
     assert_close(value, INF, backend, "float64", ulps=0)
     to_s, to_t = backend.numpy(to_s), backend.numpy(to_t)
@@ -42,12 +42,12 @@ def test_a_class_the_student_alone_rules_out_makes_the_loss_infinite(backend, lo
     assert np.isfinite(to_t[1]).all()
 
 
-def test_an_underflown_teacher_still_finds_the_student_infinitely_wrong(backend):
+def test_kl_is_infinite_even_if_the_teachers_probability_underflows(backend):
     value, _ = run(backend, gklx.kl, [[0.0, -INF]], [[0.0, -2000.0]])
     assert_close(value, INF, backend, "float64", ulps=0)
 
 
-def test_an_infinite_difference_under_a_prior(backend):
+def test_infinite_difference_with_a_prior_makes_the_wmse_infinite(backend):
     loss = partial(gklx.gkl, ce_weight=0.0)
     s, labels = [[0.0, 1.0, 2.0]], np.asarray([1])
     value, (to_s, to_t) = run(backend, loss, s, [[0.0, -INF, 1.0]], prior=EYE, labels=labels)
@@ -61,7 +61,7 @@ def test_an_infinite_difference_under_a_prior(backend):
     assert_close(value, backend.numpy(finite), backend, "float64", ulps=4)
 
 
-def test_opposite_infinite_differences(backend):
+def test_opposite_infinite_differences_make_the_wmse_infinite(backend):
     value, _ = run(backend, partial(gklx.ikl, ce_weight=0.0), [[0.0, -INF, 2.0]], [[-INF, 1.0, 1.0]],
                    prior=EYE, labels=np.asarray([0]))  # fmt: skip
     assert_close(value, INF, backend, "float64", ulps=0)
@@ -69,7 +69,7 @@ def test_opposite_infinite_differences(backend):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize("side", [0, 1])
-def test_nan_in_a_sample_that_counts_stays_and_stays_there(backend, case, side):
+def test_nan_logit_makes_only_its_own_sample_nan(backend, case, side):
     s, t, given = call(case, "none")
     (s, t)[side][1, 2] = NAN
     loss = loss_of(case, reduction="none")
@@ -80,7 +80,7 @@ def test_nan_in_a_sample_that_counts_stays_and_stays_there(backend, case, side):
         assert np.isfinite(np.delete(entries, 1)).all()
 
 
-def test_nan_never_crosses_a_mask(backend):
+def test_masked_nan_does_not_reach_the_gradient(backend):
     where = np.asarray([True, True, False])
     for case in CASES:
         if case.prior:
@@ -92,7 +92,7 @@ def test_nan_never_crosses_a_mask(backend):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_batch_of_no_weight_is_zero(backend, case):
+def test_loss_of_a_batch_without_weight_is_zero(backend, case):
     s, t, given = call(case, "none")
     s[0], t[1] = NAN, INF
     value, gradients = run(backend, loss_of(case), s, t, **given, sample_weight=np.zeros(len(s)))
@@ -106,7 +106,7 @@ def test_a_batch_of_no_weight_is_zero(backend, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_an_empty_batch_is_zero(backend, case):
+def test_loss_of_an_empty_batch_is_zero(backend, case):
     if backend.library.lazy:
         pytest.skip("Dask has no maximum over chunks of no rows")
     s, t, given = call(case, "none", batch=(0,))
@@ -116,7 +116,7 @@ def test_an_empty_batch_is_zero(backend, case):
         assert_close(gradient, np.zeros((0, 7)), backend, "float64", ulps=0)
 
 
-def test_a_weight_of_zero_switches_off_an_infinite_part(backend):
+def test_class_of_prior_zero_removes_its_infinite_difference(backend):
     s, t = [[0.0, -INF, 1.0]], [[0.0, 0.0, 1.0]]
     value, _ = run(backend, partial(gklx.ikl, ce_weight=0.0), s, t, prior=np.asarray([[1.0, 0.0, 1.0]]))
     assert np.isfinite(backend.numpy(value))
@@ -138,8 +138,8 @@ def test_half_precision_sums_do_not_overflow(backend):
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
 @pytest.mark.parametrize("loss", [gklx.kl, gklx.dkl, gklx.ikl, partial(gklx.gkl, normalize="samples")])
-def test_nan_outweighs_an_infinite_difference(backend, loss, network):
-    """A row with a NaN logit is NaN, not infinite, though the student rules out a class that the teacher does not."""
+def test_nan_takes_precedence_over_an_infinite_difference(backend, loss, network):
+    """A row with a NaN logit is NaN, not infinite, though the student alone has a logit of −inf."""
     s = np.asarray([[0.0, -np.inf, 1.0, 0.5], [0.0, 2.0, 1.0, 0.5]])
     t = np.asarray([[0.0, 1.0, 0.5, 0.2], [1.0, 1.0, 0.5, 0.2]])
     (s if network == "student" else t)[0, 2] = np.nan

@@ -41,7 +41,7 @@ def of_dtype(x, dtype):
 
 
 def value(x):
-    """The rows of an array as NumPy has them."""
+    """An array as the readers return it: floats as float32 or float64, integers as int64."""
     if x.dtype.kind == "V":
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if x.dtype.kind in "iu":
@@ -108,13 +108,13 @@ def assert_read(got, expected, start, stop, axes):
     assert (got == expected).all()
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_format_holds_what_numpy_does(tmp_path, kind, dtype, shape):
+def test_every_format_reads_the_same_rows_as_numpy(tmp_path, kind, dtype, shape):
     if kind == "safetensors" and dtype.startswith(">"):
         pytest.skip("little-endian by definition")
     x = of_dtype(rng.standard_normal(shape), dtype)
@@ -130,7 +130,7 @@ def test_every_format_holds_what_numpy_does(tmp_path, kind, dtype, shape):
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", ">i2", "int32", "uint32", "int64"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels(tmp_path, kind, dtype):
+def test_labels_are_read_from_every_format(tmp_path, kind, dtype):
     if kind == "safetensors" and dtype.startswith(">"):
         pytest.skip("little-endian by definition")
     for shape in ((24,), (4, 6)):
@@ -143,8 +143,8 @@ def test_labels(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_read_as_they_are_into_a_room(tmp_path, kind, dtype):
-    """Halves are not copied into float32 then; all values are the same."""
+def test_half_precision_rows_stay_half_precision_in_a_buffer(tmp_path, kind, dtype):
+    """With a buffer, float16 and bfloat16 are not widened to float32; all values are the same."""
     if kind == "safetensors" and dtype.startswith(">"):
         pytest.skip("little-endian by definition")
     ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -163,7 +163,7 @@ def test_rows_are_read_as_they_are_into_a_room(tmp_path, kind, dtype):
             assert_read(got, x, start, stop, 1)
 
 
-def test_a_room_is_used_again(tmp_path):
+def test_buffer_is_reused(tmp_path):
     x = rng.standard_normal((24, 5)).astype(np.float16)
     rows, room = open_logits(save("npy", tmp_path / "x", x)), Room()
     first, second = rows.read(3, 21, room), rows.read(0, 7, room)
@@ -175,7 +175,7 @@ def test_a_room_is_used_again(tmp_path):
 
 
 @pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "bfloat16"), ("bfloat16", "float64")])
-def test_shards_in_a_room(tmp_path, dtypes):
+def test_shards_are_read_into_a_buffer(tmp_path, dtypes):
     pytest.importorskip("ml_dtypes")
     parts = [of_dtype(rng.standard_normal((12, 5)), dtype) for dtype in dtypes]
     for i, part in enumerate(parts):
@@ -187,7 +187,7 @@ def test_shards_in_a_room(tmp_path, dtypes):
         assert (got.astype(np.float64) == whole[start:stop]).all()
 
 
-def test_bfloat16_by_ml_dtypes(tmp_path):
+def test_bfloat16_of_ml_dtypes_is_read(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.asarray([[1.5, -np.inf, 3e38], [np.nan, -0.0, 1e-40]], dtype=ml_dtypes.bfloat16)
     np.save(tmp_path / "x.npy", x)
@@ -203,7 +203,7 @@ def test_bfloat16_by_ml_dtypes(tmp_path):
         lambda leading: st.tuples(st.just((*leading, 2)), st.tuples(*[st.integers(0, math.prod(leading))] * 2))
     )
 )
-def test_rows_are_picked_whole_and_alone(case):
+def test_picked_reads_each_row_once_and_no_other(case):
     shape, window = case
     start, stop = min(window), max(window)
     if start == stop:
@@ -211,23 +211,23 @@ def test_rows_are_picked_whole_and_alone(case):
     x = np.arange(math.prod(shape)).reshape(shape)
     taken = []
 
-    class Seen:
+    class CountingArray:
         def __getitem__(self, index):
             taken.append(x[index].size)
             return x[index]
 
-    assert (picked(Seen(), shape, 1, start, stop) == x.reshape(-1, 2)[start:stop]).all()
+    assert (picked(CountingArray(), shape, 1, start, stop) == x.reshape(-1, 2)[start:stop]).all()
     assert sum(taken) == 2 * (stop - start)
 
 
-def test_many_columns_in_fortran_order(tmp_path):
+def test_many_columns_in_fortran_order_are_read(tmp_path):
     x = rng.standard_normal((3, 4, 2500))
     for kind in ("fortran", "packed fortran"):
         rows = open_logits(save(kind, tmp_path / "x", x))
         assert_read(rows.read(2, 7), x, 2, 7, 1)
 
 
-def test_one_array_needs_no_key(tmp_path):
+def test_file_with_one_array_needs_no_key(tmp_path):
     x = rng.standard_normal((3, 2))
     np.savez(tmp_path / "a.npz", x=x)
     np.savez_compressed(tmp_path / "b.npz", x=x)
@@ -239,7 +239,7 @@ def test_one_array_needs_no_key(tmp_path):
     assert open_logits(f"{tmp_path / 'e.zarr'}/").shape == (3, 2)
 
 
-def test_numpy_files_by_any_name(tmp_path):
+def test_numpy_files_may_have_any_name(tmp_path):
     x = rng.standard_normal((3, 2))
     for name in ("logits", "logits.bin", "a::b.npy", "logits[1].npy"):
         with open(tmp_path / name, "wb") as file:
@@ -261,7 +261,7 @@ def test_numpy_files_by_any_name(tmp_path):
     st.sampled_from([(3,), (2, 3)]),
     st.randoms(use_true_random=False),
 )
-def test_a_read_spans_shards(sizes, row, random):
+def test_read_may_span_shards(sizes, row, random):
     dtypes = [random.choice(["float16", "bfloat16", "float32", "float64"]) for _ in sizes]
     with tempfile.TemporaryDirectory() as folder:
         parts = [of_dtype(rng.standard_normal((size, *row)), dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
@@ -279,7 +279,7 @@ def test_a_read_spans_shards(sizes, row, random):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_of_every_format_in_natural_order(tmp_path, kind):
+def test_shards_are_read_in_natural_order(tmp_path, kind):
     parts = {i: rng.standard_normal((2, 3)).astype(np.float32) for i in (1, 2, 10, 9)}
     for i, part in parts.items():
         name = save(kind, tmp_path / f"x-{i}", part)
@@ -292,7 +292,7 @@ def test_shards_of_every_format_in_natural_order(tmp_path, kind):
     )
 
 
-def test_sequences_keep_their_order_and_take_patterns(tmp_path):
+def test_sequence_of_paths_keeps_its_order_and_may_hold_patterns(tmp_path):
     for i in range(4):
         np.save(tmp_path / f"{'ab'[i // 2]}{i}.npy", np.full((1, 2), i, np.float32))
     rows = open_logits([tmp_path / "b3.npy", str(tmp_path / "a*.npy")])
@@ -300,7 +300,7 @@ def test_sequences_keep_their_order_and_take_patterns(tmp_path):
     assert rows.name == f"{tmp_path / 'b3.npy'}, …"
 
 
-def test_numbers_that_are_equal_still_have_an_order(tmp_path, monkeypatch):
+def test_order_of_shards_with_equal_numbers_is_fixed(tmp_path, monkeypatch):
     names = ["x1.npy", "x01.npy", "x².npy", "x1²2.npy"]
     for i, name in enumerate(names):
         np.save(tmp_path / name, np.full((1, 2), i, np.float32))
@@ -311,17 +311,17 @@ def test_numbers_that_are_equal_still_have_an_order(tmp_path, monkeypatch):
         assert (open_logits(str(tmp_path / "x*")).read(0, 4) == first).all()
 
 
-def test_labels_in_shards_of_several_integer_dtypes(tmp_path):
+def test_label_shards_may_differ_in_dtype(tmp_path):
     np.save(tmp_path / "y0.npy", np.arange(3, dtype=np.uint8))
     np.save(tmp_path / "y1.npy", np.arange(3, 5))
     assert open_labels(str(tmp_path / "y*.npy")).read(1, 5).tolist() == [1, 2, 3, 4]
 
 
-# --- anywhere ---------------------------------------------------------------------------------------------------------
+# --- other processes and threads --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sources_go_to_other_processes_and_threads(tmp_path, monkeypatch, kind):
+def test_readers_can_be_pickled_and_shared_by_threads(tmp_path, monkeypatch, kind):
     x = rng.standard_normal((60, 4))
     monkeypatch.chdir(tmp_path)
     save(kind, "x-0", x[:20])
@@ -349,7 +349,7 @@ def test_sources_go_to_other_processes_and_threads(tmp_path, monkeypatch, kind):
     assert not failed
 
 
-def test_an_archive_is_unpacked_once_and_leaves_nothing(tmp_path, monkeypatch):
+def test_archive_is_unpacked_once_and_leaves_no_file(tmp_path, monkeypatch):
     x = rng.standard_normal((20_000, 10))
     rows = open_logits(save("packed fortran", tmp_path / "x", x))
     folder = tmp_path / "temporary"
@@ -375,8 +375,8 @@ def test_an_archive_is_unpacked_once_and_leaves_nothing(tmp_path, monkeypatch):
     assert npz._copy.cache_info().misses == 2
 
 
-def test_a_compressed_member_is_a_stream(tmp_path, monkeypatch):
-    """Rows read in order and a little out of order: unpacked once, into no file, and not kept whole."""
+def test_compressed_member_is_read_as_a_stream(tmp_path, monkeypatch):
+    """Rows that are read roughly in order are unpacked once, without a file, and not all kept."""
     x = rng.standard_normal((40_000, 100)).astype(np.float32)
     rows = open_logits(save("packed", tmp_path / "x", x))
     monkeypatch.setattr(npz, "_PIECE", 2**16)
@@ -399,8 +399,8 @@ def test_a_compressed_member_is_a_stream(tmp_path, monkeypatch):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 @pytest.mark.parametrize("beyond", [-4, 4, 50_000_000])
-def test_a_member_of_another_size_than_its_header_says(tmp_path, order, compression, beyond):
-    """Otherwise more would be unpacked than is read, without a bound."""
+def test_member_whose_size_differs_from_its_header_is_refused(tmp_path, order, compression, beyond):
+    """Otherwise an unbounded amount of data could be unpacked."""
     content = io.BytesIO()
     np.save(content, np.asarray(rng.standard_normal((50, 4)), order=order))
     content = content.getvalue()
@@ -413,7 +413,7 @@ def test_a_member_of_another_size_than_its_header_says(tmp_path, order, compress
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
-def test_every_compression(tmp_path, compression):
+def test_every_zip_compression_is_read(tmp_path, compression):
     x = rng.standard_normal((500, 4))
     content = io.BytesIO()
     np.save(content, x)
@@ -429,30 +429,30 @@ def test_every_compression(tmp_path, compression):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stamps_tell_a_changed_file(tmp_path, kind):
+def test_stamps_detect_a_changed_file(tmp_path, kind):
     x = rng.standard_normal((4, 2))
     rows = open_logits(save(kind, tmp_path / "x", x))
     before = rows.stamps
-    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == now(rows)
+    assert before == open_logits(rows.name).stamps == copy.deepcopy(rows).stamps == current_stamps(rows)
     assert all(os.path.isabs(each.path) for each in before)
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     assert rows.stamps == before
-    assert now(rows) != before
+    assert current_stamps(rows) != before
 
 
-def now(rows):
+def current_stamps(rows):
     return tuple(stamp(each.path) for each in rows.stamps)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no time of change here")
 @pytest.mark.parametrize("kind", KINDS)
-def test_stamps_tell_a_file_that_was_changed_and_dated_back(tmp_path, kind):
+def test_stamps_detect_a_change_with_the_old_modification_time(tmp_path, kind):
     """A change of the same size, in place or by a new file, with the old modification time."""
     rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((4, 2))))
     files = [path for each in rows.stamps for path in [Path(each.path), *Path(each.path).rglob("*")] if path.is_file()]
     for replaced in (False, True):
-        before = now(rows)
+        before = current_stamps(rows)
         time.sleep(0.02)  # the system's clock of changes ticks some hundred times a second
         dates, content = files[-1].stat(), bytearray(files[-1].read_bytes())
         content[-1] ^= 1
@@ -461,7 +461,7 @@ def test_stamps_tell_a_file_that_was_changed_and_dated_back(tmp_path, kind):
         os.utime(written, ns=(dates.st_atime_ns, dates.st_mtime_ns))
         os.replace(written, files[-1])
         assert (files[-1].stat().st_size, files[-1].stat().st_mtime_ns) == (dates.st_size, dates.st_mtime_ns)
-        assert now(rows) != before
+        assert current_stamps(rows) != before
 
 
 BOUNDED = """
@@ -506,7 +506,7 @@ def sparse_safetensors(path, shape):
         ("one.safetensors", lambda path: sparse_safetensors(path, (1, 250_000, 1000)), 2500, 20),
     ],
 )
-def test_memory_is_bounded_by_the_rows(tmp_path, name, make, step, reads):
+def test_memory_of_a_read_is_bounded_by_its_rows(tmp_path, name, make, step, reads):
     if name.endswith(".safetensors"):
         pytest.importorskip("safetensors")
     path = tmp_path / name
@@ -550,7 +550,7 @@ def header(descr="<f4", shape=(2, 3), order=False):
     ],
 )
 @pytest.mark.parametrize("opens", [open_logits, open_labels])
-def test_files_that_are_no_arrays(tmp_path, content, message, opens):
+def test_file_without_an_array_is_refused(tmp_path, content, message, opens):
     path = tmp_path / "bad.npy"
     path.write_bytes(content)
     if opens is open_labels:
@@ -558,7 +558,7 @@ def test_files_that_are_no_arrays(tmp_path, content, message, opens):
     assert fails(path, message, opens).startswith(f"{path}: ")
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_path_that_is_no_file_is_refused(tmp_path):
     fails(tmp_path / "none.npy", r"none\.npy: No such file or directory$")
     fails(tmp_path / "none.npz", r"none\.npz: No such file or directory$")
     fails(tmp_path / "none.safetensors", r"none\.safetensors: No such file or directory$")
@@ -572,13 +572,13 @@ def test_paths_that_are_no_files(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("kind", ["npy", "npz", "packed", "safetensors"])
-def test_files_that_may_not_be_read(tmp_path, kind):
+def test_unreadable_file_is_refused(tmp_path, kind):
     name = save(kind, tmp_path / "x", np.zeros((2, 2)))
     os.chmod(name.partition("::")[0], 0)
     fails(name, r"Permission denied$")
 
 
-def test_keys(tmp_path):
+def test_unknown_and_missing_keys_are_refused(tmp_path):
     x = np.zeros((2, 2))
     named = {"one": x, "two": x}
     np.savez(tmp_path / "x.npz", **named)
@@ -617,7 +617,7 @@ def test_keys(tmp_path):
 )
 @pytest.mark.parametrize("write", [np.save, np.savez, np.savez_compressed])
 @pytest.mark.filterwarnings("ignore:Stored array in format 3.0:UserWarning")
-def test_arrays_that_are_no_logits(tmp_path, x, message, write):
+def test_arrays_that_are_no_logits_are_refused(tmp_path, x, message, write):
     path = tmp_path / f"bad.{'npy' if write is np.save else 'npz'}"
     write(path, x)
     assert fails(path, message).startswith(f"{path}: ")
@@ -638,11 +638,11 @@ def test_long_doubles_are_refused(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "packed", "safetensors", "zarr 2"])
-def test_arrays_that_are_no_labels(tmp_path, y, message, kind):
+def test_arrays_that_are_no_labels_are_refused(tmp_path, y, message, kind):
     fails(save(kind, tmp_path / "bad", np.asarray(y)), message, open_labels)
 
 
-def test_tensors_of_other_dtypes(tmp_path):
+def test_safetensors_of_other_dtypes_are_refused(tmp_path):
     for name, x in (("int16", np.zeros((2, 2), np.int16)), ("bool", np.zeros((2, 2), bool))):
         fails(save("safetensors", tmp_path / name, x), rf"logits must be float16, .*, got {name}$")
 
@@ -655,7 +655,7 @@ def test_tensors_of_other_dtypes(tmp_path):
         (open_labels, ((2,), (2, 3)), "ii"),
     ],
 )
-def test_shards_of_different_shapes(tmp_path, opens, shapes, dtypes):
+def test_shards_of_different_shapes_are_refused(tmp_path, opens, shapes, dtypes):
     for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
         np.save(tmp_path / f"x{i}.npy", np.zeros(shape, dtype))
     line = fails(f"{tmp_path}/x*.npy", r" has, got \[2, \d(, 3)?\]$", opens)
@@ -663,13 +663,13 @@ def test_shards_of_different_shapes(tmp_path, opens, shapes, dtypes):
     assert line.startswith(f"{tmp_path / 'x1.npy'}: must have shape {wanted} as {tmp_path / 'x0.npy'} has,")
 
 
-def test_a_shard_of_another_kind_is_named(tmp_path):
+def test_error_names_the_shard_of_another_dtype(tmp_path):
     np.save(tmp_path / "x0.npy", np.zeros((2, 3)))
     np.save(tmp_path / "x1.npy", np.zeros((2, 3), int))
     fails(f"{tmp_path}/x*.npy", r"x1\.npy: logits must be float16, bfloat16, float32 or float64, got int64$")
 
 
-def test_files_that_do_not_fit_together(tmp_path):
+def test_files_of_different_shapes_are_refused(tmp_path):
     def rows(name, shape, opens=open_logits):
         np.save(tmp_path / f"{name}.npy", np.zeros(shape, int if opens is open_labels else float))
         return opens(tmp_path / f"{name}.npy")
@@ -691,7 +691,7 @@ def test_files_that_do_not_fit_together(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_that_are_gone(tmp_path, kind):
+def test_deleted_file_is_an_error_at_the_next_read(tmp_path, kind):
     name = save(kind, tmp_path / "x", rng.standard_normal((50, 4)))
     rows, path = open_logits(name), name.partition("::")[0]
     shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -702,7 +702,7 @@ def test_files_that_are_gone(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("zarr")])
-def test_files_that_have_become_shorter(tmp_path, kind):
+def test_truncated_file_is_an_error_at_the_next_read(tmp_path, kind):
     name = save(kind, tmp_path / "x", rng.standard_normal((50, 4)))
     rows, path = open_logits(name), name.partition("::")[0]
     os.truncate(path, os.path.getsize(path) // 2)
@@ -710,7 +710,7 @@ def test_files_that_have_become_shorter(tmp_path, kind):
         rows.read(40, 50)
 
 
-def test_safetensors_and_zarr_of_another_shape(tmp_path):
+def test_changed_shape_is_an_error_at_the_next_read(tmp_path):
     for kind in ("safetensors", "zarr 3"):
         rows = open_logits(save(kind, tmp_path / "x", rng.standard_normal((50, 4))))
         for shape in ((20, 4), (50, 5), (50, 8)):
@@ -720,14 +720,14 @@ def test_safetensors_and_zarr_of_another_shape(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npz", "packed", "safetensors"])
-def test_archives_cut_short(tmp_path, kind):
+def test_truncated_archive_is_refused(tmp_path, kind):
     name = save(kind, tmp_path / "x", rng.standard_normal((50, 4)))
     path = name.partition("::")[0]
     os.truncate(path, os.path.getsize(path) // 2)
     fails(name, r"(archive|\.safetensors file) is damaged or cut short \(")
 
 
-def test_damage_inside_a_compressed_member(tmp_path):
+def test_damaged_compressed_member_is_an_error(tmp_path):
     name = save("packed", tmp_path / "x", rng.standard_normal((5000, 4)))
     path = Path(name.partition("::")[0])
     content = bytearray(path.read_bytes())
@@ -738,8 +738,8 @@ def test_damage_inside_a_compressed_member(tmp_path):
         rows.read(0, 5000)
 
 
-def test_a_chunk_of_zarr_is_unpacked_once(tmp_path, monkeypatch):
-    """Though it holds many more rows than are read at a time, whatever the axes it spans."""
+def test_zarr_chunk_is_unpacked_once(tmp_path, monkeypatch):
+    """A chunk may hold many more rows than are read at a time, and span any axes."""
     zarr = pytest.importorskip("zarr")
     from gklx._scoring.file_formats import zarr as format_zarr
 
@@ -768,7 +768,7 @@ def test_a_chunk_of_zarr_is_unpacked_once(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
 @pytest.mark.parametrize("where", ["zarr.json", "a/zarr.json", "a/wanted/zarr.json", "a/wanted/c/0/0", "a/new"])
-def test_a_pipe_within_zarr_is_refused(tmp_path, where):
+def test_pipe_within_zarr_is_refused(tmp_path, where):
     """Opening one would block until another process writes."""
     name = save("zarr 3", tmp_path / "x", rng.standard_normal((50, 4)))
     path = tmp_path / "x.zarr" / where
@@ -783,7 +783,7 @@ def test_a_pipe_within_zarr_is_refused(tmp_path, where):
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_other_files_in_a_zarr_group_are_passed_over_in_silence(tmp_path, zarr_format):
+def test_other_files_in_a_zarr_group_are_ignored_without_a_warning(tmp_path, zarr_format):
     x = rng.standard_normal((50, 4))
     name = save(f"zarr {zarr_format}", tmp_path / "x", x)
     (tmp_path / "x.zarr" / "notes.txt").write_text("mine")
@@ -792,7 +792,7 @@ def test_other_files_in_a_zarr_group_are_passed_over_in_silence(tmp_path, zarr_f
         assert_read(open_logits(name).read(3, 9), x, 3, 9, 1)
 
 
-def test_zarr_in_folders_that_are_links(tmp_path):
+def test_zarr_folders_may_be_links(tmp_path):
     x = rng.standard_normal((50, 4))
     save("zarr 3", tmp_path / "x", x)
     (tmp_path / "x.zarr" / "b").symlink_to(tmp_path / "x.zarr" / "a")
@@ -805,7 +805,7 @@ def test_zarr_in_folders_that_are_links(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr 2", "zarr 3"])
-def test_what_a_damaged_header_holds_is_not_told_at_length(tmp_path, kind):
+def test_error_of_a_damaged_header_is_short(tmp_path, kind):
     path = tmp_path / f"x.{kind[:4].strip()}"
     content = header(descr="x" * 30_000)
     if kind == "npy":
@@ -821,7 +821,7 @@ def test_what_a_damaged_header_holds_is_not_told_at_length(tmp_path, kind):
     assert len(line) < 400 + len(str(path))
 
 
-def test_damage_inside_zarr(tmp_path):
+def test_damaged_zarr_chunk_is_an_error(tmp_path):
     rows = open_logits(save("zarr 3", tmp_path / "x", rng.standard_normal((50, 4))))
     for path in (tmp_path / "x.zarr" / "a" / "wanted" / "c").rglob("*"):
         if path.is_file():
@@ -832,7 +832,7 @@ def test_damage_inside_zarr(tmp_path):
     fails(tmp_path / "empty.zarr", r"empty\.zarr: not a Zarr array or group that can be read \(")
 
 
-def test_no_room_to_unpack(tmp_path, monkeypatch):
+def test_full_disk_while_unpacking_is_an_error(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -850,7 +850,7 @@ def test_no_room_to_unpack(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["npy", "fortran"])
-def test_memory_errors_stay(tmp_path, monkeypatch, kind):
+def test_memory_error_is_not_wrapped(tmp_path, monkeypatch, kind):
     def too_much(*args, **kwargs):
         raise MemoryError("8 GiB")
 
@@ -860,7 +860,7 @@ def test_memory_errors_stay(tmp_path, monkeypatch, kind):
         rows.read(0, 1)
 
 
-# --- libraries that are not there -------------------------------------------------------------------------------------
+# --- missing libraries ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -871,7 +871,7 @@ def test_memory_errors_stay(tmp_path, monkeypatch, kind):
         ("zarr 3", "float32", "zarr", r"Zarr needs zarr, which is not installed \(pip install 'gklx\[score\]'\)$"),
     ],
 )
-def test_libraries_not_installed(tmp_path, monkeypatch, kind, dtype, absent, message):
+def test_missing_format_library_is_named(tmp_path, monkeypatch, kind, dtype, absent, message):
     name = save(kind, tmp_path / "x", of_dtype(np.zeros((2, 2)), dtype))
     rows = open_logits(name)
     monkeypatch.setitem(sys.modules, absent, None)
@@ -882,7 +882,7 @@ def test_libraries_not_installed(tmp_path, monkeypatch, kind, dtype, absent, mes
 
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "packed"])
-def test_numpy_alone_reads_bfloat16(tmp_path, monkeypatch, kind):
+def test_bfloat16_is_read_without_ml_dtypes(tmp_path, monkeypatch, kind):
     x = bfloat16(rng.standard_normal((4, 3)))
     name = save(kind, tmp_path / "x", x)
     for absent in ("ml_dtypes", "safetensors", "zarr"):

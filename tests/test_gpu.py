@@ -1,4 +1,4 @@
-"""Transforms, compilers and modules on a GPU, held to the same on the CPU in float64. Skipped where there is no GPU."""
+"""Transforms, compilers and modules on a GPU give the results of the CPU in float64. Skipped without a GPU."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from cases import CASES, call, loss_of
 from closeness import assert_near
 
 SOME = [case for case in CASES if case.id in ("kl-T", "gkl-tau", "gkl-prior", "gkl-asymmetric")]
-EACH = pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
+SOME_CASES = pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def jax():
 
 
 def on_both(torch, case, mask="elements"):
-    """The loss's function of student and teacher, and both, on the GPU and on the CPU."""
+    """The loss with its arrays, and the logits of both networks; first on the GPU, then on the CPU."""
     s, t, given = call(case, mask, batch=(6,), classes=64)
     for device in ("cuda", None):
         own = {name: torch.tensor(x, device=device) for name, x in given.items()}
@@ -46,8 +46,8 @@ def assert_same(one, other):
     assert_near(one.detach().cpu().numpy(), other.detach().numpy(), "float64", ulps=256)
 
 
-@EACH
-def test_torch_transforms_on_a_gpu(torch, case):
+@SOME_CASES
+def test_torch_transforms_on_a_gpu_agree_with_the_cpu(torch, case):
     gradients, samples, tangents, seconds = [], [], [], []
     for loss, s, t in on_both(torch, case):
         gradients.append(torch.func.grad(loss, argnums=(0, 1))(s, t))
@@ -63,8 +63,8 @@ def test_torch_transforms_on_a_gpu(torch, case):
         assert_same(*found)
 
 
-@EACH
-def test_torch_compile_on_a_gpu(torch, case):
+@SOME_CASES
+def test_torch_compile_on_a_gpu_agrees_with_the_cpu(torch, case):
     found = []
     for loss, s, t in on_both(torch, case, "none"):
         run = torch.compile(loss, fullgraph=True) if s.device.type == "cuda" else loss
@@ -76,8 +76,8 @@ def test_torch_compile_on_a_gpu(torch, case):
         assert_same(one, other)
 
 
-def test_torch_contexts_on_a_gpu(torch):
-    """Checkpoints, tensors made under inference_mode, autocast, a loss scale: backward passes as on a CPU."""
+def test_torch_contexts_on_a_gpu_agree_with_the_cpu(torch):
+    """Backward passes with checkpoints, inference tensors, autocast and a loss scale."""
     from torch.utils.checkpoint import checkpoint
 
     found = []
@@ -93,7 +93,7 @@ def test_torch_contexts_on_a_gpu(torch):
         assert_same(one, other)
 
 
-def test_torch_modules_on_a_gpu(torch):
+def test_torch_modules_on_a_gpu_agree_with_the_cpu(torch):
     from gklx.torch import GKLLoss
 
     s, t, given = call(SOME[2], "none", batch=(12,))
@@ -109,8 +109,8 @@ def test_torch_modules_on_a_gpu(torch):
     assert_near(prior.cpu().numpy(), expected_prior.numpy(), "float32", ulps=16)
 
 
-@EACH
-def test_transforms_of_jax_on_a_gpu(jax, case):
+@SOME_CASES
+def test_transforms_of_jax_on_a_gpu_agree_with_the_cpu(jax, case):
     s, t, given = call(case, "elements", batch=(6,), classes=64)
     found = []
     for device in (jax.devices()[0], jax.devices("cpu")[0]):

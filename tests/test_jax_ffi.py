@@ -1,4 +1,4 @@
-"""The row kernel's handler of `jax.ffi`, called as it is, against the definition."""
+"""The row kernel's handler for `jax.ffi`, called directly, against the definition."""
 
 from functools import cache
 
@@ -41,7 +41,7 @@ def jax():
 
 
 def rows(jax, case, s, t, arrays, *, asked=tuple(ASKED), reduction="mean", threads=2):
-    """The results that are asked for, from a compiled program; `arrays` are JAX's."""
+    """The requested results, from a compiled program; `arrays` are JAX arrays."""
     jnp = jax.numpy
     real = "float64" if "float64" in (s.dtype.name, t.dtype.name) else "float32"
     numbers = {name: case.settings.get(name, 1.0) for name in NUMBERS}
@@ -82,7 +82,7 @@ def rows(jax, case, s, t, arrays, *, asked=tuple(ASKED), reduction="mean", threa
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ["kl-T", "dkl-T", "ikl-prior", "gkl-tau", "gkl-prior", "gkl-rows", "gkl-asymmetric"])
-def test_is_the_definition(jax, name, mask):
+def test_results_are_those_of_the_definition(jax, name, mask):
     case, backend = BY_ID[name], BY_NAME["jax"]
     s, t, arrays = call(case, mask)
     expected = oracle.evaluate(case.loss, s, t, **case.settings, **arrays)
@@ -92,7 +92,7 @@ def test_is_the_definition(jax, name, mask):
 
 
 @pytest.mark.parametrize("dtypes", [("float16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float64")])
-def test_each_network_has_its_own_dtype(jax, dtypes):
+def test_networks_may_differ_in_dtype(jax, dtypes):
     case, backend = BY_ID["gkl-prior"], BY_NAME["jax"]
     real = "float64" if "float64" in dtypes else "float32"
     s, t, arrays = call(case, "elements")
@@ -108,7 +108,7 @@ def test_each_network_has_its_own_dtype(jax, dtypes):
 
 @pytest.mark.parametrize("integer", ["int32", "int64"])
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)], ids=str)
-def test_batch_axes_and_labels(jax, batch, integer):
+def test_any_batch_axes_and_integer_labels_are_accepted(jax, batch, integer):
     case, backend = BY_ID["gkl-prior"], BY_NAME["jax"]
     s, t, arrays = call(case, "none", batch=batch)
     expected = oracle.evaluate(case.loss, s, t, **case.settings, **arrays)
@@ -121,7 +121,7 @@ def test_batch_axes_and_labels(jax, batch, integer):
 @pytest.mark.parametrize(
     "asked", [("value",), ("student",), ("value", "teacher"), ("student", "teacher")], ids="-".join
 )
-def test_only_what_is_asked_for(jax, asked):
+def test_only_the_requested_results_are_computed(jax, asked):
     case, backend = BY_ID["gkl"], BY_NAME["jax"]
     s, t, arrays = on(backend, "float32", *call(case, "classes"))
     everything = dict(zip(ASKED, rows(jax, case, s, t, arrays), strict=True))
@@ -129,7 +129,7 @@ def test_only_what_is_asked_for(jax, asked):
         assert_near(got, everything[name], "float32", ulps=2)  # by another loop of the kernel
 
 
-def test_upstream_scales_the_gradients(jax):
+def test_upstream_gradient_scales_the_gradients(jax):
     case, backend = BY_ID["ikl"], BY_NAME["jax"]
     s, t, _ = call(case, "none")
     given_s, given_t, _ = on(backend, "float64", s, t, {})
@@ -141,7 +141,7 @@ def test_upstream_scales_the_gradients(jax):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "operand"),
     [
         ({"labels": np.zeros(4, "int32")}, "labels"),
         ({"prior": np.ones((7, 6))}, "prior"),
@@ -151,16 +151,16 @@ def test_upstream_scales_the_gradients(jax):
         ({"upstream": np.ones(3)}, "upstream"),
     ],
 )
-def test_operands_that_do_not_fit(jax, wrong, said):
+def test_operands_of_wrong_shape_or_dtype_are_refused(jax, wrong, operand):
     """Arguments that the package never sends are an error, not a read beyond an array."""
     case, backend = BY_ID["gkl-prior"], BY_NAME["jax"]
     s, t, arrays = on(backend, "float32", *call(case, "none"))
     arrays |= {name: backend.array(x) for name, x in wrong.items()}
-    with pytest.raises(Exception, match=f"gklx: {said} has another shape or dtype than the kernel expects"):
+    with pytest.raises(Exception, match=f"gklx: {operand} has another shape or dtype than the kernel expects"):
         rows(jax, case, s, t, arrays)
 
 
-def test_the_number_of_threads_changes_nothing(jax):
+def test_results_do_not_depend_on_the_number_of_threads(jax):
     case, backend = BY_ID["gkl-rows"], BY_NAME["jax"]
     s, t, arrays = on(backend, "float32", *call(case, "samples", batch=(300,), classes=1000))
     one, two = (rows(jax, case, s, t, arrays, threads=threads) for threads in (1, 2))

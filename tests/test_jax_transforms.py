@@ -14,7 +14,7 @@ from closeness import assert_close
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 SMALL = ("kl", "dkl-T", "gkl-tau", "gkl-prior", "gkl-asymmetric")
-EACH = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
+SOME_CASES = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
 
 
 def supports(row):
@@ -22,7 +22,7 @@ def supports(row):
 
 
 @pytest.fixture(autouse=True)
-def _jax_is_wanted():
+def _needs_jax():
     backends.needs("jax")
     BY_NAME["jax"].array([0.0])  # enables float64
 
@@ -37,8 +37,8 @@ def given(case, mask="none", **more):
 
 
 @supports("vmap")
-@EACH
-def test_vmap_with_and_around_grad(case):
+@SOME_CASES
+def test_vmap_of_grad_and_grad_of_vmap(case):
     loss, s, t = given(case)
     batches = jax.numpy.stack([s, 2 * s, t[::-1]])
     exact = [gklx.grad(loss, (0, 1))(x, t) for x in batches]
@@ -60,7 +60,7 @@ def test_vmap_over_hyper_parameters():
 
 
 @supports("second derivatives")
-@EACH
+@SOME_CASES
 def test_third_derivative_is_that_of_the_gradient_field(case):
     loss, s, t = given(case, batch=(1,), classes=3)
     field = jax.jit(jax.jacfwd(jax.jacrev(gklx.grad(loss, 1), 1), 1))(s, t)
@@ -69,8 +69,8 @@ def test_third_derivative_is_that_of_the_gradient_field(case):
 
 
 @supports("checkpoint")
-@EACH
-def test_checkpoint(case):
+@SOME_CASES
+def test_checkpoint_keeps_the_gradient(case):
     loss, s, t = given(case, "samples")
     found = jax.jit(jax.grad(jax.checkpoint(lambda s, t: loss(2 * s, t)), (0, 1)))(s, t)
     to_s, to_t = gklx.grad(loss, (0, 1))(2 * s, t)
@@ -79,8 +79,8 @@ def test_checkpoint(case):
 
 
 @supports("gradients by the library's own autodiff")
-@EACH
-def test_vjp_and_linearize(case):
+@SOME_CASES
+def test_vjp_and_linearize_are_the_analytic_gradient(case):
     loss, s, t = given(case)
     to_s, to_t = gklx.grad(loss, (0, 1))(s, t)
     _, pull = jax.vjp(loss, s, t)
@@ -91,7 +91,7 @@ def test_vjp_and_linearize(case):
 
 
 @supports("compiler")
-def test_donated_logits():
+def test_logits_may_be_donated():
     """The gradient may be written into the memory of the logits."""
     _, s, t = given(CASES[0])
     exact = gklx.grad(gklx.gkl)(s, t)
@@ -102,7 +102,7 @@ def test_donated_logits():
 
 
 @supports("compiler")
-def test_static_hyper_parameters():
+def test_hyper_parameters_may_be_static():
     _, s, t = given(CASES[0])
     loss = jax.jit(gklx.gkl, static_argnames=("gamma", "mse_weight", "reduction", "normalize", "symmetric"))
     settings = {"gamma": 0.5, "mse_weight": 2.0, "reduction": "sum", "normalize": "samples", "symmetric": False}
@@ -154,7 +154,7 @@ def test_scan_over_a_schedule_with_a_class_prior():
 
 @pytest.mark.parametrize("name", ["gamma", "mse_weight", "ce_weight", "temperature", "weight_temperature"])
 @pytest.mark.parametrize("transform", ["grad", "jacfwd"])
-def test_the_gradient_of_a_hyper_parameter_is_an_error_and_never_a_silent_zero(name, transform):
+def test_gradient_of_a_hyper_parameter_is_an_error_and_not_zero(name, transform):
     _, s, t = given(CASES[0])
     derivative = getattr(jax, transform)(lambda x: gklx.gkl(s, t, **{name: x}))
     for function in (derivative, jax.jit(derivative)):
@@ -164,7 +164,7 @@ def test_the_gradient_of_a_hyper_parameter_is_an_error_and_never_a_silent_zero(n
     same(of_stopped(0.5), gklx.gkl(s, t, **{name: 0.5}))
 
 
-def test_a_tangent_for_a_hyper_parameter_is_an_error_at_any_order():
+def test_second_derivative_to_a_hyper_parameter_is_an_error():
     _, s, t = given(CASES[0])
     with pytest.raises(TypeError, match="gamma must be held constant"):
         jax.grad(lambda gamma: jax.grad(lambda s: gklx.gkl(s, t, gamma=gamma))(s).sum())(0.5)

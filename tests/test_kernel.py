@@ -61,7 +61,7 @@ def kernel(request):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_instruction_set_is_tried(name):
+def test_every_instruction_set_is_tested(name):
     if KERNELS[name] is None:
         pytest.skip(f"this machine, or this library, has no {name}")
     assert KERNELS[name].gklx_instruction_set().decode() == name
@@ -327,7 +327,7 @@ LOSSES = {
     "gkl-no-mse": ("gkl", {"mse_weight": 0.0}),
     "gkl-no-ce": ("gkl", {"ce_weight": 0.0}),
 }
-ALL = pytest.mark.parametrize("loss", LOSSES)
+ALL_LOSSES = pytest.mark.parametrize("loss", LOSSES)
 
 
 def loss_of(loss, seed, rows, classes, dtype=np.float32):
@@ -343,9 +343,9 @@ def loss_of(loss, seed, rows, classes, dtype=np.float32):
     return name, settings
 
 
-@ALL
+@ALL_LOSSES
 @pytest.mark.parametrize("classes", [1, 2, 3, 7, 10, 41, 1000, 4099])
-def test_every_loss_at_every_width(kernel, loss, classes):
+def test_every_loss_at_every_number_of_classes(kernel, loss, classes):
     rows = 5 if classes <= 1000 else 2
     if "labels" in loss or "recipe" in loss:
         classes = min(classes, 1000)
@@ -360,22 +360,22 @@ def test_every_loss_at_every_width(kernel, loss, classes):
         compare(kernel, name, s, t, ulps=32, **settings)
 
 
-@ALL
-def test_float64(kernel, loss):
+@ALL_LOSSES
+def test_every_loss_in_float64(kernel, loss):
     name, settings = loss_of(loss, 1, 6, 301, np.float64)
     s, t = logits(0, 6, 301, "float64")
     compare(kernel, name, s, t, **settings)
 
 
-@ALL
+@ALL_LOSSES
 @pytest.mark.parametrize(("student", "teacher"), [(a, b) for a in DTYPES for b in DTYPES])
-def test_every_pair_of_types(kernel, loss, student, teacher):
+def test_every_pair_of_dtypes(kernel, loss, student, teacher):
     name, settings = loss_of(loss, 1, 4, 41, DTYPES[teacher])
     s, t = logits(0, 4, 41, student, teacher)
     compare(kernel, name, s, t, **settings)
 
 
-@ALL
+@ALL_LOSSES
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("masks", ["none", "where", "weights", "both"])
 def test_reductions_masks_and_weights(kernel, loss, reduction, masks):
@@ -405,36 +405,36 @@ def test_where_is_broadcast(kernel, shape):
 
 
 # Rows with infinities, NaN or masks: each is tested alone and among ordinary rows.
-ODD = {
+SPECIAL_ROWS = {
     "teacher rules out": ([1.0, 2.0, 0.5, 0.1], [0.0, -INF, 1.0, 0.3]),
     "student rules out": ([1.0, -INF, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
     "both rule out the same": ([1.0, -INF, 0.5, 0.1], [0.0, -INF, 1.0, 0.3]),
     "opposite": ([0.0, -INF, 2.0, 0.1], [-INF, 1.0, 1.0, 0.3]),
     "underflown teacher": ([0.0, -INF, 0.0, 0.0], [0.0, -2000.0, 0.0, 0.0]),
-    "one class left": ([1.0, -INF, -INF, -INF], [2.0, -INF, -INF, -INF]),
-    "nothing left": ([-INF, -INF, -INF, -INF], [-INF, -INF, -INF, -INF]),
-    "student all out": ([-INF, -INF, -INF, -INF], [0.0, 1.0, 2.0, 3.0]),
-    "teacher all out": ([0.0, 1.0, 2.0, 3.0], [-INF, -INF, -INF, -INF]),
+    "one valid class": ([1.0, -INF, -INF, -INF], [2.0, -INF, -INF, -INF]),
+    "no valid class": ([-INF, -INF, -INF, -INF], [-INF, -INF, -INF, -INF]),
+    "student without a class": ([-INF, -INF, -INF, -INF], [0.0, 1.0, 2.0, 3.0]),
+    "teacher without a class": ([0.0, 1.0, 2.0, 3.0], [-INF, -INF, -INF, -INF]),
     "NaN student": ([1.0, NAN, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
     "NaN teacher": ([1.0, 1.0, 0.5, 0.1], [0.0, NAN, 1.0, 0.3]),
-    "NaN and out": ([1.0, NAN, -INF, 0.1], [0.0, 0.5, -INF, 0.3]),
+    "NaN and masked": ([1.0, NAN, -INF, 0.1], [0.0, 0.5, -INF, 0.3]),
     "+inf student": ([1.0, INF, 0.5, 0.1], [0.0, 0.5, 1.0, 0.3]),
     "+inf teacher": ([1.0, 0.0, 0.5, 0.1], [0.0, INF, 1.0, 0.3]),
     "+inf both": ([1.0, INF, 0.5, 0.1], [0.0, INF, 1.0, 0.3]),
 }
 
 
-@ALL
-@pytest.mark.parametrize("odd", ODD)
+@ALL_LOSSES
+@pytest.mark.parametrize("special", SPECIAL_ROWS)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_rows_that_are_not_finite(kernel, loss, odd, dtype):
+def test_rows_with_infinite_or_nan_logits(kernel, loss, special, dtype):
     classes = 4 + 29
     name, settings = loss_of(loss, 2, 3, classes, DTYPES[dtype])
     s, t = logits(1, 3, classes, dtype)
-    s[1, :4], t[1, :4] = ODD[odd]
-    if "left" in odd or "all out" in odd:
-        s[1, 4:] = -INF if "student" in odd or "left" in odd else 0.0
-        t[1, 4:] = -INF if "teacher" in odd or "left" in odd else 0.0
+    s[1, :4], t[1, :4] = SPECIAL_ROWS[special]
+    if "valid class" in special or "without" in special:
+        s[1, 4:] = -INF if "student" in special or "valid class" in special else 0.0
+        t[1, 4:] = -INF if "teacher" in special or "valid class" in special else 0.0
     settings.setdefault("normalize", "samples")  # the batch's normaliser has NaN in every row
     for only in (slice(1, 2), slice(0, 3)):
         given = dict(settings)
@@ -446,8 +446,8 @@ def test_rows_that_are_not_finite(kernel, loss, odd, dtype):
 
 
 @pytest.mark.parametrize("loss", ["gkl", "gkl-recipe", "gkl-rows-2", "gkl-own-0.3", "gkl-own-0"])
-def test_a_batch_whose_normalizer_is_not_what_its_shape_says(kernel, loss):
-    """Rows without a valid class, teachers without a softmax: the sums that were assumed are found to be wrong."""
+def test_normalizer_of_rows_without_a_valid_class(kernel, loss):
+    """The kernel assumes the batch's sums from its shape, and must correct them for such rows and for NaN teachers."""
     name, settings = loss_of(loss, 2, 5, 9)
     s, t = logits(1, 5, 9)
     s[2] = t[2] = -INF
@@ -462,7 +462,7 @@ def test_a_batch_whose_normalizer_is_not_what_its_shape_says(kernel, loss):
     assert (found["to_teacher"][2] == 0).all()
 
 
-def test_gradients_outside_are_positive_zeros(kernel):
+def test_masked_classes_have_gradient_positive_zero(kernel):
     s, t = logits(1, 3, 40)
     where = np.random.default_rng(0).random((3, 40)) < 0.5
     s[1, 3] = NAN
@@ -474,7 +474,7 @@ def test_gradients_outside_are_positive_zeros(kernel):
         assert not np.signbit(outside).any()
 
 
-def test_a_weight_that_is_no_weight(kernel):
+def test_invalid_sample_weight_gives_nan(kernel):
     s, t = logits(1, 4, 6)
     for v in (NAN, -1.0):
         found = run(kernel, "kl", s, t, sample_weight=[1.0, v, 0.0, 2.0], reduction="none")
@@ -485,7 +485,7 @@ def test_a_weight_that_is_no_weight(kernel):
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("entry", [-0.1, NAN])
-def test_a_prior_entry_that_is_no_weight(kernel, gamma, entry):
+def test_invalid_prior_entry_gives_nan(kernel, gamma, entry):
     s, t = logits(1, 3, 6)
     prior = np.random.default_rng(0).dirichlet(np.ones(6), size=3).astype(np.float32)
     prior[1, 2] = entry
@@ -496,7 +496,7 @@ def test_a_prior_entry_that_is_no_weight(kernel, gamma, entry):
     compare(kernel, "gkl", s, t, asked=asked, where=np.arange(6) != 2, **settings)
 
 
-def test_a_label_that_names_no_class(kernel):
+def test_invalid_label_gives_nan(kernel):
     s, t = logits(1, 4, 6)
     prior = np.random.default_rng(0).dirichlet(np.ones(6), size=6).astype(np.float32)
     for gamma in (1.0, 0.3):
@@ -506,20 +506,20 @@ def test_a_label_that_names_no_class(kernel):
         assert np.isnan(found["to_teacher"]).all(axis=1).tolist() == [False, True, True, False]
 
 
-@ALL
+@ALL_LOSSES
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("offset", [1e4, -1e4])
-def test_opposite_offsets(kernel, loss, dtype, offset):
-    """The exact gradient of the logits as given: their d is larger than a float's digits."""
+def test_opposite_offsets_of_the_networks(kernel, loss, dtype, offset):
+    """The gradient must be that of the rounded logits, whose differences have more digits than a float."""
     name, settings = loss_of(loss, 2, 4, 501, DTYPES[dtype])
     s, t = logits(1, 4, 501, "float64")
     compare(kernel, name, (s - offset).astype(dtype), (t + offset).astype(dtype), **settings)
 
 
-@ALL
+@ALL_LOSSES
 @pytest.mark.parametrize("fill", ["-1e9", "smallest"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_same_fill_in_both(kernel, loss, fill, dtype):
+def test_same_fill_value_in_both_networks(kernel, loss, fill, dtype):
     name, settings = loss_of(loss, 2, 4, 64, DTYPES[dtype])
     s, t = logits(1, 4, 64, dtype)
     s[:, ::3] = t[:, ::3] = -1e9 if fill == "-1e9" else np.finfo(dtype).min
@@ -528,8 +528,8 @@ def test_the_same_fill_in_both(kernel, loss, fill, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("loss", ["kl", "gkl", "gkl-labels", "gkl-labels-0"])
-def test_logits_as_large_as_numbers_go(kernel, dtype, loss):
-    """For large t and s of opposite signs t - s overflows: only the loss may be infinite."""
+def test_logits_near_the_largest_float(kernel, dtype, loss):
+    """For large t and s of opposite signs t − s overflows; value and gradients must be finite."""
     name, settings = loss_of(loss, 2, 3, 8, DTYPES[dtype])
     s, t = logits(1, 3, 8, dtype)
     s[1] = -0.9 * np.finfo(dtype).max
@@ -543,8 +543,8 @@ def test_logits_as_large_as_numbers_go(kernel, dtype, loss):
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1.0, 1e12, 1e30])
 @pytest.mark.parametrize("gamma", [1.0, 0.3, 2.0])
 @pytest.mark.parametrize("kind", ["rows", "labels"])
-def test_the_scale_of_a_prior(kernel, scale, gamma, kind):
-    """GKL's batch normaliser takes any scale out of the weights again."""
+def test_scale_of_a_prior_cancels(kernel, scale, gamma, kind):
+    """GKL's batch normaliser cancels any scale of the weights."""
     s, t = logits(1, 7, 50)
     rng = np.random.default_rng(1)
     prior = rng.dirichlet(np.ones(50), size=50 if kind == "labels" else 7)
@@ -555,8 +555,8 @@ def test_the_scale_of_a_prior(kernel, scale, gamma, kind):
 
 
 @pytest.mark.parametrize("kind", ["rows", "labels"])
-def test_the_least_weights_of_a_small_prior(kernel, kind):
-    """Products with weights below the normal numbers keep their digits where the whole row is small."""
+def test_subnormal_weights_of_a_small_prior_keep_their_digits(kernel, kind):
+    """Products with subnormal weights keep their digits if the whole row is small."""
     s, t = logits(1, 1, 4)
     prior = np.asarray([[4e-11, 3e-12, 1.7e-44, 2e-30]] * (4 if kind == "labels" else 1), np.float32)
     settings = {"prior": prior, "sample_weight": [4e29], "reduction": "sum", "ce_weight": 0.0}
@@ -568,8 +568,8 @@ def test_the_least_weights_of_a_small_prior(kernel, kind):
         np.testing.assert_allclose(found[key], exact[key].astype(np.float64), rtol=4e-6)
 
 
-def test_gamma_reaches_below_underflow(kernel):
-    """p = exp(-150) is 0 in float32, its 0.1th power is not."""
+def test_power_of_an_underflowing_probability_is_kept(kernel):
+    """exp(-150) is 0 in float32, but its power 0.1 is not."""
     s, t = np.zeros((1, 3), np.float32), np.asarray([[0.0, -150.0, -1.0]], np.float32)
     compare(kernel, "gkl", s, t, gamma=0.1, ulps=8)
     prior = np.asarray([[1.0, 1e-44, 0.3]], np.float32)
@@ -578,7 +578,7 @@ def test_gamma_reaches_below_underflow(kernel):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [1e-1, 1e-3, 0.0])
-def test_kl_of_close_rows(kernel, dtype, size):
+def test_kl_of_close_rows_keeps_its_digits(kernel, dtype, size):
     rng = np.random.default_rng(2)
     t = (3 * rng.standard_normal((50, 1000))).astype(dtype)
     s = (t + size * rng.standard_normal(t.shape)).astype(dtype)
@@ -596,7 +596,7 @@ def test_kl_of_close_rows(kernel, dtype, size):
 
 @pytest.mark.parametrize("kind", ["confident", "confident-teacher", "opposed", "wide"])
 @pytest.mark.parametrize("classes", [10, 1000])
-def test_rows_sure_of_a_class(kernel, kind, classes):
+def test_confident_rows_keep_their_digits(kernel, kind, classes):
     s, t = 3.0 * np.random.default_rng(1).standard_normal((2, 8, classes))
     if kind == "confident":
         s[:, 0] += 20.0
@@ -616,7 +616,7 @@ def test_rows_sure_of_a_class(kernel, kind, classes):
 
 
 def scale_of(s, t):
-    """The size of the summands of d's mean, by row: which may cancel to anything below it, see test_precision.py."""
+    """The size of the summands of d's mean in each row. They may cancel: see test_precision.py."""
     t, s = t - t.max(axis=-1, keepdims=True), s - s.max(axis=-1, keepdims=True)
     p = np.exp(t) / np.exp(t).sum(axis=-1, keepdims=True)
     return (p * (1 - p) * (abs(t) + abs(s))).max(axis=-1, keepdims=True) / len(s)
@@ -624,7 +624,7 @@ def scale_of(s, t):
 
 @pytest.mark.parametrize("loss", ["kl", "gkl", "gkl-recipe", "gkl-own-0.3"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_results_do_not_depend_on_threads(kernel, loss, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(kernel, loss, dtype):
     rows, classes = 700, 501
     name, settings = loss_of(loss, 2, rows, classes)
     s, t = logits(1, rows, classes, dtype)
@@ -638,8 +638,8 @@ def test_results_do_not_depend_on_threads(kernel, loss, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", [1, 2, 63, 64, 65, 1000])
-def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes):
-    """The first of several, of a NaN the first NaN, as NumPy has it; whatever else is asked for."""
+def test_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes):
+    """As in NumPy, the first of several maxima, and the first NaN if there is one; for any requested results."""
     s, t = logits(3, 9, classes, dtype)
     at = np.arange(0, 9) * classes // 9
     t[np.arange(9), at], t[:, -1] = 50, 50
@@ -657,8 +657,8 @@ def test_the_class_of_the_largest_logit_is_that_of_argmax(kernel, dtype, classes
     assert not any(unweighted["teacher_class"])
 
 
-@ALL
-def test_what_is_asked_for_does_not_depend_on_what_else_is(kernel, loss):
+@ALL_LOSSES
+def test_results_do_not_depend_on_which_are_requested(kernel, loss):
     name, settings = loss_of(loss, 2, 6, 47)
     s, t = logits(1, 6, 47)
     for asked in (
@@ -679,7 +679,7 @@ def test_what_is_asked_for_does_not_depend_on_what_else_is(kernel, loss):
 
 
 @pytest.mark.parametrize("loss", ["gkl", "gkl-recipe", "gkl-rows-2", "kl"])
-def test_a_batch_spread_over_ranks(kernel, loss):
+def test_batch_over_two_ranks_has_the_results_of_the_whole(kernel, loss):
     """Two halves, each with the sums of both, give the whole batch's gradients; their values' mean is its value."""
     name, settings = loss_of(loss, 2, 8, 30)
     s, t = logits(1, 8, 30)
@@ -702,7 +702,7 @@ def test_a_batch_spread_over_ranks(kernel, loss):
     assert_near(np.mean(values), whole["value"].astype(float), "float32", ulps=2)
 
 
-def test_no_rows(kernel):
+def test_loss_of_an_empty_batch_is_zero(kernel):
     s, t = logits(0, 0, 5)
     for name in ("kl", "gkl"):
         for reduction in ("mean", "sum", "none"):
@@ -711,7 +711,7 @@ def test_no_rows(kernel):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_batch_of_no_weight(kernel, loss):
+def test_loss_of_a_batch_without_weight_is_zero(kernel, loss):
     name, settings = loss_of(loss, 2, 3, 6)
     s, t = logits(1, 3, 6)
     s[0], t[1] = NAN, INF
@@ -721,8 +721,8 @@ def test_a_batch_of_no_weight(kernel, loss):
     assert (found["to_teacher"] == 0).all()
 
 
-@ALL
-def test_the_definition_is_the_oracles(loss):
+@ALL_LOSSES
+def test_definition_agrees_with_the_oracle(loss):
     """Checks the reference of the other tests against all pairs of classes, with complex steps."""
     name, settings = loss_of(loss, 1, 4, 7, np.float64)
     s, t = logits(0, 4, 7, "float64")
@@ -737,8 +737,8 @@ def test_the_definition_is_the_oracles(loss):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_half_is_read_and_written_as_it_is(kernel, dtype):
-    """All 65,536 of them come through a gradient of slope 1: q - p with two classes, scaled by upstream."""
+def test_every_half_precision_number_is_read_and_written_exactly(kernel, dtype):
+    """With two equal weights the wMSE's gradient is the logit itself, times the upstream gradient."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[dtype])
     halves = halves[np.isfinite(halves.astype(np.float32))]
     s = np.stack([halves, np.zeros_like(halves)], axis=1)
@@ -750,7 +750,7 @@ def test_every_half_is_read_and_written_as_it_is(kernel, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_gradients_are_rounded_once(kernel, dtype):
-    """To even, where the other network's float64 logits make the gradient more than a float tells."""
+    """One network's float64 logits make the arithmetic float64; the other's gradient is rounded from it directly."""
     rng = np.random.default_rng(0)
     t = rng.standard_normal((4000, 2)).astype(DTYPES[dtype])
     s = rng.standard_normal((4000, 2))
@@ -760,17 +760,17 @@ def test_gradients_are_rounded_once(kernel, dtype):
     assert (found != exact.astype(np.float64).astype(DTYPES[dtype])).mean() < 1e-3
 
 
-def test_the_environment_chooses_the_instruction_set():
+def test_environment_chooses_the_instruction_set():
     script = "from gklx._run import cpu; print(cpu.instruction_set())"
     source = str(Path(cpu.__file__).parents[2])
 
-    def told(**environment):
+    def instruction_set_with(**environment):
         done = subprocess.run(
             [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": source, **environment},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return done.stdout.strip()
 
-    assert told(GKLX_INSTRUCTION_SET=SETS[0]) == SETS[0]
-    assert told(GKLX_INSTRUCTION_SET="none such") == told(GKLX_INSTRUCTION_SET="")
-    assert told(GKLX_KERNEL="0") == "None"
+    assert instruction_set_with(GKLX_INSTRUCTION_SET=SETS[0]) == SETS[0]
+    assert instruction_set_with(GKLX_INSTRUCTION_SET="none such") == instruction_set_with(GKLX_INSTRUCTION_SET="")
+    assert instruction_set_with(GKLX_KERNEL="0") == "None"

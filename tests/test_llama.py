@@ -21,12 +21,12 @@ rng = np.random.default_rng(5)
 pytestmark = pytest.mark.library_independent
 
 
-def same(found, expected):
+def assert_equal(found, expected):
     assert (found.shape, found.tolist()) == (expected.shape, expected.tolist())
 
 
-def written(path, context, tokens, codes, scales, smallest):
-    """A dump of codes [chunks * rows, classes]."""
+def write_dump(path, context, tokens, codes, scales, smallest):
+    """Write a dump of codes [chunks * rows, classes]; return its path."""
     n, classes = codes.shape
     with open(path, "wb") as file:
         file.write(b"_logits_" + struct.pack("<Iii", context, classes, len(tokens) // context))
@@ -37,12 +37,12 @@ def written(path, context, tokens, codes, scales, smallest):
     return str(path)
 
 
-def a_dump(path, classes=7, context=9, chunks=3):
+def random_dump(path, classes=7, context=9, chunks=3):
     rows = context - 1 - context // 2
     tokens = rng.integers(0, classes, chunks * context)
     codes = rng.integers(0, 2**16, (chunks * rows, classes))
     scales, smallest = rng.uniform(1e-5, 3e-4, chunks * rows), rng.uniform(-18, -12, chunks * rows)
-    written(path, context, tokens, codes, scales, smallest)
+    write_dump(path, context, tokens, codes, scales, smallest)
     values = np.float32(scales)[:, None] * codes.astype(np.float32) + np.float32(smallest)[:, None]
     targets = tokens.reshape(chunks, context)[:, context // 2 + 1 : context // 2 + 1 + rows].reshape(-1)
     return str(path), values, targets
@@ -50,29 +50,29 @@ def a_dump(path, classes=7, context=9, chunks=3):
 
 @pytest.mark.parametrize(("classes", "context"), [(7, 9), (8, 8), (1, 3), (300, 64)])
 def test_rows_and_targets_are_read(tmp_path, classes, context):
-    path, values, targets = a_dump(tmp_path / "x", classes, context)
+    path, values, targets = random_dump(tmp_path / "x", classes, context)
     rows = open_logits(path)
     n = len(values)
     assert (rows.shape, rows.dtype) == ((n, classes), "float32")
     room = Room()
     for start, stop in ((0, n), (1, n), (n // 2, n // 2 + 1)):
-        same(rows.read(start, stop), values[start:stop])
-        same(rows.read(start, stop, room), values[start:stop])
-        same(carried_targets(rows).read(start, stop), targets[start:stop])
+        assert_equal(rows.read(start, stop), values[start:stop])
+        assert_equal(rows.read(start, stop, room), values[start:stop])
+        assert_equal(carried_targets(rows).read(start, stop), targets[start:stop])
 
 
-def test_shards_carry_their_targets(tmp_path):
-    parts = [a_dump(tmp_path / f"x-{i}.kld") for i in range(3)]
+def test_shards_have_their_targets(tmp_path):
+    parts = [random_dump(tmp_path / f"x-{i}.kld") for i in range(3)]
     rows = open_logits(str(tmp_path / "x-*.kld"))
-    same(rows.read(5, 30), np.concatenate([values for _, values, _ in parts])[5:30])
-    same(carried_targets(rows).read(5, 30), np.concatenate([targets for *_, targets in parts])[5:30])
+    assert_equal(rows.read(5, 30), np.concatenate([values for _, values, _ in parts])[5:30])
+    assert_equal(carried_targets(rows).read(5, 30), np.concatenate([targets for *_, targets in parts])[5:30])
 
 
-# --- the tool's own numbers -------------------------------------------------------------------------------------------
+# --- agreement with the tool ------------------------------------------------------------------------------------------
 
 
-def printed(name):
-    """The numbers of a line of the tool's report, with half a unit of the last digit that it has."""
+def printed_numbers(name):
+    """The numbers of a line of the tool's report, each with half a unit of its last digit."""
     (line,) = re.findall(rf"^\s*{re.escape(name)}\s*:\s*(.*)$", PRINTED, re.MULTILINE)
     numbers = re.findall(r"-?\d+\.\d+", line)
     return [(float(x), 0.5 * 10.0 ** -len(x.partition(".")[2])) for x in numbers]
@@ -124,7 +124,7 @@ def report(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def at(report, name):
+def lookup(report, name):
     for key in name.split("."):
         report = report[key]
     return report
@@ -136,23 +136,26 @@ CODES = {"mean": 2e-6, "single": 1e-5}
 
 
 @pytest.mark.parametrize("name", OF_TOOL)
-def test_the_tools_own_numbers_are_reached(report, name):
+def test_numbers_agree_with_those_of_the_tool(report, name):
     percent = 100 if "Δp" in name or name in ("Same top p", "Cor(ln(PPL(Q)), ln(PPL(base)))") else 1
-    for key, (expected, half_a_unit) in zip(OF_TOOL[name], printed(name), strict=False):
+    for key, (expected, half_a_unit) in zip(OF_TOOL[name], printed_numbers(name), strict=False):
         of_codes = CODES["mean" if "mean" in key or "rms" in key else "single"] * percent
         if key.startswith("perplexity.student") or key.startswith("perplexity.difference"):
             of_codes = 3e-4  # 3e-7 of the perplexity, 1033
         if key.startswith(("perplexity.teacher", "top1_agreement")):
             of_codes = 2e-6 if key.endswith("stderr") else 1e-12  # the tool squares in float32
-        assert abs(percent * at(report, key) - expected) <= half_a_unit + of_codes, (key, percent * at(report, key))
+        assert abs(percent * lookup(report, key) - expected) <= half_a_unit + of_codes, (
+            key,
+            percent * lookup(report, key),
+        )
 
 
-def test_what_the_table_is_made_of_covers_what_the_tool_prints():
+def test_every_line_of_the_tools_report_is_compared():
     lines = [line.partition(":")[0].strip() for line in PRINTED.splitlines() if ":" in line]
     assert sorted(lines) == sorted(OF_TOOL)
 
 
-def test_the_report_says_by_which_rule(report, capsys, tmp_path):
+def test_report_names_llama_cpps_rule(report, capsys, tmp_path):
     assert report["reading"] == "llama.cpp"
     assert main(["score", QUANTISED, BASE, "--work-dir", str(tmp_path)]) == 0
     assert "by llama.cpp's rule" in capsys.readouterr().out
@@ -162,15 +165,15 @@ def test_the_report_says_by_which_rule(report, capsys, tmp_path):
         assert "reading" not in json.loads(capsys.readouterr().out)
 
 
-def test_classes_that_the_tool_leaves_out_are_left_out(tmp_path):
-    """Of log-probability -16 and below; what is stored is not normalised for the base, but is for the other."""
+def test_classes_of_negligible_probability_are_left_out(tmp_path):
+    """Those of log-probability −16 and below. The base's stored values are not normalised, the student's are."""
     paths, values = [], []
     for name in ("s", "t"):
         codes = np.asarray([[65535, 30000, 0, 0], [65535, 1, 0, 40000]])
         scales, smallest = np.asarray([17 / 65535, 18 / 65535]), np.asarray([-17.0, -18.0])
         if name == "s":
             codes[:, 1:] += 777
-        paths.append(written(tmp_path / name, 6, np.zeros(6), codes, scales, smallest))
+        paths.append(write_dump(tmp_path / name, 6, np.zeros(6), codes, scales, smallest))
         values.append(
             np.float64(np.float32(scales)[:, None] * codes.astype(np.float32) + np.float32(smallest)[:, None])
         )
@@ -183,12 +186,12 @@ def test_classes_that_the_tool_leaves_out_are_left_out(tmp_path):
     assert plain.losses["kl"].mean != pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_blocks_and_shards_change_nothing(tmp_path):
+def test_block_size_does_not_change_the_score(tmp_path):
     found = gklx.score(QUANTISED, BASE, batch_size=7)
     assert found == gklx.score(QUANTISED, BASE)
 
 
-# --- bad files --------------------------------------------------------------------------------------------------------
+# --- invalid files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,7 +209,7 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize("length", [8, 12, 19, 20, 24, 200, 3091, 3092, 3100, 4000, 229_891])
-def test_a_dump_cut_anywhere(fails, tmp_path, length):
+def test_truncated_dump_is_refused(fails, tmp_path, length):
     cut = tmp_path / "cut.kld"
     cut.write_bytes(Path(QUANTISED).read_bytes()[:length])
     assert "llama.cpp dump is " in (line := fails(cut, BASE))
@@ -216,8 +219,8 @@ def test_a_dump_cut_anywhere(fails, tmp_path, length):
 
 @pytest.mark.parametrize("at", [8, 12, 16])
 @pytest.mark.parametrize("claim", [-(2**31), -1, 0, 1, 2, 2**30, 2**31 - 1])
-def test_a_header_that_claims_what_is_not_there(fails, tmp_path, at, claim):
-    """Petabytes among it: nothing is allocated for them."""
+def test_header_with_impossible_sizes_is_refused(fails, tmp_path, at, claim):
+    """Even a claim of petabytes is refused before memory is allocated."""
     content = bytearray(Path(QUANTISED).read_bytes())
     content[at : at + 4] = struct.pack("<i", claim)
     (tmp_path / "lying.kld").write_bytes(content)
@@ -226,16 +229,16 @@ def test_a_header_that_claims_what_is_not_there(fails, tmp_path, at, claim):
     assert "its header " in line
 
 
-def test_more_than_the_header_says(fails, tmp_path):
+def test_dump_longer_than_its_header_says_is_refused(fails, tmp_path):
     (tmp_path / "more.kld").write_bytes(Path(QUANTISED).read_bytes() + b"\0")
     assert "promises 229,892 bytes" in fails(tmp_path / "more.kld", BASE)
 
 
-def test_dumps_that_do_not_go_together(fails, tmp_path):
-    path, _, targets = a_dump(tmp_path / "a", classes=7)
-    other = a_dump(tmp_path / "b", classes=8)[0]
+def test_dumps_of_different_texts_are_refused(fails, tmp_path):
+    path, _, targets = random_dump(tmp_path / "a", classes=7)
+    other = random_dump(tmp_path / "b", classes=8)[0]
     assert "vocabulary mismatch" in fails(path, other)
-    longer = a_dump(tmp_path / "c", classes=7, chunks=4)[0]
+    longer = random_dump(tmp_path / "c", classes=7, chunks=4)[0]
     assert "they do not hold the same samples" in fails(path, longer)
     content = bytearray(Path(path).read_bytes())
     content[20 + 4 * 6 : 24 + 4 * 6] = struct.pack("<i", int(targets[1] + 1) % 7)
@@ -245,8 +248,8 @@ def test_dumps_that_do_not_go_together(fails, tmp_path):
     assert "none that could be read as labels" in fails(path, path, "--labels", path)
 
 
-def test_tokens_outside_the_vocabulary(fails, tmp_path):
-    path = a_dump(tmp_path / "a", classes=7)[0]
+def test_tokens_outside_the_vocabulary_are_refused(fails, tmp_path):
+    path = random_dump(tmp_path / "a", classes=7)[0]
     content = bytearray(Path(path).read_bytes())
     content[20 + 4 * 6 : 24 + 4 * 6] = struct.pack("<i", 7)
     Path(path).write_bytes(content)

@@ -23,13 +23,13 @@ SOME = [case for case in CASES if case.id in KINDS]
 CUTS = {2: (0, 4, 11), 4: (0, 3, 3, 9, 11)}
 
 
-def whole(backend, case, mask="none"):
+def whole_batch(backend, case, mask="none"):
     s, t, arrays = on(BY_NAME[backend], "float64", *call(case, mask, batch=(N,), seed=3))
     return s, t, arrays
 
 
-def cut(rows, s, t, arrays):
-    """The rows' own part; a prior by labels belongs to all."""
+def part_of(rows, s, t, arrays):
+    """The part of some rows; a prior with labels is the same for all."""
     own = {name: x if name == "prior" and "labels" in arrays else x[rows] for name, x in arrays.items()}
     return s[rows], t[rows], own
 
@@ -64,11 +64,11 @@ def _rank(rank, size, scenario, meeting):
     os._exit(0)
 
 
-def same(actual, expected, ulps=16, **more):
+def assert_same(actual, expected, ulps=16, **more):
     assert_near(actual.detach().numpy(), expected.detach().numpy(), "float64", ulps=ulps, **more)
 
 
-def total(x):
+def sum_over_ranks(x):
     import torch
 
     x = x.detach().clone()
@@ -85,9 +85,9 @@ def every_loss(rank, size):
         libraries._BLOCK_ON_CPU = 2**20 if number % 2 else 2 * C * 8  # all rows at once, or two at a time
         # With the mask the weights differ, and rank 0 has a sample of weight 0 that holds NaN and a bad label.
         for mask in ("none", "samples"):
-            s, t, arrays = whole("torch", case, mask)
+            s, t, arrays = whole_batch("torch", case, mask)
             rows = slice(CUTS[size][rank], CUTS[size][rank + 1])
-            own_s, own_t, own = cut(rows, s, t, arrays)
+            own_s, own_t, own = part_of(rows, s, t, arrays)
             for reduction in ("mean", "sum", "none"):
                 loss = loss_of(case, reduction=reduction)
                 a, b = own_s.clone().requires_grad_(), own_t.clone().requires_grad_()
@@ -95,19 +95,19 @@ def every_loss(rank, size):
                     value = loss(a, b, **own)
                 value.sum().backward()
                 if reduction == "none":
-                    same(value, loss(s, t, **arrays)[rows])
+                    assert_same(value, loss(s, t, **arrays)[rows])
                     continue
                 times = size if reduction == "mean" else 1
-                same(total(value) / times, loss(s, t, **arrays))
+                assert_same(sum_over_ranks(value) / times, loss(s, t, **arrays))
                 exact = gklx.grad(loss, (0, 1))(s, t, **arrays)
                 for found, expected in zip((a.grad, b.grad), exact, strict=True):
-                    same(found / times, expected[rows], scale=1e-3)
+                    assert_same(found / times, expected[rows], scale=1e-3)
                 with gklx.global_batch():
                     again = gklx.grad(loss)(own_s, own_t, **own)
                     parts = gklx.terms(loss)(own_s, own_t, **own) if case.loss != "kl" else None
-                same(again, a.grad, scale=1e-3)
+                assert_same(again, a.grad, scale=1e-3)
                 if parts is not None:
-                    same(total(parts.mse) / times, gklx.terms(loss)(s, t, **arrays).mse)
+                    assert_same(sum_over_ranks(parts.mse) / times, gklx.terms(loss)(s, t, **arrays).mse)
                     assert torch.isfinite(parts.ce)
 
 
@@ -121,7 +121,7 @@ def second_derivatives(rank, size):
 
     rows = slice(CUTS[size][rank], CUTS[size][rank + 1])
     for case in SOME:
-        s, t, arrays = whole("torch", case)
+        s, t, arrays = whole_batch("torch", case)
 
         def of_squares(s, t, arrays, context, case=case):
             s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
@@ -133,13 +133,13 @@ def second_derivatives(rank, size):
         import contextlib
 
         exact = of_squares(s, t, arrays, contextlib.nullcontext())
-        found = of_squares(*cut(rows, s, t, arrays), gklx.global_batch())
+        found = of_squares(*part_of(rows, s, t, arrays), gklx.global_batch())
         for one, other in zip(found, exact, strict=True):
-            same(one / size**2, other[rows], ulps=64, scale=1e-2)
+            assert_same(one / size**2, other[rows], ulps=64, scale=1e-2)
 
 
 @pytest.mark.supports("second derivatives", "PyTorch")
-def test_torch_second_derivatives_see_the_other_ranks(tmp_path):
+def test_torch_second_derivatives_include_the_other_ranks(tmp_path):
     """The normaliser of GKL depends on every rank's teacher."""
     on_ranks(2, second_derivatives, tmp_path)
 
@@ -147,7 +147,7 @@ def test_torch_second_derivatives_see_the_other_ranks(tmp_path):
 def prior_and_groups(rank, size):
     import torch
 
-    _, t, _ = whole("torch", CASES[0])
+    _, t, _ = whole_batch("torch", CASES[0])
     labels = torch.arange(N) % C
     rows = slice(CUTS[size][rank], CUTS[size][rank + 1])
     prior, state = gklx.ClassPrior(C, like=t), gklx.ClassPriorState.uniform(C, like=t)
@@ -156,9 +156,9 @@ def prior_and_groups(rank, size):
         prior.update(t[rows], labels[rows])
         state = state.update(t[rows], labels[rows])
     prior.advance()
-    same(sums, gklx.class_sums(t, labels, C))
-    same(state.sums, sums)
-    same(prior.table, state.advance().table)
+    assert_same(sums, gklx.class_sums(t, labels, C))
+    assert_same(state.sums, sums)
+    assert_same(prior.table, state.advance().table)
 
     # Pairs of ranks as batches of their own.
     pairs = [torch.distributed.new_group([i, i + 1]) for i in range(0, size, 2)]
@@ -168,7 +168,7 @@ def prior_and_groups(rank, size):
         found = gklx.grad(gklx.gkl)(t[rows].flip(1), t[rows])
     exact = gklx.grad(gklx.gkl)(t[of_pair].flip(1), t[of_pair])
     start = CUTS[size][rank] - CUTS[size][first]
-    same(found / 2, exact[start : start + len(found)])
+    assert_same(found / 2, exact[start : start + len(found)])
     with gklx.global_batch(process_group=pairs[1 - rank // 2]), pytest.raises(ValueError, match=r"^process_group must"):
         gklx.gkl(t, t)
 
@@ -183,7 +183,7 @@ def transformed(rank, size):
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    s, t, _ = whole("torch", CASES[0])
+    s, t, _ = whole_batch("torch", CASES[0])
     rows = slice(CUTS[size][rank], CUTS[size][rank + 1])
     exact = gklx.grad(gklx.gkl)(s, t)[rows]
 
@@ -198,9 +198,9 @@ def transformed(rank, size):
         keywords = {"use_reentrant": False} if isinstance(function, partial) else {}
         with gklx.global_batch():
             function(a, t[rows], **keywords).backward()
-        same(a.grad / size, exact)
-    same(torch.func.grad(inside)(s[rows], t[rows]) / size, exact)
-    same(torch.func.jacfwd(inside)(s[rows], t[rows]) / size, exact)
+        assert_same(a.grad / size, exact)
+    assert_same(torch.func.grad(inside)(s[rows], t[rows]) / size, exact)
+    assert_same(torch.func.jacfwd(inside)(s[rows], t[rows]) / size, exact)
 
 
 @pytest.mark.supports("batch split over devices", "PyTorch")
@@ -209,7 +209,7 @@ def test_torch_ranks_under_compile_checkpoint_and_func(tmp_path):
 
 
 class Student:
-    """A model to train: a linear layer, and what it is fed."""
+    """A linear layer to train, with its inputs, the teacher's logits and the labels."""
 
     def __init__(self):
         import torch
@@ -224,7 +224,7 @@ class Student:
         self.labels = torch.arange(N) % C
 
     def train(self, model, rows, weight=None):
-        """Three steps with a class prior that is collected on the way; the parameters after them."""
+        """Train for three steps, each of which updates the class prior; return the parameters."""
         import torch
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -250,7 +250,7 @@ def distributed_data_parallel(rank, size):
     with gklx.global_batch():
         found = split.train(DistributedDataParallel(split.layer), rows)
     for one, other in zip(found, expected, strict=True):
-        same(one, other, ulps=64)
+        assert_same(one, other, ulps=64)
 
     # The last rank has a full batch of padding.
     masked = Student()
@@ -265,11 +265,11 @@ def distributed_data_parallel(rank, size):
         found = split.train(DistributedDataParallel(split.layer), rows, weight[rows])
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()
-        same(one, other, ulps=64)
+        assert_same(one, other, ulps=64)
 
 
 def module_inside(rank, size):
-    """The criterion as a part of the wrapped model: its buffers, which DDP takes from rank 0, are the same on all."""
+    """The criterion is part of the wrapped model; DDP copies its buffers from rank 0, which are those of all ranks."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
@@ -305,7 +305,7 @@ def module_inside(rank, size):
 
 
 @pytest.mark.supports("batch split over devices", "PyTorch")
-def test_torch_criterion_within_a_wrapped_model(tmp_path):
+def test_torch_criterion_may_be_part_of_the_wrapped_model(tmp_path):
     on_ranks(4, module_inside, tmp_path)
 
 
@@ -316,16 +316,16 @@ def test_torch_distributed_data_parallel_trains_as_one_process_does(size, tmp_pa
     on_ranks(size, distributed_data_parallel, tmp_path)
 
 
-def test_torch_a_world_of_one_needs_no_set_up():
+def test_torch_global_batch_without_a_process_group_does_nothing():
     backends.needs("torch")
-    s, t, _ = whole("torch", CASES[0])
+    s, t, _ = whole_batch("torch", CASES[0])
     with gklx.global_batch():
-        same(gklx.gkl(s, t), gklx.gkl(s, t))
-        same(gklx.class_sums(t, s.argmax(-1), C), gklx.class_sums(t, s.argmax(-1), C))
+        assert_same(gklx.gkl(s, t), gklx.gkl(s, t))
+        assert_same(gklx.class_sums(t, s.argmax(-1), C), gklx.class_sums(t, s.argmax(-1), C))
 
 
-def test_nested_batches_and_threads():
-    """The innermost context holds; another thread has none."""
+def test_global_batches_nest_and_are_local_to_a_thread():
+    """The innermost context applies; another thread is in none."""
     import threading
 
     from gklx._core.ranks import entered as _entered
@@ -342,7 +342,7 @@ def test_nested_batches_and_threads():
     assert seen == [()]
 
 
-def test_wrong_kinds_of_batch(backend):
+def test_global_batch_of_the_wrong_kind_is_refused(backend):
     s = backend.array(np.zeros((2, 3)))
     name = backend.library.backend
     settings, message = {
@@ -376,12 +376,12 @@ def mesh_of(jax, kind="Auto"):
     return jax.make_mesh((8,), ("i",), axis_types=(getattr(jax.sharding.AxisType, kind),))
 
 
-def on_eight(case, mask="none"):
+def arrays_for_eight_devices(case, mask="none"):
     s, t, arrays = on(BY_NAME["jax"], "float64", *call(case, mask, batch=(16,), classes=24, seed=3))
     return s, t, arrays
 
 
-def close(actual, expected, **more):
+def assert_close_on_jax(actual, expected, **more):
     assert_close(actual, np.asarray(expected), BY_NAME["jax"], "float64", ulps=64, **more)
 
 
@@ -398,29 +398,29 @@ def test_jax_sharded_arrays_give_the_same_numbers(jax, case, axis):
 
     mesh = mesh_of(jax)
     spec = P("i", None) if axis == "batch" else P(None, "i")
-    s, t, arrays = on_eight(case, "samples")
+    s, t, arrays = arrays_for_eight_devices(case, "samples")
     split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (s, t)]
     run = jax.jit(jax.value_and_grad(loss_of(case), (0, 1)))
     value, gradients = run(*split, **arrays)
-    close(value, loss_of(case)(s, t, **arrays))
+    assert_close_on_jax(value, loss_of(case)(s, t, **arrays))
     for found, exact in zip(gradients, gklx.grad(loss_of(case), (0, 1))(s, t, **arrays), strict=True):
-        close(found, exact)
+        assert_close_on_jax(found, exact)
         assert found.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
     eager = gklx.grad(loss_of(case))(*split, **arrays)
-    close(eager, gradients[0])
+    assert_close_on_jax(eager, gradients[0])
     labels = jax.numpy.arange(16) % 24
-    close(gklx.class_sums(split[1][2:], labels[2:], 24), gklx.class_sums(t[2:], labels[2:], 24))
+    assert_close_on_jax(gklx.class_sums(split[1][2:], labels[2:], 24), gklx.class_sums(t[2:], labels[2:], 24))
 
 
 @pytest.mark.supports("batch split over devices", "JAX")
 @pytest.mark.parametrize("case", JAX_CASES, ids=lambda case: case.id)
-def test_jax_meshes_of_explicit_axes(jax, case):
-    """A gather is ambiguous there: the prior's rows are taken by the caller, who names their sharding."""
+def test_jax_meshes_of_explicit_axes_give_the_same_numbers(jax, case):
+    """JAX cannot infer how a gather is sharded there, so the caller gathers the prior's rows and names the sharding."""
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     mesh = mesh_of(jax, "Explicit")
-    s, t, arrays = on_eight(case)
+    s, t, arrays = arrays_for_eight_devices(case)
     exact = gklx.grad(loss_of(case), (0, 1))(s, t, **arrays)
     for spec in (P("i", None), P(None, "i")):
         split = [jax.device_put(x, NamedSharding(mesh, spec)) for x in (s, t)]
@@ -430,7 +430,7 @@ def test_jax_meshes_of_explicit_axes(jax, case):
             labels = jax.device_put(arrays["labels"], NamedSharding(mesh, P(spec[0])))
             rows["prior"] = table.at[labels].get(out_sharding=NamedSharding(mesh, spec))
         for found, expected in zip(jax.jit(jax.grad(loss_of(case), (0, 1)))(*split, **rows), exact, strict=True):
-            close(found, expected)
+            assert_close_on_jax(found, expected)
 
 
 @pytest.mark.supports("batch split over devices", "JAX")
@@ -439,7 +439,7 @@ def test_jax_meshes_of_explicit_axes(jax, case):
 def test_jax_shard_map_with_an_axis_name(jax, case, mask):
     from jax.sharding import PartitionSpec as P
 
-    s, t, arrays = on_eight(case, mask)
+    s, t, arrays = arrays_for_eight_devices(case, mask)
     if mask == "samples":
         arrays["sample_weight"] = arrays["sample_weight"].at[4:8].set(0.0)  # two devices with nothing but padding
     specs = {name: P() if name == "prior" and "labels" in arrays else P("i") for name in arrays}
@@ -460,17 +460,17 @@ def test_jax_shard_map_with_an_axis_name(jax, case, mask):
             )
         )
         value, gradients = run(s, t, arrays)
-        close(value, loss_of(case)(s, t, **arrays))
+        assert_close_on_jax(value, loss_of(case)(s, t, **arrays))
         for found, exact in zip(gradients, gklx.grad(loss_of(case), (0, 1))(s, t, **arrays), strict=True):
-            close(found / 8, exact)
+            assert_close_on_jax(found / 8, exact)
 
 
 @pytest.mark.supports("batch split over devices", "JAX")
-def test_jax_shard_map_parameters_and_class_prior(jax):
-    """As one trains: the mean over the devices is taken of the loss, and the prior is the same everywhere."""
+def test_jax_shard_map_trains_as_one_device_does(jax):
+    """The loss is averaged over the devices, and the class prior is the same on all."""
     from jax.sharding import PartitionSpec as P
 
-    s, t, _ = on_eight(CASES[0])
+    s, t, _ = arrays_for_eight_devices(CASES[0])
     labels, parameters = jax.numpy.arange(16) % 24, jax.numpy.eye(24)
     state = gklx.ClassPriorState.uniform(24, like=t)
 
@@ -489,20 +489,20 @@ def test_jax_shard_map_parameters_and_class_prior(jax):
 
     run = jax.shard_map(split, mesh=mesh_of(jax), in_specs=(P(), P(), P("i"), P("i"), P("i")), out_specs=(P(), P()))
     found, exact = jax.jit(run)(parameters, state, s, t, labels), train(parameters, state, s, t, labels)
-    close(found[0], exact[0])
-    close(found[1].table, exact[1].table)
+    assert_close_on_jax(found[0], exact[0])
+    assert_close_on_jax(found[1].table, exact[1].table)
 
 
 @pytest.mark.supports("batch split over devices", "JAX")
 def test_jax_vmap_with_an_axis_name(jax):
-    s, t, _ = on_eight(CASES[0])
+    s, t, _ = arrays_for_eight_devices(CASES[0])
 
     def one(s, t):
         with gklx.global_batch(axis_name="i"):
             return gklx.gkl(s, t, gamma=0.5)
 
     values = jax.vmap(one, axis_name="i")(s.reshape(8, 2, 24), t.reshape(8, 2, 24))
-    close(values.mean(), gklx.gkl(s, t, gamma=0.5))
+    assert_close_on_jax(values.mean(), gklx.gkl(s, t, gamma=0.5))
 
 
 # --- Dask -------------------------------------------------------------------------------------------------------------
@@ -510,8 +510,8 @@ def test_jax_vmap_with_an_axis_name(jax):
 
 @pytest.mark.supports("batch split over devices", "Dask")
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
-def test_dask_chunks_of_rows_stay_chunks_of_rows(case):
-    """Uneven ones; nothing is computed before it is asked for, and the gradient is chunked as the logits are."""
+def test_dask_gradient_has_the_chunks_of_the_logits(case):
+    """With uneven chunks of rows; nothing is computed before `compute`."""
     backends.needs("dask")
     import dask
     import dask.array as da

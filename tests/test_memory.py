@@ -1,4 +1,4 @@
-"""Rows a block under a bound on memory."""
+"""The rows per block, and the threads, under a memory bound."""
 
 import psutil
 import pytest
@@ -12,12 +12,12 @@ pytestmark = pytest.mark.library_independent
     ("text", "size"),
     [("2GB", 2e9), ("1.5G", 1.5e9), ("500 MiB", 500 * 2**20), ("500mb", 5e8), ("4096", 4096), ("1KiB", 1024)],
 )
-def test_sizes(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 apples", "0", "1e9", "2GBB", "nan"])
-def test_no_sizes(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match=r"^memory must be a size such as 2GB or 500MiB"):
         parse_size(text)
 
@@ -26,11 +26,11 @@ def used():
     return psutil.Process().memory_info().rss
 
 
-def test_a_block_is_no_larger_than_the_library_wants():
+def test_block_is_no_larger_than_the_librarys_block_size():
     assert rows_and_threads(1000, 4, 2**20, 2, None, Needs()) == (262, 2)
 
 
-def test_a_bound_makes_blocks_smaller_then_threads_fewer():
+def test_memory_bound_reduces_blocks_first_and_then_threads():
     row = 100_000 * 4
     room = 24 * row
     assert rows_and_threads(100_000, 4, 2**20, 4, used() + 50 * room, Needs()) == (2, 4)

@@ -17,7 +17,7 @@ SAMPLES = {"formulas": 20, "kernel": 8}
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each mutant lives in a fork")
 @pytest.mark.parametrize("execution", SAMPLES)
-def test_mutants_are_caught(execution, tmp_path):
+def test_mutants_are_detected(execution, tmp_path):
     if execution == "kernel":
         backends.needs_kernel()
         if shutil.which(os.environ.get("CXX", "c++")) is None:

@@ -1,4 +1,4 @@
-"""The picture of a score: what is in it, and that each format can be opened."""
+"""The plot of a score: its data, and its formats."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def logits(samples, classes):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """The specification that a score would have rendered."""
+    """A function that scores; it returns the plot's specification and the score."""
 
     def draw(*args, **kwargs):
         specs = []
@@ -46,7 +46,7 @@ def subtitle(spec, panel):
     return " ".join(spec["hconcat"][panel]["title"]["subtitle"])
 
 
-def test_shares_are_those_of_all_samples(drawn):
+def test_histogram_shares_are_fractions_of_all_samples(drawn):
     s, t = logits(200, 5)
     spec, found = drawn(s, t, gamma=0.5)
     for name in found.losses:
@@ -61,7 +61,7 @@ def test_shares_are_those_of_all_samples(drawn):
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_class_means(drawn, labelled):
+def test_class_means_are_sorted_and_by_label_or_top_class(drawn, labelled):
     s, t = logits(300, 6)
     labels = rng.integers(0, 6, 300)
     spec, _ = drawn(s, t, labels if labelled else None, losses=["gkl", "kl"])
@@ -75,7 +75,7 @@ def test_class_means(drawn, labelled):
     assert {row["class"]: row["samples"] for row in rows(spec, 1)} == {c: (of == c).sum() for c in range(6)}
 
 
-def test_many_classes_are_a_curve_of_few_points(drawn):
+def test_many_classes_are_drawn_as_a_curve(drawn):
     s, t = logits(1200, 1500)
     spec, _ = drawn(s, t, losses=["kl"])
     panel = spec["hconcat"][1]
@@ -88,7 +88,7 @@ def test_many_classes_are_a_curve_of_few_points(drawn):
     assert rows(spec, 1)[-1]["class"] == worst[-1]
 
 
-def test_confidences_and_agreement(drawn):
+def test_confidence_panel_counts_samples_and_shows_agreement(drawn):
     s, t = logits(500, 3)
     spec, found = drawn(s, t)
     panel = spec["hconcat"][2]
@@ -101,17 +101,17 @@ def test_confidences_and_agreement(drawn):
     assert f"{found.top1_agreement:.2%}" in panel["title"]["text"]
 
 
-def test_what_is_not_drawn_is_said(drawn):
+def test_subtitles_count_the_samples_that_are_not_drawn(drawn):
     s, t = logits(50, 4)
     s[:3] = t[:3]
     s[5, 0] = -np.inf
     s[7] = np.nan
     s[8] = t[8] + [0, 0, 0, 1e-7]
     spec, _ = drawn(s, t, losses=["kl"])
-    said = subtitle(spec, 0)
+    output_text = subtitle(spec, 0)
     for each in ("not finite, not drawn: kl 1", "exactly 0, not drawn: kl 3", "not drawn: kl 1"):
-        assert each in said
-    assert "below 1e-" in said
+        assert each in output_text
+    assert "below 1e-" in output_text
     assert sum(row["share"] for row in rows(spec, 0)) == pytest.approx(44 / 49)
     assert "1 losses that are not finite left out" in subtitle(spec, 1)
     assert "1 left out" in spec["title"]["subtitle"]
@@ -127,7 +127,7 @@ def test_class_means_are_of_finite_losses(drawn):
 
 
 @pytest.mark.parametrize("losses", [["kl", "dkl", "ikl", "gkl"], ["gkl", "ikl", "dkl"]])
-def test_coinciding_curves_are_all_seen(drawn, losses):
+def test_coinciding_curves_have_different_dashes(drawn, losses):
     spec, _ = drawn(*logits(30, 4), losses=losses)
     order = list(dict.fromkeys(row["loss"] for row in rows(spec, 0)))
     scale = spec["hconcat"][0]["layer"][0]["encoding"]["strokeDash"]["scale"]
@@ -137,7 +137,7 @@ def test_coinciding_curves_are_all_seen(drawn, losses):
 
 
 @pytest.mark.parametrize("case", ["bars", "curve", "infinite"])
-def test_titles_are_level(drawn, case):
+def test_subtitles_have_equal_numbers_of_lines(drawn, case):
     s, t = logits(200, 60 if case == "curve" else 5)
     if case == "infinite":
         s[:9, 0] = -np.inf
@@ -146,7 +146,7 @@ def test_titles_are_level(drawn, case):
 
 
 @pytest.mark.parametrize("case", ["one", "equal", "infinite", "negative"])
-def test_odd_samples_are_drawn(tmp_path, case):
+def test_degenerate_samples_are_drawn(tmp_path, case):
     s, t = logits(1 if case == "one" else 20, 3)
     if case == "equal":
         s = t
@@ -157,14 +157,20 @@ def test_odd_samples_are_drawn(tmp_path, case):
     assert ET.parse(tmp_path / "x.svg").getroot().tag.endswith("svg")
 
 
-def test_formats(tmp_path):
+def test_svg_png_and_html_are_complete(tmp_path):
     s, t = logits(60, 4)
     for name in ("x.svg", "again.svg", "x.png", "x.html"):
         gklx.score(s, t, plot=tmp_path / name)
     assert (tmp_path / "x.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     text = "".join(ET.parse(tmp_path / "x.svg").getroot().itertext())
-    for said in ("Loss per sample", "share of samples", "teacher's largest probability", "60 samples", "mean kl"):
-        assert said in text
+    for phrase in (
+        "Loss per sample",
+        "share of samples",
+        "teacher's largest probability",
+        "60 samples",
+        "mean kl",
+    ):
+        assert phrase in text
     png = (tmp_path / "x.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert struct.unpack(">I", png[16:20])[0] > 1500
@@ -176,7 +182,7 @@ def test_formats(tmp_path):
 @pytest.mark.parametrize(
     "name", ["<!--<script>", "</script><b>", "a&lt;b\"'\\\u2028", "<%", "\udcff\udc80", "e\u0301\n\x1b[31m"]
 )
-def test_any_name_of_a_file_is_a_title(tmp_path, name):
+def test_any_file_name_can_be_the_title(tmp_path, name):
     paths = [tmp_path / f"{which}{name.replace('/', '')}.npy" for which in "st"]
     for path, x in zip(paths, logits(30, 4), strict=True):
         np.save(path, x)
@@ -185,12 +191,12 @@ def test_any_name_of_a_file_is_a_title(tmp_path, name):
     escaped = name.replace("/", "").replace("\n", " ")
     for bad in ("\x1b", "\udcff", "\udc80", "\u2028"):
         escaped = escaped.replace(bad, " " if bad == "\u2028" else ascii(bad)[1:-1])
-    said = f"s{escaped}.npy against t{escaped}.npy"
+    output_text = f"s{escaped}.npy against t{escaped}.npy"
     html = (tmp_path / "x.html").read_text(encoding="utf-8")
     script = html.rpartition("<script")[2].rpartition("</script")[0]
     assert "<" not in script
     spec, _ = json.JSONDecoder().raw_decode(script.partition("const spec = ")[2])
-    assert spec["title"]["text"] == said
+    assert spec["title"]["text"] == output_text
     assert spec["hconcat"][0]["title"]["text"] == "Loss per sample"
 
 

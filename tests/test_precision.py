@@ -1,4 +1,4 @@
-"""Errors in float32 and the half precisions are near rounding: compared with float64 at realistic class counts."""
+"""Errors in float32 and float64 are those of rounding, at realistic numbers of classes."""
 
 from functools import cache
 
@@ -35,7 +35,7 @@ def logits(rng, kind, rows, classes):
 
 @cache
 def everything_on(name):
-    """Kept, so that JAX compiles it once a shape."""
+    """All losses with their gradients, on a backend; cached, so that JAX compiles once per shape."""
     return backends.BY_NAME[name].wrap(lambda s, t: [gklx.value_and_grad(loss_of(case), (0, 1))(s, t) for case in MANY])
 
 
@@ -63,7 +63,7 @@ def test_float32_gradients_are_within_rounding(backend, kind, classes, ulps, mon
 
 
 def scale_of(s, t):
-    """The size of the summands of mu, by row: d_j of one row may cancel to anything below it.
+    """The size of the summands of mu in each row. They may cancel to any smaller number.
 
     For such rows the float32 result is the exact gradient of logits that differ by a rounding error. No formula in
     float32 can do better: d_j - d_k is known only to a unit of |t_j| + |s_j|, measured from the maxima.
@@ -113,7 +113,7 @@ def test_kl_of_close_rows_keeps_its_digits(size):
 
 
 @pytest.mark.numpy_alone
-def test_float64_is_near_rounding_of_extended_precision():
+def test_float64_results_are_within_rounding():
     import oracle
 
     rng = np.random.default_rng(3)
@@ -130,8 +130,8 @@ def test_float64_is_near_rounding_of_extended_precision():
 
 
 @pytest.mark.numpy_alone
-def test_gamma_reaches_below_underflow():
-    """p = exp(-150) is 0 in float32, its 0.1th power is not."""
+def test_power_of_an_underflowing_probability_is_kept():
+    """exp(-150) is 0 in float32, but its power 0.1 is not."""
     s, t = np.zeros((1, 3), dtype="float32"), np.asarray([[0.0, -150.0, -1.0]], dtype="float32")
     case = Case("", "gkl", {"gamma": 0.1})
     found = gklx.grad(loss_of(case), 1)(s, t)

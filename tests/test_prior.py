@@ -35,14 +35,14 @@ def test_class_sums_are_those_of_the_definition(backend, dtype):
     assert_close(found, expected, backend, wide, ulps=32, like=backend.array(logits))
 
 
-def test_class_sums_take_any_batch_axes_and_absent_classes(backend):
+def test_class_sums_accept_any_batch_axes_and_absent_classes(backend):
     logits, labels = batch()
     logits[:, 2] = -np.inf
     found = gklx.class_sums(backend.array(logits.reshape(3, 4, C)), backend.array(labels.reshape(3, 4)), C)
     assert_close(found, definition(logits, labels), backend, "float64", ulps=32)
 
 
-def test_class_sums_leave_out_samples_of_weight_zero_whatever_they_hold(backend):
+def test_class_sums_ignore_samples_of_weight_zero(backend):
     logits, labels = batch()
     weights = np.ones(12)
     weights[[2, 5]] = 0
@@ -52,7 +52,7 @@ def test_class_sums_leave_out_samples_of_weight_zero_whatever_they_hold(backend)
     assert_close(found, expected, backend, "float64", ulps=32)
 
 
-def test_a_bad_label_that_nobody_reads_gives_nan(backend):
+def test_invalid_label_is_an_error_or_gives_nan(backend):
     logits, labels = batch()
     labels[3] = C
     call = backend.wrap(lambda x, y: gklx.class_sums(x, y, C))
@@ -64,7 +64,7 @@ def test_a_bad_label_that_nobody_reads_gives_nan(backend):
         assert np.isnan(backend.numpy(call(x, y))).any()
 
 
-def test_the_table_over_two_epochs(backend):
+def test_table_is_the_mean_softmax_of_the_previous_epoch(backend):
     (x1, y1), (x2, y2) = batch(1), batch(2, classes=(1, 2))
     prior = gklx.ClassPrior(C, temperature=2.0, like=backend.array(x1))
     uniform = np.full((C, C), 1 / C)
@@ -86,7 +86,7 @@ def test_the_table_over_two_epochs(backend):
     assert_close(prior.table, expected, backend, "float64", ulps=32)
 
 
-def test_the_table_serves_the_losses(backend):
+def test_table_can_be_the_prior_of_a_loss(backend):
     logits, labels = batch()
     prior = gklx.ClassPrior(C)
     x, y = backend.array(logits, "float32"), backend.array(labels)
@@ -100,7 +100,7 @@ def test_the_table_serves_the_losses(backend):
     assert np.isfinite(backend.numpy(value))
 
 
-def test_merging_shards_is_updating_with_all(backend):
+def test_merged_shards_equal_one_update_with_all(backend):
     logits, labels = batch()
     x, y = backend.array(logits), backend.array(labels)
     whole, one, other, idle = (gklx.ClassPrior(C) for _ in range(4))
@@ -117,7 +117,7 @@ def test_merging_shards_is_updating_with_all(backend):
 
 
 @pytest.mark.parametrize("width", ["float32", "float64"])
-def test_a_restored_prior_goes_on_exactly(backend, width):
+def test_restored_prior_continues_exactly(backend, width):
     if width not in backend.library.dtypes:
         pytest.skip(f"{backend.name} has no {width}")
     (x1, y1), (x2, y2) = batch(1), batch(2)
@@ -140,7 +140,7 @@ def test_a_restored_prior_goes_on_exactly(backend, width):
         assert_close(restored.table, backend.numpy(kept.table), backend, width, ulps=0)
 
 
-def test_loading_goes_to_the_library_and_device_of_like(backend):
+def test_loaded_state_is_on_the_library_and_device_of_like(backend):
     logits, labels = batch()
     source = gklx.ClassPrior(C)
     source.update(logits, labels)
@@ -151,7 +151,7 @@ def test_loading_goes_to_the_library_and_device_of_like(backend):
     assert_close(prior.table, source.table, backend, "float64", ulps=0, like=x)
 
 
-def test_state_is_a_copy():
+def test_state_dict_is_a_copy():
     prior = gklx.ClassPrior(C)
     prior.update(*batch())
     state = prior.state_dict()
@@ -161,13 +161,13 @@ def test_state_is_a_copy():
     assert prior.table.max() <= 1
 
 
-def test_an_unused_prior_is_uniform_numpy():
+def test_table_of_an_unused_prior_is_uniform_in_numpy():
     table = gklx.ClassPrior(3).table
     assert isinstance(table, np.ndarray)
     assert_near(table, np.full((3, 3), 1 / 3), "float64", ulps=0)
 
 
-def test_errors():
+def test_class_prior_raises_the_documented_errors():
     prior = gklx.ClassPrior(C, temperature=2.0)
     for wrong, kind in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
         with pytest.raises(kind, match=r"^num_classes must be"):
@@ -195,7 +195,7 @@ def test_errors():
         prior.load_state_dict({**state, "table": np.zeros((3, 3))})
 
 
-def test_one_prior_stays_in_one_library():
+def test_prior_must_stay_in_one_library_and_on_one_device():
     strict = pytest.importorskip("array_api_strict")
     prior = gklx.ClassPrior(C)
     logits, labels = batch()
@@ -208,7 +208,7 @@ def test_one_prior_stays_in_one_library():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_in_the_row_of_its_class(backend, dtype, bad):
+def test_nan_logits_affect_only_the_row_of_their_class(backend, dtype, bad):
     """The sums are a matrix product, in which 0 · NaN is NaN."""
     logits, labels = batch()
     logits = backend.rounded(logits, dtype).copy()
@@ -223,7 +223,7 @@ def test_what_is_not_finite_stays_in_the_row_of_its_class(backend, dtype, bad):
     assert_close(found, expected, backend, wide, ulps=32)
 
 
-def test_a_weight_that_nobody_reads_stays_in_the_row_of_its_class(backend):
+def test_unchecked_invalid_weight_affects_only_the_row_of_its_class(backend):
     logits, labels = batch()
     x, y = backend.array(logits), backend.array(labels)
     if backend.library.readable(x) and not backend.traced:
@@ -237,7 +237,7 @@ def test_a_weight_that_nobody_reads_stays_in_the_row_of_its_class(backend):
         assert_close(call(x, y, backend.array(weights)), expected, backend, "float64", ulps=32)
 
 
-def test_nan_of_one_class_spares_the_rows_of_the_table_of_others(backend):
+def test_nan_of_one_class_does_not_reach_other_rows_of_the_table(backend):
     logits, labels = batch()
     prior = gklx.ClassPrior(C, like=backend.array(logits))
     logits[np.flatnonzero(labels == 0)[0], 1] = np.nan

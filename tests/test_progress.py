@@ -1,4 +1,4 @@
-"""The progress bar: on a terminal, and only there."""
+"""The progress bar on a terminal."""
 
 import os
 import re
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.library_independent
 pty = pytest.importorskip("pty", reason="terminals of POSIX")
 
 
-def test_a_terminal_sees_stage_count_and_rate(tmp_path):
+def test_progress_bar_shows_stage_count_and_rate(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("s", "t"):
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((600, 50)))

@@ -16,22 +16,22 @@ LOGITS = arrays("float64", (2, 4, 6), elements=st.floats(-20, 20))
 ANY_CASE = st.sampled_from(CASES)
 
 
-def both(case, s, t, arrays):
+def value_and_gradients(case, s, t, arrays):
     value, gradients = gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **arrays)
     return value, np.stack(gradients)
 
 
-def masked(case, mask="none"):
+def arrays_of(case, mask="none"):
     _, _, arrays = call(case, mask, batch=(4,), classes=6)
     return arrays
 
 
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, shift=arrays("float64", (2, 4, 1), elements=st.integers(-1000, 1000)))
-def test_a_constant_added_to_a_row_changes_nothing(case, logits, shift):
+def test_constant_added_to_a_row_changes_nothing(case, logits, shift):
     logits = np.round(logits * 2**20) / 2**20  # so that the shifted logits are exact
-    value, gradients = both(case, *logits, masked(case))
-    shifted, shifted_gradients = both(case, *(logits + shift), masked(case))
+    value, gradients = value_and_gradients(case, *logits, arrays_of(case))
+    shifted, shifted_gradients = value_and_gradients(case, *(logits + shift), arrays_of(case))
     assert_near(shifted, value, "float64", ulps=0)
     assert_near(shifted_gradients, gradients, "float64", ulps=0)
 
@@ -39,7 +39,7 @@ def test_a_constant_added_to_a_row_changes_nothing(case, logits, shift):
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS)
 def test_each_gradient_row_sums_to_zero(case, logits):
-    _, gradients = both(case, *logits, masked(case))
+    _, gradients = value_and_gradients(case, *logits, arrays_of(case))
     size = np.abs(gradients).sum(axis=-1)
     assert (np.abs(gradients.sum(axis=-1)) <= 1e-13 * size + 1e-16).all()
 
@@ -47,14 +47,14 @@ def test_each_gradient_row_sums_to_zero(case, logits):
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, order=st.permutations(range(6)))
 def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
-    given_, order = masked(case), np.asarray(order)
-    value, gradients = both(case, *logits, given_)
+    given_, order = arrays_of(case), np.asarray(order)
+    value, gradients = value_and_gradients(case, *logits, given_)
     if "labels" in given_:
         inverse = np.argsort(order)
         given_ = {"prior": given_["prior"][order][:, order], "labels": inverse[given_["labels"]]}
     elif "prior" in given_:
         given_ = {"prior": given_["prior"][:, order]}
-    permuted, permuted_gradients = both(case, *logits[..., order], given_)
+    permuted, permuted_gradients = value_and_gradients(case, *logits[..., order], given_)
     np.testing.assert_allclose(permuted, value, rtol=1e-13, atol=1e-15)
     np.testing.assert_allclose(
         permuted_gradients, gradients[..., order], rtol=0, atol=1e-13 * np.abs(gradients).max() + 1e-15
@@ -63,10 +63,10 @@ def test_permuting_the_classes_permutes_the_gradient(case, logits, order):
 
 @pytest.mark.numpy_alone
 @given(case=ANY_CASE, logits=LOGITS, cut=st.integers(0, 4))
-def test_a_batch_may_be_split(case, logits, cut):
-    """Samples are independent but for the normaliser: sums add up, with "batch" after undoing it."""
+def test_loss_of_a_batch_is_the_sum_over_its_parts(case, logits, cut):
+    """Samples are independent, except through GKL's batch normaliser, which is off here."""
     s, t = logits
-    given_ = masked(case)
+    given_ = arrays_of(case)
     settings = {**case.settings, **({"normalize": "samples"} if case.loss == "gkl" else {})}
     loss = partial(LOSSES[case.loss], **settings, reduction="sum")
     whole, of_whole = gklx.value_and_grad(loss, (0, 1))(s, t, **given_)
@@ -82,17 +82,17 @@ def test_a_batch_may_be_split(case, logits, cut):
 @pytest.mark.numpy_alone
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @given(logits=LOGITS, junk=st.sampled_from([np.nan, np.inf, -np.inf, 1e308]))
-def test_samples_of_weight_zero_might_as_well_be_absent(case, logits, junk):
+def test_samples_of_weight_zero_are_as_if_absent(case, logits, junk):
     s, t = logits.copy()
-    given_ = masked(case)
+    given_ = arrays_of(case)
     weights = np.asarray([1.0, 0.0, 2.0, 0.0])
     s[1], t[3], s[3, 2] = junk, junk, np.nan
     if "labels" in given_:
         given_["labels"][1] = -100
     some = weights > 0
     left = {name: x if name == "prior" and "labels" in given_ else x[some] for name, x in given_.items()}
-    value, gradients = both(case, s[some], t[some], {**left, "sample_weight": weights[some]})
-    full, full_gradients = both(case, s, t, {**given_, "sample_weight": weights})
+    value, gradients = value_and_gradients(case, s[some], t[some], {**left, "sample_weight": weights[some]})
+    full, full_gradients = value_and_gradients(case, s, t, {**given_, "sample_weight": weights})
     np.testing.assert_allclose(full, value, rtol=1e-14)
     np.testing.assert_allclose(full_gradients[:, some], gradients, rtol=1e-13, atol=1e-300)
     assert (full_gradients[:, ~some] == 0).all()
@@ -114,7 +114,7 @@ def test_asymmetric_gkl_has_the_gradients_of_dkl(logits, temperature):
 
 @pytest.mark.numpy_alone
 @given(logits=LOGITS)
-def test_gkl_of_samples_is_ikl_and_so_is_gkl_of_a_normalised_prior(logits):
+def test_gkl_with_gamma_one_is_ikl(logits):
     rng = np.random.default_rng(0)
     prior, labels = rng.dirichlet(np.ones(6), size=6), rng.integers(0, 6, 4)
     for given_ in ({}, {"prior": prior, "labels": labels}):
@@ -130,7 +130,7 @@ def test_gkl_of_samples_is_ikl_and_so_is_gkl_of_a_normalised_prior(logits):
 def test_reductions_agree_with_each_other(logits, weights):
     for case in CASES:
         entries, total, mean = (
-            loss_of(case, reduction=each)(*logits, **masked(case), sample_weight=weights)
+            loss_of(case, reduction=each)(*logits, **arrays_of(case), sample_weight=weights)
             for each in ("none", "sum", "mean")
         )
         tiny = np.finfo("float64").tiny  # below it a number has fewer digits
@@ -151,8 +151,8 @@ def test_boolean_and_integer_weights_are_cast(backend, case):
 
 
 @pytest.mark.numpy_alone
-def test_rows_of_the_prior_are_chosen_by_label_whatever_is_raised_first():
-    """Large batches raise the table to gamma, small ones the chosen rows: the same to the last bit."""
+def test_prior_rows_raised_before_or_after_selection_are_equal():
+    """Large batches raise the whole table to the power gamma, small ones the rows of their labels."""
     rng = np.random.default_rng(5)
     prior, labels = rng.dirichlet(np.ones(6), size=6), rng.integers(0, 6, 40)
     s, t = rng.standard_normal((2, 40, 6))

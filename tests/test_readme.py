@@ -40,7 +40,7 @@ def test_readme_is_short():
     assert len(README.splitlines()) <= 120
 
 
-def test_support_table():
+def test_support_table_is_current():
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     _, _, rest = page.partition("<!-- support table: begin -->\n")
     found, end, _ = rest.partition("\n<!-- support table: end -->\n")
@@ -56,11 +56,11 @@ def test_python_block_runs(source, line):
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "cupy"])
-def test_library_has_a_block(library):
+def test_library_has_a_python_block(library):
     assert any(imported(source) == {library, "gklx"} for source, _ in PYTHON)
 
 
-def test_test_command_is_what_ci_runs():
+def test_readme_command_is_the_one_that_ci_runs():
     if (ROOT / "PKG-INFO").exists():
         pytest.skip("a source distribution holds no .ci")
     assert TESTS in COMMANDS
@@ -68,7 +68,7 @@ def test_test_command_is_what_ci_runs():
 
 
 def test_score_prints_what_the_landing_page_shows(capsys, monkeypatch):
-    """Word for word, but for the last digits of the numbers, which may differ from machine to machine."""
+    """Word for word, except for the last digits of the numbers, which may differ between machines."""
     (command,) = (each for each in COMMANDS if each.startswith(SCORE))
     landing = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     (shown,) = (body for kind, body in FENCED.findall(landing) if kind == "text")

@@ -1,4 +1,4 @@
-"""Copies, pickles and checkpoints of PyTorch continue exactly."""
+"""Copies, pickles and PyTorch checkpoints of priors, functions and modules continue exactly."""
 
 import copy
 import functools
@@ -32,7 +32,7 @@ def by_joblib(x):
 
 
 def by_torch(x):
-    """Saved, and loaded by the defaults of `torch.load`."""
+    """Save, and load by the defaults of `torch.load`."""
     torch = pytest.importorskip("torch")
     file = io.BytesIO()
     torch.save(x, file)
@@ -50,8 +50,8 @@ COPIES = {
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("width", ["float32", "float64"])
-def test_a_prior_goes_on_exactly(backend, width, way):
-    """At any time; changes of one do not affect the other."""
+def test_copied_prior_continues_exactly(backend, width, way):
+    """A copy may be made at any time; a change of one object does not affect the other."""
     if width not in backend.library.dtypes:
         pytest.skip(f"{backend.name} has no {width}")
     first, then = ((backend.array(x, width), backend.array(y)) for x, y in (batch(1), batch(2)))
@@ -77,7 +77,7 @@ def test_a_prior_goes_on_exactly(backend, width, way):
         assert_close(restored.table, backend.numpy(kept.table), backend, width, ulps=0, like=like)
 
 
-def test_a_restored_prior_stays_in_its_library_and_on_its_device():
+def test_restored_prior_stays_in_its_library_and_on_its_device():
     strict = pytest.importorskip("array_api_strict")
     x, y = batch(1)
     there = strict.asarray(x, device=strict.Device("device1"))
@@ -89,7 +89,7 @@ def test_a_restored_prior_stays_in_its_library_and_on_its_device():
             restored.update(strict.asarray(x), strict.asarray(y))
 
 
-def test_a_library_is_restored_as_itself():
+def test_library_is_restored_as_the_same_object():
     from gklx._core.libraries import LIBRARIES
 
     for library in LIBRARIES:
@@ -98,7 +98,7 @@ def test_a_library_is_restored_as_itself():
 
 
 @pytest.mark.parametrize("way", [*COPIES, "torch"])
-def test_the_state_of_a_prior(backend, way):
+def test_state_dict_of_a_prior_survives_copying(backend, way):
     (x1, y1), (x2, y2) = batch(1), batch(2)
     kept = gklx.ClassPrior(C)
     kept.update(backend.array(x1), backend.array(y1))
@@ -114,7 +114,7 @@ def test_the_state_of_a_prior(backend, way):
     assert_close(restored.table, backend.numpy(kept.table), backend, "float64", ulps=0)
 
 
-def test_a_state_of_tensors_is_taken():
+def test_state_dict_of_tensors_is_accepted():
     torch = pytest.importorskip("torch")
     kept = gklx.ClassPrior(C)
     kept.update(*batch(1))
@@ -126,7 +126,7 @@ def test_a_state_of_tensors_is_taken():
 
 
 @pytest.mark.parametrize("first", ["import gklx.torch", "import torch, gklx\ngklx.ClassPrior(2)"])
-def test_torch_load_in_a_process_of_its_own(tmp_path, first):
+def test_torch_load_in_another_process(tmp_path, first):
     torch = pytest.importorskip("torch")
     prior = gklx.ClassPrior(C)
     prior.update(*batch(1))
@@ -147,7 +147,7 @@ def test_torch_load_in_a_process_of_its_own(tmp_path, first):
     assert ran.stdout.split() == ["3", prior.state_dict()["sums"].tobytes().hex()]
 
 
-def test_torch_load_is_allowed_the_arrays_of_a_prior_and_no_other():
+def test_torch_load_allows_only_the_arrays_of_a_prior():
     torch = pytest.importorskip("torch")
     gklx.ClassPrior(C).state_dict()
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
@@ -158,14 +158,14 @@ def test_torch_load_is_allowed_the_arrays_of_a_prior_and_no_other():
 
 @pytest.mark.parametrize("dtype", ["O", "V8", "<i8", "<c16"])
 def test_only_floats_are_restored_from_bytes(dtype):
-    """A file may be forged: bytes of an object dtype would be read as addresses."""
+    """In a forged file, bytes of an object dtype would be read as addresses."""
     from gklx.prior import _state_array
 
     with pytest.raises(ValueError, match=r"^a class prior's arrays must be float32 or float64, got "):
         _state_array(dtype, (1,), b"\0" * 16)
 
 
-def test_what_was_computed_from_a_state_can_be_pickled():
+def test_arrays_computed_from_a_state_can_be_pickled():
     state = gklx.ClassPrior(C).state_dict()
     for x in (state["table"] > 0, state["table"].astype("float16"), state["table"][::2], state["table"].T):
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(x)), x)
@@ -188,7 +188,7 @@ def flat(x):
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions(name, way):
+def test_copied_function_gives_the_same_results(name, way):
     function = FUNCTIONS[name]()
     found, expected = COPIES[way](function)(S, T), function(S, T)
     assert type(found) is type(expected)
@@ -196,20 +196,20 @@ def test_functions(name, way):
         np.testing.assert_array_equal(one, other)
 
 
-def test_functions_that_do_the_same_are_equal():
-    """So that caches keyed by the function, such as that of `jax.jit`, find it."""
+def test_equal_functions_compare_and_hash_equal():
+    """Caches keyed by the function, such as that of `jax.jit`, rely on it."""
     assert gklx.grad(gklx.kl) == gklx.grad(gklx.kl)
     assert hash(gklx.grad(gklx.kl, [0, 1])) == hash(gklx.grad(gklx.kl, (0, 1)))
     assert gklx.grad(gklx.kl) != gklx.grad(gklx.kl, (0,))
     assert gklx.grad(gklx.kl) != gklx.value_and_grad(gklx.kl)
 
 
-def test_functions_tell_what_they_are_of():
+def test_repr_of_a_function_names_its_loss():
     assert "kl" in repr(gklx.grad(gklx.kl, (0, 1)))
 
 
 @pytest.mark.parametrize("way", COPIES)
-def test_modules(way):
+def test_copied_module_continues_exactly(way):
     torch = pytest.importorskip("torch")
     from gklx.torch import GKLLoss, KLLoss
 

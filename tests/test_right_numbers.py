@@ -1,4 +1,4 @@
-"""Inputs of users that once gave wrong numbers, one test for each kind, against the definition in decimals."""
+"""Kinds of inputs that once gave wrong numbers, against the definitions in decimal arithmetic."""
 
 import math
 from functools import partial
@@ -31,8 +31,8 @@ PLAIN = [
 KNOWN = {}
 
 
-def right(name, s, t, arrays, **settings):
-    """The results in decimals, computed once for all libraries."""
+def in_decimals(name, s, t, arrays, **settings):
+    """The results and their error bounds in decimals, computed once for all libraries."""
     named = sorted({"s": s, "t": t, **arrays}.items())
     key = (name, *((k, x.shape, x.tobytes()) for k, x in named), *sorted(settings.items()))
     if key not in KNOWN:
@@ -41,7 +41,7 @@ def right(name, s, t, arrays, **settings):
 
 
 def check(backend, dtype, *problems):
-    """Values, entries and gradients of (name, settings, student, teacher, arrays) are right to rounding."""
+    """Check entries, values and gradients of problems (name, settings, student, teacher, arrays) to rounding."""
     computed = "float64" if dtype == "float64" else "float32"
     given = []
     for _, _, s, t, arrays in problems:
@@ -62,7 +62,7 @@ def check(backend, dtype, *problems):
         rounded = {
             key: backend.numpy(x) if arrays[key].dtype.kind == "f" else arrays[key] for key, x in rounded.items()
         }
-        ask = partial(right, name, backend.numpy(s), backend.numpy(t), rounded, dtype=computed, **settings)
+        ask = partial(in_decimals, name, backend.numpy(s), backend.numpy(t), rounded, dtype=computed, **settings)
         value, to_s, to_t, *bounds = ask()
         each, _, _, each_bound, *_ = ask(reduction="none")
         wanted = [
@@ -77,14 +77,14 @@ def check(backend, dtype, *problems):
 
 
 def fills_of(dtype):
-    """Low values that are used to fill logits, and that the dtype holds."""
+    """Low values with which users fill logits, as far as the dtype can hold them."""
     return [x for x in (-1e4, -1e5, -1e6, -1e7, -1e8, -1e9, -INF) if x >= -exact.LARGEST[dtype]] + [
         -exact.LARGEST[dtype]
     ]
 
 
 @pytest.mark.parametrize("name", ["kl", "ikl", "gkl"])
-def test_the_same_fill_in_both_networks(backend, dtype, name):
+def test_same_fill_value_in_both_networks(backend, dtype, name):
     rng = np.random.default_rng(0)
     s, t = 3.0 * rng.standard_normal((2, len(fills_of(dtype)), 2, 10)) + [[[[15.0]]], [[[22.0]]]]
     for i, fill in enumerate(fills_of(dtype)):
@@ -96,8 +96,8 @@ def test_the_same_fill_in_both_networks(backend, dtype, name):
     check(backend, dtype, *problems)
 
 
-def test_the_same_fill_weighs_nothing_in_the_difference(backend):
-    """The example by itself: t - s is 0 in the filled classes, whatever fills them."""
+def test_same_fill_value_has_difference_zero(backend):
+    """t − s is 0 in the filled classes, for any fill value."""
     s, t = np.zeros((1, 10)) + 15.0, np.zeros((1, 10)) + 22.0
     for fill in (-1e4, -1e6, -1e9, -3e38):
         s[:, 6:] = t[:, 6:] = fill
@@ -111,7 +111,7 @@ def test_the_same_fill_weighs_nothing_in_the_difference(backend):
         assert_close(found, 0.5 * 49 * 0.6 * 0.4, backend, "float32", ulps=4)
 
 
-def test_opposite_offsets(backend, dtype):
+def test_opposite_offsets_of_the_networks(backend, dtype):
     rng = np.random.default_rng(1)
     s, t = 3.0 * rng.standard_normal((2, 6, 2, 8))
     for i, (a, b) in enumerate([(1e4, -1e4), (-1e4, 1e4), (1e4, 1e4), (-3e4, 3e4), (1e2, -1e4), (0.0, 2e4)]):
@@ -122,7 +122,7 @@ def test_opposite_offsets(backend, dtype):
 
 
 def masked_out(dtype):
-    """Logits and a mask, False where there is something that must not be read."""
+    """Logits with extreme values, and a mask that is False there."""
     rng = np.random.default_rng(2)
     values = [1e4, -1e4, -1e9, 1e18, -1e18, exact.LARGEST[dtype], -exact.LARGEST[dtype], INF, -INF, NAN]
     s, t = 3.0 * rng.standard_normal((2, len(values), 3, 6))
@@ -134,7 +134,7 @@ def masked_out(dtype):
     return s, t, where
 
 
-def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
+def test_masked_class_is_not_read(backend, dtype):
     s, t, where = masked_out(dtype)
     prior = {"where": where, "prior": np.full_like(s, 0.25)}
     problems = [(name, settings, s, t, {"where": where}) for name, settings in PLAIN]
@@ -151,7 +151,7 @@ def test_a_class_that_a_mask_takes_out_is_not_read(backend, dtype):
 
 
 @pytest.mark.parametrize("low", [-1e4, -1e18, -3e38])
-def test_one_class_is_left_far_from_the_one_taken_out(backend, low):
+def test_only_valid_class_far_from_the_masked_one(backend, low):
     s, t, where = np.asarray([[low, 0.0]]), np.zeros((1, 2)), np.asarray([True, False])
     for logits in ((s, t), (t, s), (s[0], t[0])):
         given = (backend.array(x, "float32") for x in logits)
@@ -163,7 +163,7 @@ def test_one_class_is_left_far_from_the_one_taken_out(backend, low):
             given = (backend.array(x, "float32") for x in logits)
 
 
-def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
+def test_sample_of_weight_zero_is_not_read(backend, dtype):
     s, t, where = masked_out(dtype)
     weight = {"sample_weight": np.where(where.all(axis=-1), 1.0, 0.0)}
     weight["sample_weight"][:, 0] = 0.0
@@ -173,8 +173,8 @@ def test_a_sample_of_weight_zero_is_not_read(backend, dtype):
 
 
 @pytest.mark.parametrize(("name", "side"), [("kl", 0), ("dkl", 1), ("ikl", 1), ("gkl", 0)])
-def test_nan_in_one_row_of_a_large_batch(backend, name, side):
-    """Only its row is affected, and only the classes that count, for any number of rows."""
+def test_nan_in_one_row_of_a_large_batch_stays_in_that_row(backend, name, side):
+    """Only the valid classes of that row are affected."""
     rng = np.random.default_rng(3)
     shape = (1_000, 1_000)
     logits = rng.standard_normal((2, *shape)).astype("float32")
@@ -200,8 +200,8 @@ def test_nan_in_one_row_of_a_large_batch(backend, name, side):
         assert expected.any() == np.isnan(found[500, where]).any() or name != "kl"
 
 
-def test_a_prior_of_zeros(backend, dtype):
-    """Classes that all weigh nothing: the wMSE is 0 and has no gradient; to the power 0 they weigh 1 each."""
+def test_prior_of_zeros_gives_wmse_zero(backend, dtype):
+    """If all weights are 0, the wMSE and its gradient are 0; with γ = 0 all weights are 1."""
     s, t = np.asarray([0.0, 1.0, 2.0]), np.asarray([1.0, 0.0, 0.0])
     some = np.stack([np.zeros(3), [0.2, 0.3, 0.5]])
     table = {"prior": np.stack([np.zeros(3), [0.5, 0.5, 0.0], np.zeros(3)])}
@@ -221,13 +221,13 @@ def test_a_prior_of_zeros(backend, dtype):
     assert_close(value, np.log(np.exp(s).sum()) - p @ s, backend, "float64", ulps=4)
 
 
-SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25)
+SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25, 1.0)
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("normalize", ["batch", "samples"])
-def test_scales_of_the_prior(backend, dtype, scale, normalize):
-    """GKL over the batch does not depend on it; over the samples the loss goes with its square."""
+def test_scale_of_the_prior(backend, dtype, scale, normalize):
+    """Normalised by the batch, GKL does not depend on it; by samples, its wMSE grows with the square of its power γ."""
     if backend.costly and not backends.EXHAUSTIVE and SCALES.index(scale) % 2 == (normalize == "batch"):
         pytest.skip("the other normaliser has this scale")
     rng = np.random.default_rng(4)
@@ -247,8 +247,8 @@ def test_scales_of_the_prior(backend, dtype, scale, normalize):
 
 
 @pytest.mark.parametrize("scale", [1e-27, 1.1e-3, 5e12, 1.05e18])
-def test_large_logits_and_priors_far_from_one(backend, scale):
-    """Products of both are beyond the float's range where the loss is not."""
+def test_large_logits_with_priors_far_from_one(backend, scale):
+    """Products of both exceed the float's range although the loss does not."""
     rng = np.random.default_rng(11)
     problems = []
     for size in (1e18,) if backend.costly else (1e16, 1e18, 1e37):
@@ -259,8 +259,8 @@ def test_large_logits_and_priors_far_from_one(backend, scale):
     check(backend, "float32", *problems)
 
 
-def test_own_weights_far_apart(backend, dtype):
-    """The teacher's softmax to a high power: sums of W from 1 down to 1e-25, and W below the smallest float."""
+def test_teachers_weights_of_very_different_scale(backend, dtype):
+    """High powers of the teacher's softmax: W ranges from 1 to 1e-25 and below the smallest float."""
     rng = np.random.default_rng(5)
     s, t = 3.0 * rng.standard_normal((2, 4, 7))
     t[0], t[1] = 0.0, [20.0, 0, 0, 0, 0, 0, 0]
@@ -274,8 +274,8 @@ def test_own_weights_far_apart(backend, dtype):
 
 
 @pytest.mark.parametrize("scale", [0.9, 1e-10, 1e-30, "smallest", "subnormal"])
-def test_scales_of_the_sample_weights(backend, dtype, scale):
-    """The mean does not depend on it, up to weights whose sum is beyond the largest float."""
+def test_scale_of_the_sample_weights(backend, dtype, scale):
+    """The mean does not depend on it, even if the sum of the weights exceeds the largest float."""
     wide = "float64" if dtype == "float64" else "float32"
     info = np.finfo(wide)
     unit = {"smallest": float(info.smallest_normal), "subnormal": 4096 * float(info.smallest_subnormal)}.get(scale)
@@ -294,14 +294,14 @@ def check_mean(backend, dtype, s, t, v):
         found = gklx.value_and_grad(partial(LOSSES[name], **settings), (0, 1))
         value, gradients = found(*given, sample_weight=backend.array(v, wide))
         rounded = [backend.numpy(x) for x in given]
-        known = right(name, *rounded, {"sample_weight": backend.rounded(v, wide)}, dtype=wide, **settings)
+        known = in_decimals(name, *rounded, {"sample_weight": backend.rounded(v, wide)}, dtype=wide, **settings)
         for x, wanted, bound, kind in zip((value, *gradients), known[:3], known[3:], (wide, dtype, dtype), strict=True):
             text = exact.fault(backend.numpy(x), wanted, bound, kind)
             assert not text, f"{name} {settings}: {text}"
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_smallest_float_as_a_logit_of_the_student(backend, dtype, name):
+def test_lowest_float_as_a_student_logit(backend, dtype, name):
     """Finite logits have finite gradients, or infinite ones where they are beyond the dtype; never NaN."""
     low = -exact.LARGEST[dtype]
     s, t = np.asarray([[0.0, low, 1.0], [low, low, 0.0], [0.0, 1.0, 2.0]]), np.asarray([[1.0, 2.0, 0.0]] * 3)
@@ -314,8 +314,8 @@ def test_the_smallest_float_as_a_logit_of_the_student(backend, dtype, name):
     assert np.isfinite(to_s).all()
 
 
-def test_the_least_temperature(backend):
-    """The smallest normal float is the least: differences beyond the float's range are 0 or infinite, never NaN."""
+def test_smallest_temperature(backend):
+    """At the smallest normal float scaled differences exceed the float's range: losses are 0 or huge, never NaN."""
     least = float(np.finfo("float32").smallest_normal)
     s, t = np.asarray([[1.0, 0.0, -3.0], [0.0, 1.0, 1.0]]), np.asarray([[1.0, 0.5, 0.0], [1.0, 0.0, 0.0]])
     given = backend.array(s, "float32"), backend.array(t, "float32")
@@ -329,7 +329,7 @@ def test_the_least_temperature(backend):
 
 
 def test_kl_is_not_negative(backend, dtype):
-    """Rows one rounding apart. KL is at most an eighth of the square of the largest less the least difference."""
+    """For rows one rounding apart. KL is at most (max d − min d)² / 8."""
     rng = np.random.default_rng(7)
     rows = 20_000 if backend.execution == "kernel" else 2_000
     unit, _ = exact.LAST[dtype]
@@ -350,8 +350,8 @@ def test_kl_is_not_negative(backend, dtype):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_entries_add_up_to_the_sum(backend, dtype, name):
-    """Under "none" a sample's weight is in its entry, as in PyTorch's and Keras' losses."""
+def test_unreduced_entries_add_up_to_the_sum(backend, dtype, name):
+    """Under "none" an entry includes its sample's weight, as in PyTorch's and Keras' losses."""
     rng = np.random.default_rng(8)
     s, t = 3.0 * rng.standard_normal((2, 3, 2, 5))
     v = np.asarray([[0.0, 2.0], [0.5, 1.0], [3.0, 0.25]])
@@ -381,8 +381,8 @@ def jax():
 
 @pytest.mark.parametrize("name", ["dkl", "ikl", "gkl"])
 @pytest.mark.parametrize("zero", ["mse_weight", "ce_weight", "gamma"])
-def test_a_traced_number_of_zero(jax, execution, name, zero):
-    """A warm-up from 0: a part of weight 0 is absent even where it is infinite, as with a static weight."""
+def test_traced_hyper_parameter_of_zero(jax, execution, name, zero):
+    """As in a warm-up from 0: a part of weight 0 must vanish even where it is infinite, as with a static weight."""
     if zero == "gamma" and name != "gkl":
         pytest.skip("only GKL has it")
     s = np.asarray([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]])
@@ -408,8 +408,8 @@ def test_a_traced_number_of_zero(jax, execution, name, zero):
 @pytest.mark.optimized_programs
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_programs_of_many_rows_with_x64(jax, execution, dtype, name):
-    """8 MB of logits and more, with and without powers of the weights."""
+def test_programs_of_many_rows_with_float64_enabled(jax, execution, dtype, name):
+    """With at least 8 MB of logits, with and without powers of the weights."""
     rng = np.random.default_rng(9)
     s, t = rng.standard_normal((2, 2_000, 600))
     prior = rng.dirichlet(np.ones(600), len(s))
@@ -454,8 +454,8 @@ def close(torch, found, expected, dtype):
         ("func", "float32"),
     ],
 )
-def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
-    """Images' channels are the classes: one network's are the first axis in memory, the other's the last."""
+def test_compiled_logits_of_different_layouts(torch, execution, how, dtype):
+    """Channels of images are the classes: one network's come first in memory, the other's last."""
     if how == "func" and execution == "kernel":
         pytest.skip("a transform within the compiler runs on the formulas")
     if dtype != "float32" and execution == "kernel" and not backends.EXHAUSTIVE:
@@ -494,7 +494,7 @@ def test_layouts_that_differ_under_the_compiler(torch, execution, how, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_teacher_from_inference_mode(torch, execution, compiled, dtype):
+def test_teacher_may_be_an_inference_tensor(torch, execution, compiled, dtype):
     if compiled and dtype not in ("float32", "bfloat16"):
         pytest.skip("compiles what another dtype compiles")
     rng = np.random.default_rng(10)
@@ -537,7 +537,7 @@ def test_a_teacher_from_inference_mode(torch, execution, compiled, dtype):
 
 
 @pytest.mark.parametrize(("name", "compiled"), [*((name, False) for name in LOSSES), ("kl", True), ("gkl", True)])
-def test_a_teacher_from_inference_mode_in_a_module(torch, execution, name, compiled):
+def test_teacher_of_a_module_may_be_an_inference_tensor(torch, execution, name, compiled):
     import gklx.torch
 
     labels = torch.arange(6) % 5 if name in ("ikl", "gkl") else None
@@ -558,8 +558,8 @@ def test_a_teacher_from_inference_mode_in_a_module(torch, execution, name, compi
         assert math.isclose(float(module.prior.sum()), 5.0, rel_tol=1e-5)
 
 
-def test_a_number_that_the_compiler_leaves_open(torch, execution):
-    """A warm-up in PyTorch: the weight is a float that changes, 0 among its values."""
+def test_dynamic_hyper_parameter_of_a_compiled_loss(torch, execution):
+    """As in a warm-up: the weight is a Python float that changes, and is 0 once."""
     s, t = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, 0.5]]), torch.tensor([[0.0, 0.5, 1.0], [0.0, -3.0, 1.0]])
 
     def run(s, t, weight):

@@ -33,7 +33,7 @@ def written(request, tmp_path, monkeypatch):
     return write
 
 
-def test_values_are_the_losses(written):
+def test_values_are_the_losses_of_each_sample(written):
     found = written(STUDENT, TEACHER, gamma=0.5, mse_weight=2.0)
     assert list(found) == [
         *("kl", "dkl", "dkl_mse", "dkl_ce", "ikl", "ikl_mse", "ikl_ce", "gkl", "gkl_mse", "gkl_ce"),
@@ -51,7 +51,7 @@ def test_values_are_the_losses(written):
     assert found["scored"].all()
 
 
-def test_what_is_left_out(written):
+def test_undefined_sample_has_nan_values(written):
     s = STUDENT.copy()
     s[3, 1] = np.nan
     found = written(s, TEACHER, LABELS, losses=["kl", "gkl"])
@@ -64,7 +64,7 @@ def test_what_is_left_out(written):
     assert found["student_class"][3] == -1 or np.isnan(found["student_class"][3])
 
 
-def test_what_is_left_out_is_null_in_parquet(tmp_path):
+def test_undefined_sample_is_null_in_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     s = STUDENT.copy()
     s[3, 1] = np.nan

@@ -149,7 +149,7 @@ def test_means_are_those_of_the_losses(digits):
     assert found["kl"].mean == pytest.approx(float(gklx.kl(s, t)), rel=1e-5)
 
 
-# --- what must not matter ---------------------------------------------------------------------------------------------
+# --- invariances ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -189,7 +189,7 @@ def test_backends_agree(digits, save, library, dtype):
     assert_same(found, computed(student, teacher), rel=1e-5 if dtype == "float32" else 1e-12)
 
 
-def test_jax_settings_are_given_back():
+def test_jax_settings_are_restored():
     backends.needs("jax")
     import jax
 
@@ -225,7 +225,7 @@ def test_float16_is_computed_in_float32(digits, save, on):
     assert_same(found, computed(*wide, None, on=on, names=["gkl"]), rel=1e-12)
 
 
-def test_labels_without_a_prior_still_tell_the_worst_classes(digits):
+def test_worst_classes_need_labels_but_no_prior(digits):
     found = computed(names=["kl"])
     of = {y: gklx.kl(*(x[digits[2] == y].astype(np.float64) for x in digits[:2]), temperature=2.0) for y in range(10)}
     assert found.worst_classes[0].label == max(of, key=of.get)
@@ -241,10 +241,10 @@ def test_class_without_samples_and_unsigned_labels(digits, save):
     assert {each.label for each in found.worst_classes} == {0, 1, 2}
 
 
-# --- what is not finite -----------------------------------------------------------------------------------------------
+# --- infinite and undefined samples -----------------------------------------------------------------------------------
 
 
-def test_an_infinite_sample_leaves_the_quantiles(save):
+def test_infinite_sample_does_not_affect_lower_quantiles(save):
     s, t = np.zeros((20, 3)), np.zeros((20, 3))
     t[:, 0] = np.arange(20) / 10
     s[4, 0] = -np.inf
@@ -256,7 +256,7 @@ def test_an_infinite_sample_leaves_the_quantiles(save):
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_undefined_sample_is_counted_and_left_out(digits, save, bad, labelled):
+def test_undefined_sample_is_counted_and_left_out(digits, save, bad, labelled):
     s, t, labels = (x[:60].copy() for x in digits)
     t[7, 2] = bad
     files = save("s", s), save("t", t), save("y", labels) if labelled else None
@@ -281,7 +281,7 @@ def test_samples_without_classes_are_skipped(digits, save):
         computed(save("s1", s[38:]), save("t1", t[38:]), None)
 
 
-def test_nan_names_no_class(save):
+def test_nan_sample_does_not_count_for_agreement(save):
     x = np.asarray([[0.0, 1.0], [np.nan, 1.0], [2.0, 1.0]])
     found = computed(save("s", x), save("t", x), None, names=["kl"])
     assert (found.samples, found.undefined, found.top1_agreement) == (2, 1, 1.0)
@@ -289,7 +289,7 @@ def test_nan_names_no_class(save):
         computed(save("s1", x[1:2]), save("t1", x[1:2]), None)
 
 
-def test_a_part_of_weight_zero_is_not_there(save):
+def test_part_of_weight_zero_is_zero_even_if_infinite(save):
     s, t = np.zeros((4, 3)), np.zeros((4, 3))
     s[0, 0] = -np.inf
     path = save("s", s), save("t", t), None
@@ -299,7 +299,7 @@ def test_a_part_of_weight_zero_is_not_there(save):
 
 
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax"])
-def test_top_classes_beyond_what_float32_counts(on):
+def test_top_classes_beyond_the_integers_of_float32_are_exact(on):
     """2^24 and 2^24 + 1 are one number in float32."""
     backends.needs(on)
     classes = 2**24 + 3

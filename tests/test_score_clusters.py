@@ -7,12 +7,12 @@ import pytest
 
 import backends
 import gklx
-from dumps import CLASSES, command, saved_in
+from dumps import CLASSES, command, save_dumps
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return saved_in(tmp_path_factory.mktemp("logits"))
+    return save_dumps(tmp_path_factory.mktemp("logits"))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_cluster_gives_the_same_numbers(files, scheduler, labelled):
     assert found._replace(backend="numpy", device="cpu") == here
 
 
-def test_cluster_of_shards_by_the_command(files, scheduler, tmp_path):
+def test_command_scores_shards_on_a_cluster(files, scheduler, tmp_path):
     for name, path in zip(("s", "t"), files, strict=False):
         for i, shard in enumerate(np.array_split(np.load(path), 11)):
             np.save(tmp_path / f"{name}-{i}.npy", shard)
@@ -44,7 +44,7 @@ def test_cluster_of_shards_by_the_command(files, scheduler, tmp_path):
     assert found["losses"]["gkl"]["mean"] == pytest.approx(gklx.score(*files[:2]).losses["gkl"].mean, rel=1e-6)
 
 
-def test_an_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
+def test_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
     labels = np.load(files[2])
     labels[2222] = CLASSES
     np.save(tmp_path / "y.npy", labels)
@@ -54,7 +54,7 @@ def test_an_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
     assert done.stderr == message
 
 
-def test_no_scheduler_there():
+def test_scheduler_needs_the_dask_backend():
     backends.needs("dask")
     pytest.importorskip("distributed")
     done = command("a.npy", "b.npy", "--scheduler", "tcp://127.0.0.1:1")

@@ -78,7 +78,7 @@ def fails(run):
 
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_perplexities_and_changes_of_the_targets(on, temperature):
+def test_perplexities_and_delta_p_of_the_targets(on, temperature):
     backends.needs(on)
     found = gklx.score(S, T, targets=TARGETS, temperature=temperature, losses=["kl"], backend=on)
     at = np.arange(N), TARGETS
@@ -103,7 +103,7 @@ def test_perplexities_and_changes_of_the_targets(on, temperature):
 
 
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict"])
-def test_kl_the_other_way_round_and_low_quantiles(on):
+def test_reverse_kl_and_low_quantiles(on):
     backends.needs(on)
     found = gklx.score(S, T, losses=["reverse_kl", "gkl"], temperature=2.0, backend=on)
     x = reverse(S, T, 2.0)
@@ -116,7 +116,7 @@ def test_kl_the_other_way_round_and_low_quantiles(on):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, "bfloat16"])
-def test_targets_in_narrow_dtypes(tmp_path, dtype):
+def test_target_statistics_in_half_and_single_precision(tmp_path, dtype):
     if dtype == "bfloat16":
         dtype = pytest.importorskip("ml_dtypes").bfloat16
     s, t = S.astype(dtype), T.astype(dtype)
@@ -128,7 +128,7 @@ def test_targets_in_narrow_dtypes(tmp_path, dtype):
     assert found.delta_p.rms == pytest.approx(expected.delta_p.rms, rel=1e-5)
 
 
-def test_a_model_against_itself():
+def test_model_compared_with_itself_shows_no_change():
     found = gklx.score(T, T, targets=TARGETS, top_k=[5])
     assert found.perplexity.log_ratio == (0, 0)
     assert found.perplexity.difference == (0, pytest.approx(0, abs=1e-5))
@@ -137,7 +137,7 @@ def test_a_model_against_itself():
     assert found.top_k_overlap == {5: (1, 0)}
 
 
-def test_a_target_of_probability_zero_is_an_infinite_perplexity(run, files, tmp_path):
+def test_target_of_probability_zero_has_null_perplexity_in_json(run, files, tmp_path):
     s = S.copy()
     s[7, TARGETS[7]] = -np.inf
     np.save(tmp_path / "s.npy", s)
@@ -149,7 +149,7 @@ def test_a_target_of_probability_zero_is_an_infinite_perplexity(run, files, tmp_
 
 
 def plain_overlap(s, t, k):
-    """Of equal logits the first counts."""
+    """The overlap of the k largest classes; of equal logits the first is the larger."""
     order = [np.argsort(-x.astype(np.float64), axis=-1, kind="stable")[:, :k] for x in (s, t)]
     return np.asarray([len(set(a) & set(b)) for a, b in zip(*order, strict=True)])
 
@@ -177,8 +177,8 @@ def test_overlap_of_the_largest_classes(classes, dtype, found_by):
         assert found.tolist() == plain_overlap(s, t, k).tolist()
 
 
-def test_rows_of_nan_leave_the_overlap_of_others_alone():
-    """What the kernel finds in a row of NaN means nothing, but it must end, and within its memory."""
+def test_nan_rows_do_not_affect_the_overlap_of_others():
+    """The overlap of a NaN row is meaningless, but the kernel must terminate and stay within its memory."""
     s, t = rng.standard_normal((2, 6, 300)).astype(np.float32)
     whole = overlaps_by_kernel(s, t, (3, 200))
     s[1], t[2], s[3, 7], t[4, :299] = np.nan, np.nan, np.nan, np.nan
@@ -200,7 +200,7 @@ def test_overlaps_in_the_report(run, files, on):
     assert "top-5 overlap" in out
 
 
-def test_json_has_the_names_of_the_contract(run, files):
+def test_json_has_the_documented_names(run, files):
     out, _ = run(files["s"], files["t"], "--targets", files["targets"], "--format", "json")
     found = json.loads(out)
     assert found["perplexity"].pop("correlation") == pytest.approx(0.98, abs=0.05)
@@ -232,7 +232,7 @@ def test_blocks_threads_and_resuming_change_nothing(files, tmp_path, monkeypatch
     assert gklx.score(files["s"], files["t"], **kwargs, batch_size=100, work_dir=tmp_path / "work") == whole
 
 
-def test_dask_finds_the_same(files):
+def test_dask_gives_the_same_statistics(files):
     backends.needs("dask")
     kwargs = {"targets": files["targets"], "losses": ["kl", "reverse_kl"], "sample_weight": files["mask"]}
     found = gklx.score(files["s"], files["t"], **kwargs, backend="dask")
@@ -240,7 +240,7 @@ def test_dask_finds_the_same(files):
     assert found._replace(backend="", device="") == own._replace(backend="", device="")
 
 
-def test_quantiles_of_very_many_are_sketched(monkeypatch):
+def test_quantiles_of_many_samples_are_sketched(monkeypatch):
     pytest.importorskip("datasketches")
     monkeypatch.setattr(statistics, "EXACT_QUANTILES", 100)
     found = gklx.score(S, T, targets=TARGETS, losses=["kl"])
@@ -251,7 +251,7 @@ def test_quantiles_of_very_many_are_sketched(monkeypatch):
     assert found.delta_p.min == pytest.approx(d.min(), rel=1e-10)
 
 
-def test_values_of_every_sample_have_the_targets(tmp_path):
+def test_sample_values_include_surprisals_of_the_targets(tmp_path):
     gklx.score(S, T, targets=TARGETS, losses=["reverse_kl"], per_sample=tmp_path / "x.npy")
     found = np.load(tmp_path / "x.npy")
     np.testing.assert_allclose(found["reverse_kl"], reverse(S, T), rtol=1e-9)
@@ -267,7 +267,7 @@ def numbers(summary):
 
 
 @pytest.mark.parametrize("by", ["labels", "targets", "mask", "boolean mask", "mask and labels"])
-def test_padding_does_not_count(by):
+def test_padding_does_not_affect_the_score(by):
     s, t, labels = (x.reshape(20, 30, *x.shape[1:]).copy() for x in (S, T, TARGETS))
     here = MASK.reshape(20, 30).astype(bool)
     if by == "mask and labels":
@@ -312,7 +312,7 @@ def test_padding_in_the_reports(run, files, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["labels", "targets"])
-def test_a_negative_label_without_the_option_names_it(fails, files, tmp_path, what):
+def test_error_of_a_negative_label_names_the_where_label_option(fails, files, tmp_path, what):
     labels = TARGETS.copy()
     labels[5] = -100
     np.save(tmp_path / "y.npy", labels)
@@ -326,7 +326,7 @@ def test_a_negative_label_without_the_option_names_it(fails, files, tmp_path, wh
     )
 
 
-def test_wrong_masks_and_targets(fails, files, tmp_path):
+def test_invalid_masks_and_targets_are_refused(fails, files, tmp_path):
     pair = files["s"], files["t"]
     for name, x, message in (
         ("floats", MASK * 0.5, "a mask must hold booleans, or integers 0 and 1, got float64"),
@@ -356,7 +356,7 @@ def test_wrong_masks_and_targets(fails, files, tmp_path):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_ikl_and_gkl(fails, run, files):
+def test_weights_option_selects_the_class_weights(fails, run, files):
     argv = [files["s"], files["t"], "--labels", files["targets"], "--format", "json"]
     found = {name: json.loads(run(*argv, *more)[0]) for name, more in (("", ()), ("t", ("--weights", "teacher")))}
     prior = json.loads(run(*argv, "--weights", "prior")[0])
@@ -371,7 +371,7 @@ def test_weights_of_ikl_and_gkl(fails, run, files):
     assert fails(*argv, "--weights", "prior", "--loss", "kl") == 'weights "prior" needs the loss ikl or gkl, got kl'
 
 
-def test_a_class_prior_that_does_not_fit_comes_only_when_asked_for(run, fails, files, monkeypatch):
+def test_class_prior_too_large_for_memory_is_replaced_unless_required(run, fails, files, monkeypatch):
     original = memory.rows_and_threads
 
     def small(*args):
@@ -393,7 +393,7 @@ def test_a_class_prior_that_does_not_fit_comes_only_when_asked_for(run, fails, f
 
 
 @pytest.mark.parametrize("on", ["numpy", "torch", "jax", "dask"])
-def test_candidates_are_what_each_is_alone(run, files, on):
+def test_candidates_score_as_each_alone(run, files, on):
     backends.needs(on)
     argv = ["--targets", files["targets"], "--format", "json", "--backend", on, "--top-k", "5"]
     out, _ = run(files["w"], files["s"], files["t"], *argv)
@@ -411,7 +411,7 @@ def test_candidates_are_what_each_is_alone(run, files, on):
     assert list(differences[1]) == ["kl", "dkl", "ikl", "gkl"]
 
 
-def test_one_pass_over_the_teacher(files, monkeypatch):
+def test_candidates_read_the_teacher_once(files, monkeypatch):
     from gklx._scoring.file_formats.npy import NpyRows
 
     original, read = NpyRows.read, []
@@ -420,7 +420,7 @@ def test_one_pass_over_the_teacher(files, monkeypatch):
     assert read.count(files["t"]) == 1
 
 
-def test_samples_that_one_candidate_lacks(files):
+def test_differences_leave_out_samples_undefined_for_one_candidate(files):
     s, w = S.copy(), W.copy()
     s[3, 0], w[9, 0] = np.nan, np.nan
     found = gklx.score_candidates({"s": s, "w": w}, T, losses=["kl"])
@@ -430,18 +430,25 @@ def test_samples_that_one_candidate_lacks(files):
     assert found.differences["w"]["kl"] == pytest.approx((x.mean(), error(x)), rel=1e-10)
 
 
-def test_a_table_of_candidates(run, files):
+def test_table_compares_the_candidates(run, files):
     out, _ = run(files["w"], files["s"], files["t"], "--targets", files["targets"], "--top-k", "5", "--loss", "kl")
     lines = out.splitlines()
     (row,) = (line for line in lines if line.startswith("kl mean"))
     assert [float(x) for x in row.split()[2:]] == pytest.approx([gklx.kl(x, T) for x in (W, S)], rel=1e-3)
     (row,) = (line for line in lines if "less the first's" in line)
     assert re.search(r"–  +-0\.\d+ ± 0\.\d+$", row.rstrip())
-    for said in ("against t.npy", "top-1 agreement", "top-5 overlap", "perplexity of the student", "Δp mean", "0.1 %"):
-        assert said in out
+    for phrase in (
+        "against t.npy",
+        "top-1 agreement",
+        "top-5 overlap",
+        "perplexity of the student",
+        "Δp mean",
+        "0.1 %",
+    ):
+        assert phrase in out
 
 
-def test_wrong_candidates(fails, files, tmp_path):
+def test_invalid_candidates_are_refused(fails, files, tmp_path):
     np.save(tmp_path / "short.npy", S[:-1])
     np.save(tmp_path / "narrow.npy", S[:, :-1])
     assert "they do not hold the same samples" in fails(files["s"], tmp_path / "short.npy", files["t"])
@@ -460,7 +467,7 @@ def test_wrong_candidates(fails, files, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".svg", ".png", ".html"])
 @pytest.mark.parametrize("targeted", [True, False])
-def test_a_plot_of_candidates(run, files, tmp_path, suffix, targeted):
+def test_plot_compares_the_candidates(run, files, tmp_path, suffix, targeted):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     more = ["--targets", files["targets"]] if targeted else []
@@ -468,8 +475,13 @@ def test_a_plot_of_candidates(run, files, tmp_path, suffix, targeted):
     run(files["w"], files["s"], files["t"], *more, "--plot", plot)
     content = plot.read_bytes()
     if suffix != ".png":
-        for said in ("w.npy", "s.npy", "2 candidates against t.npy", "Δp of the targets" if targeted else "Top-1"):
-            assert said in content.decode() or said.encode("unicode_escape") in content
+        for phrase in (
+            "w.npy",
+            "s.npy",
+            "2 candidates against t.npy",
+            "Δp of the targets" if targeted else "Top-1",
+        ):
+            assert phrase in content.decode() or phrase.encode("unicode_escape") in content
     assert content[:4] == {".svg": b"<svg", ".png": b"\x89PNG", ".html": b"<!DO"}[suffix]
 
 
@@ -501,7 +513,7 @@ def test_gates_pass_and_fail(run, files, tmp_path):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_gates_hold_every_candidate(run, files):
+def test_gates_apply_to_every_candidate(run, files):
     bound = (gklx.kl(S, T) + gklx.kl(W, T)) / 2
     out, err = run(files["s"], files["w"], files["t"], "--loss", "kl", "--fail-if", f"kl.mean > {bound}", status=3)
     assert "kl mean" in out
@@ -509,7 +521,7 @@ def test_gates_hold_every_candidate(run, files):
     assert err.count("\n") == 1
 
 
-def test_a_number_that_is_not_defined_passes_no_gate(run, files, tmp_path):
+def test_undefined_number_fails_its_gate(run, files, tmp_path):
     np.save(tmp_path / "one.npy", S[:1])
     _, err = run(tmp_path / "one.npy", tmp_path / "one.npy", "--fail-if", "kl.stderr > 1", status=3)
     assert err == "gklx: kl.stderr is not defined: fails by kl.stderr > 1\n"
@@ -534,15 +546,15 @@ def test_a_number_that_is_not_defined_passes_no_gate(run, files, tmp_path):
         ("classes.x < 1", "classes.x is no number of this report"),
     ],
 )
-def test_bad_gates_are_refused_before_the_work(fails, files, gate, message):
+def test_invalid_gates_are_refused_before_the_work(fails, files, gate, message):
     assert message in fails(files["s"], files["t"], "--fail-if", gate)
 
 
-def test_a_gate_is_read_back_as_it_was_asked_for():
+def test_parsed_gate_keeps_its_text():
     assert parsed_gate("  kl.p99   >  1e-1 ") == ("kl.p99", True, 0.1, "kl.p99 > 1e-1")
 
 
-def test_gates_of_the_process(files, tmp_path):
+def test_failed_gate_sets_the_exit_status(files, tmp_path):
     argv = [*dumps.COMMAND, files["s"], files["t"], "--work-dir", str(tmp_path / "work"), "--fail-if", "kl.mean > 0"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 3

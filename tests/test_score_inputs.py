@@ -28,13 +28,13 @@ def expected(labels=LABELS):
     return means(gklx.score(STUDENT, TEACHER, labels, **NUMBERS))
 
 
-def pieces(*arrays, sizes=(1, 30, 0, 19)):
+def batches_of(*arrays, sizes=(1, 30, 0, 19)):
     ends = np.cumsum(sizes)
     return [tuple(x[end - size : end] for x in arrays) for size, end in zip(sizes, ends, strict=True)]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_arrays_of_every_library(backend, dtype, labelled):
+def test_arrays_of_every_library_are_scored(backend, dtype, labelled):
     s, t = (backend.array(x, dtype) for x in (STUDENT, TEACHER))
     found = gklx.score(s, t, backend.array(LABELS) if labelled else None, **NUMBERS)
     assert found.backend == ("numpy" if backend.library.lazy else backend.library.backend)
@@ -44,15 +44,15 @@ def test_arrays_of_every_library(backend, dtype, labelled):
 
 
 @pytest.mark.parametrize("shape", [(5, 10), (2, 5, 5)])
-def test_leading_axes(backend, shape):
+def test_leading_axes_are_samples(backend, shape):
     s, t = (backend.array(x.reshape(*shape, CLASSES), "float32") for x in (STUDENT, TEACHER))
     found = gklx.score(s, t, backend.array(LABELS.reshape(shape)), **NUMBERS, batch_size=7)
     assert means(found) == pytest.approx(expected(), rel=1e-5)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_batches_of_any_size(labelled):
-    batches = pieces(STUDENT, TEACHER, LABELS) if labelled else pieces(STUDENT, TEACHER)
+def test_batches_may_have_any_size(labelled):
+    batches = batches_of(STUDENT, TEACHER, LABELS) if labelled else batches_of(STUDENT, TEACHER)
     wanted = pytest.approx(expected(LABELS if labelled else None), rel=1e-12)
     assert means(gklx.score(batches, **NUMBERS)) == wanted
     assert means(gklx.score(lambda: iter(batches), **NUMBERS, batch_size=4)) == wanted
@@ -61,8 +61,8 @@ def test_batches_of_any_size(labelled):
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_the_byte_order_is_no_matter(dtype):
-    """Neither to a score nor to a loss."""
+def test_byte_order_does_not_matter(dtype):
+    """Neither for a score nor for a loss."""
     s, t = (x.astype(f"<{dtype}") for x in (STUDENT, TEACHER))
     prior = rng.dirichlet(np.ones(CLASSES), 50)
     swapped = [x.astype(f">{dtype}") for x in (s, t)]
@@ -76,8 +76,8 @@ def test_the_byte_order_is_no_matter(dtype):
 
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("halves", ["float16", "bfloat16"])
-def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
-    """To the last bit, in files and in arrays, though they are not copied into float32."""
+def test_half_precision_scores_as_the_same_numbers_in_float32(tmp_path, halves, labelled):
+    """To the last bit, in files and in arrays, although they are not widened to float32."""
     ml_dtypes = pytest.importorskip("ml_dtypes")
     dtype = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[halves]
     x = [rng.standard_normal((70, 501)).astype(dtype) * dtype(4) for _ in range(2)]
@@ -101,7 +101,7 @@ def test_halves_count_as_the_same_numbers_in_float32(tmp_path, halves, labelled)
     assert samples(x[0], wide[1]) == wanted
 
 
-def test_one_pass_over_the_logits_where_the_losses_weigh_classes_alike(monkeypatch):
+def test_losses_with_equal_class_weights_share_one_pass(monkeypatch):
     if cpu.instruction_set() is None:
         pytest.skip("the kernel is not in use")
     passes, run = [], cpu.run
@@ -118,35 +118,37 @@ def test_one_pass_over_the_logits_where_the_losses_weigh_classes_alike(monkeypat
 
 
 @pytest.mark.parametrize(("own", "blocks"), [(8, 2), (3, 2), (1, 4)])
-def test_blocks_at_once_share_the_threads(monkeypatch, own, blocks):
+def test_concurrent_blocks_share_the_threads(monkeypatch, own, blocks):
     monkeypatch.setattr(pools, "own_threads", lambda: own)
     with backend_of("numpy", None) as place, pools.threads(place, blocks) as pool:
         assert pool.place.kernel_threads == max(1, own // blocks)
 
 
-def test_iterators_of_batches():
-    batches = pieces(STUDENT, TEACHER)
+def test_batches_may_be_iterators():
+    batches = batches_of(STUDENT, TEACHER)
     assert means(gklx.score(iter(batches), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
     apart = (iter(each) for each in zip(*batches, strict=True))
     assert means(gklx.score(*apart, **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
     # KL alone needs no class prior, hence no second pass.
-    once = iter(pieces(STUDENT, TEACHER, LABELS))
+    once = iter(batches_of(STUDENT, TEACHER, LABELS))
     assert gklx.score(once, losses=["kl"]).losses["kl"].mean == pytest.approx(float(gklx.kl(STUDENT, TEACHER)))
 
 
-def test_each_batch_may_have_a_dtype_of_its_own():
-    batches = pieces(STUDENT, TEACHER)
+def test_batches_may_differ_in_dtype():
+    batches = batches_of(STUDENT, TEACHER)
     batches[1] = tuple(x.astype(np.float32) for x in batches[1])
     assert means(gklx.score(batches, **NUMBERS)) == pytest.approx(expected(None), rel=1e-6)
 
 
-def test_batches_of_a_library_are_computed_where_one_asks(backend):
-    batches = [tuple(backend.array(x, "float32") for x in each) for each in pieces(STUDENT, TEACHER, sizes=(20, 30))]
+def test_batches_are_computed_on_the_requested_backend(backend):
+    batches = [
+        tuple(backend.array(x, "float32") for x in pair) for pair in batches_of(STUDENT, TEACHER, sizes=(20, 30))
+    ]
     found = gklx.score(batches, backend="numpy", **NUMBERS)
     assert (found.backend, means(found)) == ("numpy", pytest.approx(expected(None), rel=1e-5))
 
 
-def test_gradients_are_no_matter():
+def test_tensors_that_require_gradients_are_scored():
     torch = pytest.importorskip("torch")
     s = torch.tensor(STUDENT, requires_grad=True)
     assert means(gklx.score(s, torch.tensor(TEACHER), **NUMBERS)) == pytest.approx(expected(None), rel=1e-12)
@@ -164,9 +166,11 @@ def test_gradients_are_no_matter():
     ],
 )
 @pytest.mark.parametrize("on", ["numpy", "array_api_strict", "dask"])
-def test_threads_are_counted_as_those_of_the_losses(monkeypatch, tmp_path, environment, threads, on):
+def test_threads_are_limited_as_for_the_losses(monkeypatch, tmp_path, environment, threads, on):
     backends.needs(on)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    # PyTorch, if an earlier test has imported it, has loaded OpenMP with as many threads as this machine has cores.
+    monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
     for name in ("OMP_NUM_THREADS", "GKLX_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -212,7 +216,7 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER, LABELS + 1), {}, ValueError, r"^labels: labels must lie in \[0, 6\), got 6 at sample"),
         ((STUDENT, TEACHER, LABELS * 1.0), {}, TypeError, r"^labels must be integer labels, got float64"),
         ((STUDENT, [TEACHER]), {}, TypeError, r"must all be batches where one of them is"),
-        ((pieces(STUDENT, TEACHER), None, LABELS), {}, TypeError, r"labels must come with the batches"),
+        ((batches_of(STUDENT, TEACHER), None, LABELS), {}, TypeError, r"labels must come with the batches"),
         (([],), {}, ValueError, r"at least one batch, got none"),
         (([STUDENT],), {}, TypeError, r"^a batch must be \(student, teacher\)"),
         (([(STUDENT,)],), {}, TypeError, r"got 1 entries"),
@@ -232,6 +236,6 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER), {"plot": "x.gif"}, ValueError, r"x\.gif"),
     ],
 )
-def test_errors(args, kwargs, error, message):
+def test_invalid_inputs_raise_the_documented_errors(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         gklx.score(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`gklx score` sample by sample against implementations that are not ours: SciPy's `rel_entr` and `F.kl_div`."""
+"""`gklx score` sample by sample against other implementations: SciPy's `rel_entr` and `F.kl_div`."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def logits(files, dtype):
 
 
 @pytest.mark.parametrize("on", [x.backend for x in LIBRARIES])
-def test_scipy(files, on):
+def test_kl_agrees_with_scipy(files, on):
     backends.needs(on)
     if on == "dask":
         pytest.importorskip("distributed")
@@ -51,7 +51,7 @@ def test_scipy(files, on):
     assert (found[:3] == 0).all()
 
 
-def test_torch(files):
+def test_kl_agrees_with_pytorch(files):
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     s, t = (torch.log_softmax(torch.from_numpy(x) / TEMPERATURE, dim=-1) for x in logits(files, np.float64))

@@ -14,7 +14,7 @@ import pytest
 
 import backends
 import gklx
-from dumps import COMMAND, SAMPLES, command, saved_in
+from dumps import COMMAND, SAMPLES, command, save_dumps
 from gklx._scoring import run as runs
 from gklx._scoring import statistics, work_file
 from gklx._scoring.work_file import WorkFile
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    return saved_in(tmp_path_factory.mktemp("logits"))
+    return save_dumps(tmp_path_factory.mktemp("logits"))
 
 
 def uninterrupted(tmp_path, *argv):
@@ -36,11 +36,11 @@ def uninterrupted(tmp_path, *argv):
     return json.loads(done.stdout)
 
 
-# --- cut off ----------------------------------------------------------------------------------------------------------
+# --- interrupted ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_killed_and_resumed(files, tmp_path, labelled):
+def test_killed_run_is_resumed(files, tmp_path, labelled):
     work = tmp_path / "work"
     argv = [*files[:2], "--work-dir", work, "--batch-size", "1", "--format", "json"]
     argv += ["--labels", files[2]] if labelled else []
@@ -61,7 +61,7 @@ def test_killed_and_resumed(files, tmp_path, labelled):
     assert list(work.iterdir()) == []
 
 
-def test_interrupted_and_resumed(files, tmp_path):
+def test_interrupted_run_is_resumed(files, tmp_path):
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--batch-size", "1", "--format", "json"]
     code = (
         "import signal, sys; from gklx._cli import main\n"
@@ -84,7 +84,7 @@ def test_interrupted_and_resumed(files, tmp_path):
     assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
 
 
-def test_cut_off_in_the_first_pass(files, tmp_path, monkeypatch):
+def test_run_that_failed_in_the_first_pass_is_resumed(files, tmp_path, monkeypatch):
     whole = gklx.score(*files, batch_size=100)
     monkeypatch.setattr(work_file, "_SECONDS_BETWEEN_SUMS", 0.0)
     seen = []
@@ -108,7 +108,7 @@ def test_cut_off_in_the_first_pass(files, tmp_path, monkeypatch):
     assert min(seen) == 1500
 
 
-def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
+def test_truncated_record_is_recomputed(files, tmp_path, monkeypatch):
     whole = gklx.score(*files[:2], batch_size=100)
     original = runs.score_chunk
 
@@ -126,22 +126,22 @@ def test_a_record_cut_short_is_made_again(files, tmp_path, monkeypatch):
     assert gklx.score(*files[:2], batch_size=37, work_dir=tmp_path) == whole
 
 
-def test_strict_after_a_run_that_was_not(tmp_path, monkeypatch):
+def test_strict_applies_to_samples_of_an_earlier_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     s, t = rng.standard_normal((2, 300, 4))
     s[70, 1] = np.nan
     paths = [tmp_path / "s.npy", tmp_path / "t.npy"]
     for path, x in zip(paths, (s, t), strict=True):
         np.save(path, x)
-    cut_off(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
+    fail_at_block(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^strict: sample 70 has a NaN among its logits, or no finite one$"):
             gklx.score(*paths, strict=True, batch_size=100, work_dir=tmp_path / "work")
     assert gklx.score(*paths, batch_size=100, work_dir=tmp_path / "work").undefined == 1
 
 
-def cut_off(monkeypatch, at, *args, **kwargs):
-    """A score in blocks of 100 that ends before the block from `at` on, with its progress kept."""
+def fail_at_block(monkeypatch, at, *args, **kwargs):
+    """Score in blocks of 100, fail at the block that starts at `at`, and keep the progress."""
     original = runs.score_chunk
 
     def gone(place, job, chunk, prior):
@@ -176,10 +176,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", ["records.bin", "checks.bin", "class_sums.bin", "*"])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_damaged_progress_is_not_believed(files, tmp_path, monkeypatch, name, damage):
+def test_damaged_progress_is_recomputed(files, tmp_path, monkeypatch, name, damage):
     labels = [files[2]] if name == "class_sums.bin" else []
     whole = gklx.score(*files[:2], *labels, batch_size=100)
-    cut_off(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
+    fail_at_block(monkeypatch, 1500, *files[:2], *labels, work_dir=tmp_path)
     damaged = list(tmp_path.glob(f"*/{name}"))
     assert damaged
     for path in damaged:
@@ -189,16 +189,16 @@ def test_damaged_progress_is_not_believed(files, tmp_path, monkeypatch, name, da
     assert gklx.score(*files[:2], *labels, batch_size=100, work_dir=tmp_path) == whole
 
 
-def test_progress_of_another_job_is_not_believed(files, tmp_path, monkeypatch):
-    cut_off(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
-    cut_off(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
+def test_progress_of_another_job_is_not_used(files, tmp_path, monkeypatch):
+    fail_at_block(monkeypatch, 1500, *files[:2], temperature=2.0, work_dir=tmp_path / "other")
+    fail_at_block(monkeypatch, 100, *files[:2], work_dir=tmp_path / "own")
     (other,), (own,) = (list((tmp_path / which).iterdir()) for which in ("other", "own"))
     for name in ("records.bin", "checks.bin"):
         (own / name).write_bytes((other / name).read_bytes())
     assert gklx.score(*files[:2], batch_size=100, work_dir=tmp_path / "own") == gklx.score(*files[:2], batch_size=100)
 
 
-def test_records_that_change_under_the_run_are_noticed(tmp_path):
+def test_records_changed_during_the_run_are_an_error(tmp_path):
     dtype = np.dtype([("x", "<f4")])
     work = WorkFile(dtype, tmp_path / "kept")
     work.append(np.arange(1000).astype(dtype))
@@ -214,8 +214,8 @@ def test_records_that_change_under_the_run_are_noticed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr"])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
-    """With other numbers, of the same size and dated back: before its rows are read, and afterwards."""
+def test_file_rewritten_during_the_run_is_an_error(tmp_path, monkeypatch, kind, which):
+    """The new file has the same size and date; it is written before its rows are read, or afterwards."""
     rng = np.random.default_rng(1)
     arrays = [*rng.standard_normal((2, 1000, 4)), rng.integers(0, 4, 1000)]
     paths = [tmp_path / f"{i}.{kind}" for i in range(3)]
@@ -250,7 +250,7 @@ def test_a_file_rewritten_during_the_run(tmp_path, monkeypatch, kind, which):
         assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_another_job_starts_anew(files, tmp_path, monkeypatch):
+def test_other_inputs_or_settings_are_another_job(files, tmp_path, monkeypatch):
     """Other inputs or settings make another job; other weights of the parts do not, since they are applied later."""
     folders = []
     monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: folders.append(json.dumps(job)))
@@ -268,7 +268,7 @@ def test_another_job_starts_anew(files, tmp_path, monkeypatch):
     assert len(set(folders)) == 8
 
 
-def test_two_of_one_job_do_not_meet(tmp_path):
+def test_second_run_of_a_job_keeps_no_progress(tmp_path):
     dtype = np.dtype([("x", "<f4")])
     one = WorkFile(dtype, tmp_path)
     one.append(np.zeros(3, dtype))
@@ -284,11 +284,11 @@ def test_two_of_one_job_do_not_meet(tmp_path):
     assert not tmp_path.exists()
 
 
-# --- no room ----------------------------------------------------------------------------------------------------------
+# --- full disks and memory bounds -------------------------------------------------------------------------------------
 
 
-def test_no_room_for_the_progress(files, tmp_path):
-    """A limit on the size of files stands for a disk that fills up."""
+def test_run_on_a_full_disk_fails_and_is_resumed(files, tmp_path):
+    """A limit on the size of files simulates the full disk."""
     argv = [*files[:2], "--work-dir", tmp_path / "work", "--format", "json"]
     limited = ["sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND, *map(str, argv)]  # of 512 bytes
     done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
@@ -301,8 +301,8 @@ def test_no_room_for_the_progress(files, tmp_path):
     assert json.loads(done.stdout) == uninterrupted(tmp_path, *files[:2])
 
 
-def test_a_full_disk(files, tmp_path):
-    """A real one: a file system of 64 kB, then of more."""
+def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
+    """The file system has 64 kB, and is enlarged for the second run."""
     script = (
         'mkdir -p "$1" && mount -t tmpfs -o size=64k tmpfs "$1" || exit 77\n'
         'dir=$1; shift\n"$@"; echo "status $?"\nmount -o remount,size=10m "$dir" && "$@"\n'
@@ -330,7 +330,7 @@ def test_a_full_disk(files, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
 @pytest.mark.parametrize("kind", ["npy", "npz", "zarr", "prior"])
 def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
-    """By the operating system's own count, files of 600 MB; the bound is what NumPy and the command need and some."""
+    """As the operating system counts it, for files of 600 MB; the bound is little more than what NumPy needs."""
     shape = {"zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
     paths = []
     for name in ("student", "teacher"):
@@ -376,8 +376,8 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
 
 
 @pytest.mark.parametrize("on", ["numpy", "dask"])
-def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on):
-    """Without a bound too: of a million classes it takes 8 TB as it is, and as much for each block under way."""
+def test_class_prior_too_large_for_memory_is_refused_before_the_work(tmp_path, on):
+    """Even without a bound: the prior of a million classes takes 8 TB, and as much for each block in progress."""
     backends.needs(on)
     for name in ("s", "t"):
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", np.float16, (3, 10**6))
@@ -394,13 +394,13 @@ def test_a_class_prior_that_does_not_fit_is_refused_before_the_work(tmp_path, on
     assert json.loads(done.stdout)["parameters"]["weights"] == "teacher"
 
 
-def test_folder_of_progress_that_cannot_be_made(files):
+def test_work_folder_that_cannot_be_created_is_an_error(files):
     done = command(*files[:2], "--work-dir", Path(files[0]) / "below")
     assert (done.returncode, done.stdout) == (2, "")
     assert "must be a folder to keep the progress in" in done.stderr
 
 
-# --- quantiles of very many -------------------------------------------------------------------------------------------
+# --- quantiles of many samples ----------------------------------------------------------------------------------------
 
 
 def test_sketched_quantiles_are_close(monkeypatch):
@@ -423,7 +423,7 @@ def test_sketched_quantiles_are_close(monkeypatch):
         assert same == exact.losses[name]
 
 
-def test_sketch_asks_for_its_library_first(files, monkeypatch):
+def test_missing_sketch_library_is_an_error_before_the_work(files, monkeypatch):
     monkeypatch.setattr(statistics, "EXACT_QUANTILES", 1000)
     monkeypatch.setattr("gklx._scoring.comparison.EXACT_QUANTILES", 1000)
     monkeypatch.setitem(sys.modules, "datasketches", None)

@@ -52,7 +52,7 @@ def test_gkl_takes_every_setting(name):
     assert np.isfinite(value)
 
 
-def test_imagenet():
+def test_imagenet_setting_has_the_published_numbers():
     found = gklx.settings["imagenet-resnet34-resnet18"]
     expected = {"ce_weight": 1.0, "mse_weight": 0.5, "gamma": 0.6, "temperature": 1.0, "weight_temperature": 1.0}
     assert found.loss == expected
@@ -60,7 +60,7 @@ def test_imagenet():
 
 
 @pytest.mark.parametrize("name", sorted(IN_PART))
-def test_setting_that_is_known_in_part_has_no_loss(name):
+def test_setting_published_in_part_has_no_loss(name):
     with pytest.raises(ValueError, match=f"the setting '{name}' is published in part: its "):
         _ = gklx.settings[name].loss
 
@@ -74,12 +74,12 @@ def test_settings_are_frozen():
     assert gklx.settings["imagenet-resnet34-resnet18"].loss["gamma"] == 0.6
 
 
-def test_unknown_name_names_the_others():
+def test_error_of_an_unknown_setting_lists_the_known_ones():
     with pytest.raises(KeyError, match=r"settings must be one of cifar10-adversarial, .*, got 'imagenet'"):
         gklx.settings["imagenet"]
 
 
-def shown(name):
+def text_of_the_page(name):
     _, begin, rest = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").partition(f"<!-- {name}: begin -->\n")
     found, end, _ = rest.partition(f"\n<!-- {name}: end -->")
     assert begin
@@ -88,18 +88,18 @@ def shown(name):
 
 
 def test_page_shows_the_settings():
-    assert shown("settings table") == settings_table()
-    assert shown("settings list") == settings_list()
+    assert text_of_the_page("settings table") == settings_table()
+    assert text_of_the_page("settings list") == settings_list()
 
 
-def test_every_setting_says_where_it_is_from():
+def test_every_setting_has_its_name_and_a_source():
     for name, setting in gklx.settings.items():
         assert setting.name == name
         assert setting.source.paper is None or "arXiv" in setting.source.paper
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_module_of_a_setting(name):
+def test_module_from_a_setting_computes_its_loss(name):
     backends.needs("torch")
     import torch
 
@@ -122,7 +122,7 @@ def test_module_of_a_setting(name):
             IKLLoss.from_settings(name, num_classes=5)
 
 
-def test_modules_refuse_what_does_not_fit():
+def test_from_settings_refuses_unsuitable_arguments():
     backends.needs("torch")
     from gklx.torch import GKLLoss
 

@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 PAGE = (HERE.parent / "docs" / "transforms.md").read_text(encoding="utf-8")
 
 
-def claimed():
+def claimed_cells():
     """The (row, column) of each cell that is not a dash."""
     table = re.search(r"<!-- table: begin -->\n(.*?)\n<!-- table: end -->", PAGE, re.DOTALL)[1]
     header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
@@ -26,8 +26,8 @@ def is_call_of(node, name):
     return isinstance(node, ast.Call) and name in (getattr(function, "attr", None), getattr(function, "id", None))
 
 
-def marked():
-    """The (row, column) that the tests are marked with; a module's own `supports(row)` names its column once."""
+def marked_cells():
+    """The (row, column) that the tests are marked_cells with; a module's own `supports(row)` names its column once."""
     found = set()
     for path in sorted(HERE.glob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -42,13 +42,13 @@ def marked():
 
 
 def test_every_claim_has_a_test():
-    assert sorted(claimed() - marked()) == []
+    assert sorted(claimed_cells() - marked_cells()) == []
 
 
 def test_every_marked_test_is_in_the_table():
-    assert sorted(marked() - claimed()) == []
+    assert sorted(marked_cells() - claimed_cells()) == []
 
 
 @pytest.mark.parametrize("library", ["PyTorch", "JAX", "NumPy", "Dask"])
 def test_every_library_has_a_column(library):
-    assert any(column == library for _, column in claimed())
+    assert any(column == library for _, column in claimed_cells())

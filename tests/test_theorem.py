@@ -1,5 +1,7 @@
-"""KL and DKL have the same gradients, for student and teacher, at every (s, t) and T: stated of the definitions, then
-of the package. The package computes both by one formula, so the definitions are what the theorem is tested on."""
+"""KL and DKL have the same gradients, for student and teacher, at all logits and temperatures.
+
+The package computes both gradients by one formula, so the theorem is tested on the definitions first.
+"""
 
 from functools import partial
 
@@ -22,7 +24,7 @@ TEMPERATURES = st.floats(0.25, 8)
 
 @settings(max_examples=60)
 @given(logits=LOGITS, temperature=TEMPERATURES)
-def test_definitions(logits, temperature):
+def test_definitions_of_kl_and_dkl_have_equal_gradients(logits, temperature):
     s, t = logits
     _, kl_s, kl_t = oracle.evaluate("kl", s, t, temperature=temperature)
     _, dkl_s, dkl_t = oracle.evaluate("dkl", s, t, temperature=temperature)
@@ -32,7 +34,7 @@ def test_definitions(logits, temperature):
 
 @settings(max_examples=60)
 @given(logits=LOGITS, temperature=TEMPERATURES)
-def test_package_against_the_definition_of_the_other(logits, temperature):
+def test_dkl_gradient_of_the_package_is_that_of_kls_definition(logits, temperature):
     s, t = logits
     _, kl_s, kl_t = oracle.evaluate("kl", s, t, temperature=temperature)
     to_s, to_t = gklx.grad(gklx.dkl, (0, 1))(s, t, temperature=temperature)
@@ -42,7 +44,7 @@ def test_package_against_the_definition_of_the_other(logits, temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("mask", ["none", "elements", "samples", "absent"])
-def test_every_backend(backend, mask, temperature):
+def test_kl_and_dkl_gradients_are_equal_on_every_backend(backend, mask, temperature):
     s, t, masks = call(Case("", "kl", {}), mask)
     s, t, given_ = on(backend, "float64", s, t, masks)
     of_kl, of_dkl = (
@@ -53,7 +55,7 @@ def test_every_backend(backend, mask, temperature):
         assert_close(other, backend.numpy(one), backend, "float64", ulps=16)
 
 
-def test_values_differ():
+def test_values_of_kl_and_dkl_differ():
     s, t, _ = call(Case("", "kl", {}), "none")
     p = np.exp(t) / np.exp(t).sum(axis=-1, keepdims=True)
     d = t - s

@@ -1,6 +1,6 @@
 """The identities of docs/theory.md, each by its number there: symbolically for few classes, numerically in float64.
 
-What the package computes is asked of its public functions; the rest compares both sides of the identity.
+One side of an identity is computed by the package's public functions where it can be, the other by its formula.
 """
 
 import re
@@ -52,13 +52,13 @@ def near(actual, expected, *, rtol=0.0, atol=0.0):
     np.testing.assert_allclose(np.asarray(actual, dtype="float64"), np.asarray(expected), rtol=rtol, atol=atol)
 
 
-def one(loss, s, t, *, argnum, **settings):
+def sample_gradient(loss, s, t, *, argnum, **settings):
     """The gradient of a single sample."""
     return gklx.grad(partial(loss, **settings), argnum)(s[None], t[None])[0]
 
 
 def given_weights(w, **settings):
-    """GKL's wMSE alone, with weights given, not normalised."""
+    """GKL's wMSE alone, with the given weights, without the batch normaliser."""
     return partial(gklx.gkl, prior=w[None], ce_weight=0.0, normalize="samples", **settings)
 
 
@@ -97,7 +97,7 @@ def symbolic_log_ratio(sympy, s, t, temperature):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_kl_gradients(classes):
+def test_kl_gradients_symbolically(classes):
     sympy = pytest.importorskip("sympy")
     s, t, temperature, p, q = symbols_of(sympy, classes)
     r = symbolic_log_ratio(sympy, s, t, temperature)
@@ -118,7 +118,7 @@ def test_kl_gradients_of_the_package(logits, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_log_ratio(logits, temperature):
+def test_log_ratio_minus_kl_is_the_centred_difference(logits, temperature):
     s, t = logits
     p = softmax(t / temperature)
     r = np.log(p) - np.log(softmax(s / temperature))
@@ -129,7 +129,7 @@ def test_log_ratio(logits, temperature):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("mask", ["none", "where", "teacher", "both"])
-def test_theorem(logits, mask, temperature):
+def test_kl_and_dkl_have_equal_gradients(logits, mask, temperature):
     s, t = logits.copy()
     masks, inside = {}, np.ones(t.shape, dtype=bool)
     inside[:, 1] = mask == "none"
@@ -155,7 +155,7 @@ def test_theorem(logits, mask, temperature):
         assert not package_s[outside].any()
 
 
-def test_weights_scale_the_two_gradients(logits):
+def test_loss_weights_scale_the_gradients_of_dkl(logits):
     s, t = logits
     kl_s, kl_t = gklx.grad(gklx.kl, (0, 1))(s, t, temperature=2.0)
     dkl_s, dkl_t = gklx.grad(gklx.dkl, (0, 1))(s, t, temperature=2.0, mse_weight=20.0, ce_weight=4.0)
@@ -163,7 +163,7 @@ def test_weights_scale_the_two_gradients(logits):
     near(dkl_t, 20 * kl_t, atol=1e-13)
 
 
-def test_same_trajectory(draw):
+def test_kl_and_dkl_have_the_same_trajectory(draw):
     """A linear network that is student and teacher at once; DKL by its definition, KL by the package."""
     clean, noisy = draw.standard_normal((2, 12, 3))
     start = draw.standard_normal((3, CLASSES))
@@ -208,9 +208,9 @@ def kl_hessian(s, t, temperature):
 
 
 @pytest.mark.parametrize("loss", [gklx.kl, gklx.dkl], ids=["kl", "dkl"])
-def test_hessian_of_the_gradient_field(logits, loss):
+def test_jacobian_of_the_gradient_field_is_kls_hessian(logits, loss):
     (s, *_), (t, *_) = logits
-    of = partial(one, partial(loss, temperature=2.0))
+    of = partial(sample_gradient, partial(loss, temperature=2.0))
     found = [
         jacobian(lambda x: of(x, t, argnum=0), s),
         jacobian(lambda x: of(s, x, argnum=0), t),
@@ -221,7 +221,7 @@ def test_hessian_of_the_gradient_field(logits, loss):
         near(block, expected, atol=1e-9)
 
 
-def test_hessian_by_automatic_differentiation(logits):
+def test_automatic_second_derivative_of_dkl_is_kls_hessian(logits):
     backends.needs("torch")
     import torch
 
@@ -231,7 +231,7 @@ def test_hessian_by_automatic_differentiation(logits):
         near(block, expected, atol=1e-13)
 
 
-def test_stopped_expression_differentiated_twice(logits):
+def test_second_derivative_of_a_detached_expression(logits):
     backends.needs("torch")
     import torch
 
@@ -251,7 +251,7 @@ def test_stopped_expression_differentiated_twice(logits):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-def test_value_difference(logits, temperature):
+def test_dkl_exceeds_kl_by_the_entropy_and_half_the_variance(logits, temperature):
     s, t = logits
     p = softmax(t / temperature)
     dkl, kl = (loss(s, t, temperature=temperature, reduction="none") for loss in (gklx.dkl, gklx.kl))
@@ -288,13 +288,13 @@ def test_excess_of_dkl_is_twice_kl(logits):
     assert 9 < ratios[0] / ratios[1] < 11  # the first order in the distance
 
 
-def test_unequal_weights_have_no_potential(draw, logits):
+def test_unequal_loss_weights_have_no_potential(draw, logits):
     (s, *_), (t, *_) = logits
     parts = {"mse_weight": 3.0, "ce_weight": 0.5, "temperature": 2.0}
     fisher, given = curvature(softmax(t / 2)) / 4, draw.uniform(0.1, 2, (1, CLASSES))
 
     def asymmetry(loss, s):
-        of = partial(one, loss, **parts)
+        of = partial(sample_gradient, loss, **parts)
         return jacobian(lambda x: of(s, x, argnum=0), t) - jacobian(lambda x: of(x, t, argnum=1), s).T
 
     near(asymmetry(gklx.dkl, s), (3.0 - 0.5) * fisher, atol=1e-9)
@@ -308,7 +308,7 @@ def test_unequal_weights_have_no_potential(draw, logits):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_wmse_closed_form(draw, classes):
+def test_wmse_over_pairs_equals_its_closed_form(draw, classes):
     sympy = pytest.importorskip("sympy")
     w, d = sympy.symbols(f"w:{classes}", positive=True), sympy.symbols(f"d:{classes}", real=True)
     mass = sum(w)
@@ -324,15 +324,15 @@ def test_wmse_closed_form(draw, classes):
     near(given_weights(numbers)(s[None], t[None]), float(value), rtol=1e-13)
 
 
-def test_wrong_centre(draw):
+def test_wrong_centre_adds_its_squared_error(draw):
     w, d = draw.uniform(0.1, 2, CLASSES), draw.standard_normal(CLASSES)
     mu = mean_under(w, d)
     for m in (mu + 0.3, mu - 2.0):
         near((w * (d - m) ** 2).sum(), (w * (d - mu) ** 2).sum() + w.sum() * (m - mu) ** 2, rtol=1e-14)
 
 
-def test_cancellation(draw):
-    """In float32; the weights are the prior's, so no rounding of a softmax comes in."""
+def test_expanded_variance_cancels_in_float32(draw):
+    """The weights are given, so that no softmax adds rounding errors."""
     w = draw.uniform(0.1, 2, CLASSES).astype("float32")
     unit = 2.0**-24
     for offset in (1e2, 1e3):
@@ -355,8 +355,8 @@ def test_cancellation(draw):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_parts_differentiated(classes):
-    """CE with p constant, and the wMSE with w constant."""
+def test_gradients_of_ce_and_wmse_symbolically(classes):
+    """CE is differentiated with p constant, and the wMSE with w constant."""
     sympy = pytest.importorskip("sympy")
     s, t, temperature, _, q = symbols_of(sympy, classes)
     p, w = sympy.symbols(f"p:{classes}", positive=True), sympy.symbols(f"w:{classes}", positive=True)
@@ -413,7 +413,7 @@ def test_weights_and_normalizer_are_constants(logits):
     near(own[1], flat.reshape(t.shape), atol=1e-9)
 
 
-def test_rows_sum_to_zero(logits):
+def test_gradient_rows_sum_to_zero(logits):
     s, t = logits
     for loss in (gklx.kl, gklx.dkl, gklx.ikl, partial(gklx.gkl, gamma=0.3)):
         for gradient in gklx.grad(loss, (0, 1))(s, t):
@@ -424,7 +424,7 @@ def test_rows_sum_to_zero(logits):
 # --- the asymmetry ----------------------------------------------------------------------------------------------------
 
 
-def test_frozen_teacher(logits):
+def test_student_gradients_with_a_frozen_teacher(logits):
     s, t = logits
     p, q = softmax(t), softmax(s)
     for mse_weight in (0.0, 1.0, 20.0):
@@ -436,26 +436,29 @@ def test_frozen_teacher(logits):
         near(found, 4 * (q - p) / BATCH - mse_weight * wmse, atol=1e-14)
 
 
-def test_near_the_teacher(draw, logits):
+def test_student_gradients_near_the_teacher(draw, logits):
     (_, *_), (t, *_) = logits
     direction, w = draw.standard_normal(CLASSES), draw.uniform(0.1, 2, CLASSES)
     left = []
     for size in (1e-2, 1e-3):
         s = t + size * direction
-        ce = one(gklx.kl, s, t, argnum=0, temperature=2.0)
+        ce = sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0)
         left.append(np.abs(ce - size * curvature(softmax(t / 2)) @ direction / 4).max())
-        near(one(given_weights(w), s, t, argnum=0), w.sum() * curvature(w) @ (size * direction), atol=1e-14)
+        near(sample_gradient(given_weights(w), s, t, argnum=0), w.sum() * curvature(w) @ (size * direction), atol=1e-14)
     assert 80 < left[0] / left[1] < 120  # of the second order
 
 
-def test_parallel_at_gamma_one(draw, logits):
+def test_gradients_of_ce_and_wmse_are_parallel_at_gamma_one(draw, logits):
     (_, *_), (t, *_) = logits
     near(curvature(softmax(t / 2)), np.diag(softmax(t / 2)) - np.outer(softmax(t / 2), softmax(t / 2)), atol=1e-15)
 
     def gradients(t, direction, gamma):
         s = t + 1e-6 * direction
         settings = {"ce_weight": 0.0, "normalize": "samples", "gamma": gamma, "weight_temperature": 2.0}
-        ce, mse = one(gklx.kl, s, t, argnum=0, temperature=2.0), one(gklx.gkl, s, t, argnum=0, **settings)
+        ce, mse = (
+            sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0),
+            sample_gradient(gklx.gkl, s, t, argnum=0, **settings),
+        )
         return ce, mse, ce @ mse / np.linalg.norm(ce) / np.linalg.norm(mse)
 
     direction = draw.standard_normal(CLASSES)
@@ -474,15 +477,15 @@ def confident(share, epsilon, temperature):
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
-def test_confident_teacher(draw, gamma):
+def test_student_gradients_with_a_confident_teacher(draw, gamma):
     share, delta = softmax(draw.standard_normal(CLASSES - 1)), draw.standard_normal(CLASSES)
     gap = (delta - delta[0])[1:]
     settings = {"ce_weight": 0.0, "normalize": "samples", "gamma": gamma, "weight_temperature": 2.0}
     ce_left, mse_left = [], []
     for epsilon in (1e-8, 1e-12):
         t = confident(share, epsilon, 2.0)
-        ce = 2 * one(gklx.kl, t + delta, t, argnum=0, temperature=2.0)[1:]
-        mse = one(gklx.gkl, t + delta, t, argnum=0, **settings)[1:]
+        ce = 2 * sample_gradient(gklx.kl, t + delta, t, argnum=0, temperature=2.0)[1:]
+        mse = sample_gradient(gklx.gkl, t + delta, t, argnum=0, **settings)[1:]
         ce_left.append(np.abs(ce / epsilon / (share * np.expm1(gap / 2)) - 1).max() / epsilon)
         mse_left.append(np.abs(mse / epsilon**gamma / (share**gamma * gap) - 1).max() / epsilon**gamma)
     # Off by O(ε) and O(ε^γ), relative; float64 allows 1e-15 besides, 1e-3 in units of the smallest ε.
@@ -490,40 +493,44 @@ def test_confident_teacher(draw, gamma):
     assert mse_left[1] < (50 if gamma < 1 else 1e4)
 
 
-def test_confident_teacher_with_equal_weights(draw):
+def test_wmse_with_a_confident_teacher_and_equal_weights(draw):
     t, delta = confident(softmax(draw.standard_normal(CLASSES - 1)), 1e-9, 1.0), draw.standard_normal(CLASSES)
     settings = {"ce_weight": 0.0, "gamma": 0.0}
-    found = one(gklx.gkl, t + delta, t, argnum=0, normalize="samples", **settings)
+    found = sample_gradient(gklx.gkl, t + delta, t, argnum=0, normalize="samples", **settings)
     near(found, CLASSES * (delta - delta.mean()), atol=1e-13)
-    near(one(gklx.gkl, t + delta, t, argnum=0, **settings), (delta - delta.mean()) / CLASSES, atol=1e-14)
+    near(sample_gradient(gklx.gkl, t + delta, t, argnum=0, **settings), (delta - delta.mean()) / CLASSES, atol=1e-14)
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
-def test_wrong_student_of_a_confident_teacher(draw, gamma):
+def test_gradients_of_a_wrong_student_with_a_confident_teacher(draw, gamma):
     share, s = softmax(draw.standard_normal(CLASSES - 1)), draw.standard_normal(CLASSES)
     settings = {"ce_weight": 0.0, "normalize": "samples", "gamma": gamma, "weight_temperature": 2.0}
     left = []
     for epsilon in (1e-4, 1e-8):
         t = confident(share, epsilon, 2.0)
-        near(2 * one(gklx.kl, s, t, argnum=0, temperature=2.0), softmax(s / 2) - np.eye(CLASSES)[0], atol=2 * epsilon)
+        near(
+            2 * sample_gradient(gklx.kl, s, t, argnum=0, temperature=2.0),
+            softmax(s / 2) - np.eye(CLASSES)[0],
+            atol=2 * epsilon,
+        )
         leading = 2 * np.log(1 / epsilon) - 2 * np.log(share) + s[1:] - s[0]
-        found = one(gklx.gkl, s, t, argnum=0, **settings)[1:]
+        found = sample_gradient(gklx.gkl, s, t, argnum=0, **settings)[1:]
         off = np.abs(found - epsilon**gamma * share**gamma * leading).max()
         left.append(off / (epsilon ** (2 * gamma) * np.log(1 / epsilon)))
     assert max(left) < 20
 
 
-def test_hessian_to_the_student(draw, logits):
+def test_hessians_of_ce_and_wmse_to_the_student(draw, logits):
     (s, *_), (t, *_) = logits
     w = draw.uniform(0.1, 2, CLASSES)
     ce = partial(gklx.dkl, mse_weight=0.0, temperature=2.0)
-    near(jacobian(lambda x: one(ce, x, t, argnum=0), s), curvature(softmax(s / 2)) / 4, atol=1e-9)
-    near(jacobian(lambda x: one(ce, x, t, argnum=0), t + 3.0), curvature(softmax(t / 2)) / 4, atol=1e-9)
-    near(jacobian(lambda x: one(given_weights(w), x, t, argnum=0), s), w.sum() * curvature(w), atol=1e-8)
+    near(jacobian(lambda x: sample_gradient(ce, x, t, argnum=0), s), curvature(softmax(s / 2)) / 4, atol=1e-9)
+    near(jacobian(lambda x: sample_gradient(ce, x, t, argnum=0), t + 3.0), curvature(softmax(t / 2)) / 4, atol=1e-9)
+    near(jacobian(lambda x: sample_gradient(given_weights(w), x, t, argnum=0), s), w.sum() * curvature(w), atol=1e-8)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4])
-def test_quadratic_form(draw, classes):
+def test_quadratic_form_of_the_curvature_is_the_variance(draw, classes):
     sympy = pytest.importorskip("sympy")
     w, x = sympy.Matrix(sympy.symbols(f"w:{classes}", positive=True)), sympy.Matrix(sympy.symbols(f"x:{classes}"))
     mass = sum(w)
@@ -534,7 +541,7 @@ def test_quadratic_form(draw, classes):
     assert sympy.simplify(matrix * sympy.ones(classes, 1)) == sympy.zeros(classes, 1)
 
 
-def test_minimiser(logits):
+def test_gradient_vanishes_at_the_teacher_up_to_a_constant(logits):
     s, t = logits
     for loss in (gklx.kl, gklx.dkl, gklx.ikl, partial(gklx.gkl, gamma=0.3)):
         near(gklx.grad(loss)(t + 3.0, t), np.zeros(t.shape), atol=1e-15)
@@ -546,7 +553,7 @@ def spectrum(w):
     return np.linalg.eigvalsh(curvature(w))[1:]
 
 
-def test_interlacing(draw):
+def test_eigenvalues_of_the_curvature_interlace_with_the_weights(draw):
     for _ in range(200):
         w = np.sort(np.exp(draw.uniform(0.2, 4) * draw.standard_normal(draw.integers(2, 8))))
         found, slack = spectrum(w), 1e-13 * w.max()
@@ -555,12 +562,16 @@ def test_interlacing(draw):
 
 
 @pytest.mark.parametrize("gamma", [0.2, 0.5, 1.0])
-def test_condition_number(draw, gamma):
+def test_condition_number_is_bounded_by_the_ratio_of_weights(draw, gamma):
     for _ in range(100):
         t = draw.uniform(0.2, 3) * draw.standard_normal(CLASSES)
         w = np.sort(softmax(t / 2) ** gamma)
         eigenvalues = np.linalg.eigvalsh(
-            jacobian(lambda x, w=w: one(given_weights(w), x, np.zeros(CLASSES), argnum=0), np.zeros(CLASSES), step=1.0)
+            jacobian(
+                lambda x, w=w: sample_gradient(given_weights(w), x, np.zeros(CLASSES), argnum=0),
+                np.zeros(CLASSES),
+                step=1.0,
+            )
         )[1:]
         condition = eigenvalues[-1] / eigenvalues[0]
         near(w[-1] / w[0], np.exp(gamma * np.ptp(t) / 2), rtol=1e-12)
@@ -570,17 +581,17 @@ def test_condition_number(draw, gamma):
 def test_equal_weights_are_perfectly_conditioned(logits):
     (_, *_), (t, *_) = logits
     settings = {"ce_weight": 0.0, "gamma": 0.0}
-    found = jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, **settings), t, step=1.0)
+    found = jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, **settings), t, step=1.0)
     near(found, (np.eye(CLASSES) - 1 / CLASSES) / CLASSES, atol=1e-14)
-    found = jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, normalize="samples", **settings), t, step=1.0)
+    found = jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, normalize="samples", **settings), t, step=1.0)
     near(found, CLASSES * np.eye(CLASSES) - 1, atol=1e-13)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_conditioning_of_the_sum(logits, gamma):
+def test_eigenvalues_of_the_sum_are_bounded(logits, gamma):
     (_, *_), (t, *_) = logits
     settings = {"mse_weight": 3.0, "ce_weight": 0.5, "temperature": 2.0, "gamma": gamma}
-    found = np.linalg.eigvalsh(jacobian(lambda x: one(gklx.gkl, x, t, argnum=0, **settings), t))[1:]
+    found = np.linalg.eigvalsh(jacobian(lambda x: sample_gradient(gklx.gkl, x, t, argnum=0, **settings), t))[1:]
     p, w = np.sort(softmax(t / 2)), np.sort(softmax(t) ** gamma)
     assert 0.5 * p[0] / 4 + 3.0 * w[0] / w.sum() - 1e-9 <= found[0]
     assert found[-1] <= 0.5 * p[-1] / 4 + 3.0 * w[-1] / w.sum() + 1e-9
@@ -591,7 +602,7 @@ def test_conditioning_of_the_sum(logits, gamma):
 # --- the weight function ----------------------------------------------------------------------------------------------
 
 
-def test_share_of_a_class(logits):
+def test_largest_share_of_a_class_grows_with_gamma(logits):
     p, gamma, step = softmax(logits[1]), 0.4, 1e-5
 
     def log_share(gamma):
@@ -604,7 +615,7 @@ def test_share_of_a_class(logits):
     assert (np.diff(shares, axis=0) > 0).all()
 
 
-def test_entropy_of_the_weights(logits):
+def test_entropy_of_the_weights_falls_with_gamma(logits):
     p, gamma, step = softmax(logits[1]), 0.4, 1e-5
 
     def of(gamma):
@@ -614,7 +625,7 @@ def test_entropy_of_the_weights(logits):
     assert (np.diff([of(gamma) for gamma in np.linspace(0, 2, 21)], axis=0) < 0).all()
 
 
-def test_total_weight(logits):
+def test_total_weight_falls_with_gamma(logits):
     p = softmax(logits[1])
     near((p**0.0).sum(axis=-1), np.full(BATCH, CLASSES))
     near(p.sum(axis=-1), np.ones(BATCH), rtol=1e-15)
@@ -639,7 +650,7 @@ def test_gamma_is_a_temperature(logits):
         near(soft, hot, rtol=1e-12)
 
 
-def test_batch_normalizer(logits):
+def test_batch_normalizer_divides_by_the_squared_total_weights(logits):
     s, t = logits
     w = softmax(t) ** 0.3
     mass, variance = w.sum(axis=-1), variance_under(w, t - s)
@@ -688,7 +699,7 @@ def test_best_shrinkage():
 
 
 @pytest.mark.parametrize("gamma", [0.2, 0.5, 1.0])
-def test_jensen(draw, gamma):
+def test_power_of_the_class_mean_exceeds_the_mean_power(draw, gamma):
     t = 3 * draw.standard_normal((50, CLASSES))
     labels = np.zeros(50, dtype="int64")
     prior = gklx.ClassPrior(CLASSES)
@@ -701,7 +712,7 @@ def test_jensen(draw, gamma):
 
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0])
-def test_one_mistaken_sample(gamma):
+def test_mistaken_sample_gives_its_class_weight(gamma):
     n = 8
     t = np.full((n, 3), -1e3)
     t[:-1, 0], t[-1, 1] = 0.0, 0.0  # the last of class 0 is taken for class 1
@@ -716,7 +727,7 @@ def test_one_mistaken_sample(gamma):
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def test_page_names_the_tests():
+def test_every_identity_of_the_page_names_its_tests():
     """Every identity has a number and tests that exist; every test of this file but this one stands on the page."""
     text = PAGE.read_text(encoding="utf-8")
     displayed = re.findall(r"^\$\$\n(.*?)^\$\$$\n(.*?)(?=\n\n)", text, re.DOTALL | re.MULTILINE)
@@ -735,4 +746,4 @@ def test_page_names_the_tests():
             named_here |= {name} if file == "test_theory.py" else set()
     assert numbers == list(range(1, len(numbers) + 1))
     own = set(re.findall(r"^def (test_\w+)\(", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
-    assert own - {"test_page_names_the_tests"} == named_here
+    assert own - {"test_every_identity_of_the_page_names_its_tests"} == named_here

@@ -33,7 +33,7 @@ def threads_of_calls(monkeypatch):
 
 
 def run_alone(program):
-    """What a program prints in a process whose environment limits nothing."""
+    """The output of a program in a process whose environment does not limit threads."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS")}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -54,14 +54,14 @@ def run_alone(program):
         ({"GKLX_NUM_THREADS": "many"}, 4),
     ],
 )
-def test_the_environment_limits_them(four_cores, monkeypatch, environment, threads):
+def test_environment_limits_the_threads(four_cores, monkeypatch, environment, threads):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cpu.threads() == threads
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
-def test_affinity_limits_them():
+def test_affinity_limits_the_threads():
     program = """
 import os
 from gklx._run import cpu
@@ -73,8 +73,8 @@ print(cpu.threads())
     assert run_alone(program) == ["True", "1"]
 
 
-def test_threadpoolctl_limits_them():
-    """Asked of the process's own libraries."""
+def test_threadpoolctl_limits_the_threads():
+    """The limit is that of the libraries which the process has loaded."""
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     program = """
 import numpy, threadpoolctl
@@ -88,7 +88,7 @@ with threadpoolctl.threadpool_limits(limits=2):
     assert run_alone(program) == ["1", "2"]
 
 
-def test_a_call_of_numpy_takes_them(four_cores, threads_of_calls, monkeypatch):
+def test_numpy_calls_use_the_limit(four_cores, threads_of_calls, monkeypatch):
     s, t, _ = call(CASES[0], "none")
     gklx.gkl(s, t)
     monkeypatch.setenv("GKLX_NUM_THREADS", "3")
@@ -97,8 +97,8 @@ def test_a_call_of_numpy_takes_them(four_cores, threads_of_calls, monkeypatch):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_call_of_pytorch_takes_its_own_setting(threads_of_calls, monkeypatch, threads):
-    """In the forward pass and in a backward pass that computes."""
+def test_pytorch_calls_use_pytorchs_setting(threads_of_calls, monkeypatch, threads):
+    """In the forward pass, and in the backward pass, which computes half-precision gradients."""
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     monkeypatch.setenv("GKLX_NUM_THREADS", "2")
@@ -108,7 +108,7 @@ def test_a_call_of_pytorch_takes_its_own_setting(threads_of_calls, monkeypatch, 
     assert threads_of_calls == [threads] * 2
 
 
-def test_a_small_batch_takes_one(four_cores, monkeypatch):
+def test_small_batch_uses_one_thread(four_cores, monkeypatch):
     backends.run_on("kernel", "numpy", monkeypatch)
     allowed, run = [], cpu.run
     monkeypatch.setattr(cpu, "run", lambda request: allowed.append(request.threads) or run(request))
@@ -121,7 +121,7 @@ def test_a_small_batch_takes_one(four_cores, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_results_do_not_depend_on_their_number(threads_of_calls, monkeypatch, case, mask, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(threads_of_calls, monkeypatch, case, mask, dtype):
     """Bit for bit: value and gradients of 301 samples, which no number of threads divides evenly."""
     s, t, given = call(case, mask, batch=(301,))
     s, t = s.astype(dtype), t.astype(dtype)
@@ -198,7 +198,7 @@ print(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_fork_computes_on_threads_of_its_own(monkeypatch):
+def test_forked_process_starts_its_own_threads(monkeypatch):
     """A fork, such as a worker of PyTorch's data loader, does not inherit the threads of its parent."""
     backends.run_on("kernel", "numpy", monkeypatch)
     program = """
@@ -228,7 +228,7 @@ def test_callers_in_many_threads_get_their_own_results(four_cores, threads_of_ca
     assert found == expected
 
 
-def test_work_at_the_end_of_a_process_is_done(monkeypatch):
+def test_loss_can_be_computed_at_exit(monkeypatch):
     backends.run_on("kernel", "numpy", monkeypatch)
     program = """
 import atexit

@@ -1,4 +1,4 @@
-"""`gklx.torch`: the modules are the functions, with a class prior and a warm-up that live in their buffers."""
+"""`gklx.torch`: modules that compute the functions, with a class prior and a warm-up in their buffers."""
 
 import copy
 import io
@@ -47,7 +47,7 @@ def modules(torch):
 
 @pytest.fixture
 def batch(torch):
-    """A batch of student logits, teacher logits and labels, of some classes only."""
+    """A function that makes student logits, teacher logits, and labels of some of the classes."""
 
     def make(seed=0, n=12, classes=(0, 1, 3), dtype="float32"):
         rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def test_gklx_does_not_import_its_torch_module():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_module_is_its_function(torch, modules, batch, name, reduction):
+def test_module_computes_its_function(torch, modules, batch, name, reduction):
     student, teacher, labels = batch()
     settings = {**SETTINGS[name], "reduction": reduction}
     given = {"sample_weight": torch.linspace(0, 2, 12), "where": torch.tensor([True, True, False, True])}
@@ -109,7 +109,7 @@ def test_defaults_are_those_of_the_function(modules, batch, name):
 
 
 @pytest.mark.parametrize("name", WITH_PRIOR)
-def test_the_prior_over_two_epochs(torch, modules, batch, name):
+def test_prior_over_two_epochs_is_that_of_class_prior(torch, modules, batch, name):
     epochs = [[batch(1), batch(2)], [batch(3, classes=(1, 2))]]
     criterion = getattr(modules, name)(C, weight_temperature=4.0)
     prior = gklx.ClassPrior(C, temperature=4.0, like=torch.zeros(1))
@@ -133,7 +133,7 @@ def test_the_prior_over_two_epochs(torch, modules, batch, name):
     assert criterion.epoch.item() == 3
 
 
-def test_the_prior_is_collected_in_training_mode_alone_and_without_gradient(modules, batch):
+def test_prior_is_collected_only_in_training_mode_and_without_gradient(modules, batch):
     student, teacher, labels = batch()
     criterion = modules.GKLLoss(C)
     criterion.eval()
@@ -149,7 +149,7 @@ def test_the_prior_is_collected_in_training_mode_alone_and_without_gradient(modu
     same(criterion.prior_sums, before)
 
 
-def test_nothing_is_collected_where_the_loss_is_an_error(modules, batch):
+def test_failed_call_does_not_change_the_prior(modules, batch):
     student, teacher, labels = batch()
     labels[0] = 7
     criterion = modules.IKLLoss(C)
@@ -158,7 +158,7 @@ def test_nothing_is_collected_where_the_loss_is_an_error(modules, batch):
     assert not criterion.prior_sums.any()
 
 
-def test_samples_of_weight_zero_and_absent_classes_stay_out_of_the_prior(torch, modules, batch):
+def test_masked_samples_and_classes_stay_out_of_the_prior(torch, modules, batch):
     student, teacher, labels = batch()
     weight = torch.ones(12)
     weight[:3] = 0
@@ -180,7 +180,7 @@ def test_samples_of_weight_zero_and_absent_classes_stay_out_of_the_prior(torch, 
 
 
 @pytest.mark.parametrize("with_prior", [True, False])
-def test_warm_up(modules, batch, with_prior):
+def test_warm_up_scales_the_loss_linearly(modules, batch, with_prior):
     student, teacher, labels = batch()
     arguments = (student, teacher, labels) if with_prior else (student, teacher)
     num_classes = C if with_prior else None
@@ -194,13 +194,13 @@ def test_warm_up(modules, batch, with_prior):
         criterion.advance()
 
 
-def test_warm_up_does_not_round_a_wider_loss(modules, batch):
+def test_warm_up_keeps_float64_precision(modules, batch):
     student, teacher, _ = batch(dtype="float64")
     found = modules.IKLLoss(warmup_epochs=3)(student, teacher)
     same(found, gklx.ikl(student, teacher) / 3, "float64", ulps=2)
 
 
-def test_without_warm_up_epochs_change_nothing(modules, batch):
+def test_without_warm_up_the_epoch_does_not_change_the_loss(modules, batch):
     student, teacher, _ = batch()
     criterion = modules.GKLLoss()
     first = criterion(student, teacher)
@@ -210,7 +210,7 @@ def test_without_warm_up_epochs_change_nothing(modules, batch):
 
 
 @pytest.mark.parametrize("name", WITH_PRIOR)
-def test_a_restored_module_goes_on_exactly(torch, modules, batch, name):
+def test_restored_module_continues_exactly(torch, modules, batch, name):
     """Saved in the middle of an epoch and of the warm-up, through a file."""
     settings = {**SETTINGS[name], "warmup_epochs": 3}
     kept = getattr(modules, name)(C, **settings)
@@ -262,8 +262,8 @@ def test_buffers_exist_only_where_they_are_used(torch, modules):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_a_cast_module_keeps_its_prior(torch, modules, batch, dtype):
-    """Also as a part of another module, which is what a model in half precision casts."""
+def test_cast_does_not_change_the_prior(torch, modules, batch, dtype):
+    """Also as a submodule of a model that is cast to half precision."""
     criterion = modules.GKLLoss(C, weight_temperature=4.0, warmup_epochs=2)
     criterion(*batch(1))
     criterion.advance()
@@ -280,7 +280,7 @@ def test_a_cast_module_keeps_its_prior(torch, modules, batch, dtype):
     same(cast.prior, criterion.prior)
 
 
-def test_the_shortcuts_cast_no_prior_either(torch, modules, batch):
+def test_half_double_and_float_do_not_change_the_prior(torch, modules, batch):
     for method in ("half", "bfloat16", "double", "float"):
         criterion = modules.IKLLoss(C)
         criterion(*batch())
@@ -291,7 +291,7 @@ def test_the_shortcuts_cast_no_prior_either(torch, modules, batch):
         assert criterion.epoch.dtype == torch.int64
 
 
-def test_a_module_moves_to_another_device(modules, torch):
+def test_module_moves_to_another_device(modules, torch):
     """The meta device has no values: code that reads one fails there."""
     criterion = modules.GKLLoss(C, warmup_epochs=2).to("meta")
     logits = torch.zeros(3, C, device="meta")
@@ -303,7 +303,7 @@ def test_a_module_moves_to_another_device(modules, torch):
     assert {(x.device.type, x.dtype) for x in back.buffers()} == {("cpu", torch.float32), ("cpu", torch.int64)}
 
 
-def test_a_copy_is_another_prior(modules, batch):
+def test_copy_has_its_own_prior(modules, batch):
     criterion = modules.GKLLoss(C, gamma=0.5, warmup_epochs=2)
     criterion(*batch(1))
     other = copy.deepcopy(criterion)
@@ -323,7 +323,7 @@ def test_autocast_does_not_round_the_prior(torch, modules, batch):
     same(criterion.prior_sums, gklx.class_sums(teacher, labels, C))
 
 
-def test_a_frozen_teacher_teaches(torch, modules, batch):
+def test_symmetric_wmse_gives_a_gradient_with_a_frozen_teacher(torch, modules, batch):
     student, teacher, labels = batch()
     for symmetric in (True, False):
         criterion = modules.GKLLoss(C, ce_weight=0.0, symmetric=symmetric)
@@ -332,7 +332,7 @@ def test_a_frozen_teacher_teaches(torch, modules, batch):
         assert bool(found.grad.any()) is symmetric
 
 
-def test_repr(modules):
+def test_repr_shows_the_settings(modules):
     assert repr(modules.KLLoss(temperature=4.0)) == "KLLoss(temperature=4.0, reduction='mean')"
     assert repr(modules.IKLLoss(C, warmup_epochs=20)) == (
         "IKLLoss(num_classes=4, mse_weight=1.0, ce_weight=1.0, temperature=1.0, weight_temperature=1.0, "
@@ -372,7 +372,7 @@ def test_settings_are_checked_in_the_constructor(modules, name):
 
 
 @pytest.mark.parametrize("name", WITH_PRIOR)
-def test_labels_and_num_classes_go_together(modules, batch, name):
+def test_labels_need_num_classes_and_vice_versa(modules, batch, name):
     student, teacher, labels = batch()
     loss = getattr(modules, name)
     with pytest.raises(ValueError, match=r"^labels need num_classes in the constructor, got labels and num_classes=No"):

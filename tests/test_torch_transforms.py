@@ -17,8 +17,8 @@ from closeness import assert_close
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 SMALL = ("kl", "dkl-T", "ikl", "gkl", "gkl-0", "gkl-tau", "gkl-prior", "gkl-rows", "gkl-asymmetric")
-EACH = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
-EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+SOME_CASES = pytest.mark.parametrize("case", [case for case in CASES if case.id in SMALL], ids=lambda case: case.id)
+ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
 def supports(row):
@@ -50,9 +50,9 @@ def directions(s):
 
 
 @supports("second derivatives")
-@EVERY
-def test_gradgradcheck(case):
-    """Of every loss to both arguments: reverse over reverse, forward over reverse."""
+@ALL_CASES
+def test_second_derivatives_pass_gradgradcheck(case):
+    """For every loss and both arguments, reverse over reverse and forward over reverse."""
     loss, s, t = given(case, batch=(2,), classes=4)
     s, t = s.requires_grad_(), t.requires_grad_()
     assert torch.autograd.gradgradcheck(loss, (s, t), check_fwd_over_rev=True)
@@ -63,8 +63,8 @@ def test_gradgradcheck(case):
 @pytest.mark.parametrize(
     "case", [x for x in CASES if x.loss != "dkl" and x.settings.get("symmetric", True)], ids=lambda case: case.id
 )
-def test_gradcheck_where_the_gradient_is_the_value_s_own(case, mask):
-    """That is KL, and the student of IKL and of symmetric GKL; elsewhere a gradient stops on purpose."""
+def test_gradients_without_stopped_parts_pass_gradcheck(case, mask):
+    """These are KL's, and the student's of IKL and symmetric GKL; the others have stopped parts by design."""
     loss, s, t = given(case, mask, batch=(3,), classes=4)
     s, t = torch.nan_to_num(s), torch.nan_to_num(t, posinf=0.0)  # finite differences cannot step from NaN
     s.requires_grad_()
@@ -82,7 +82,7 @@ def stopped_dkl(s, t):
 
 
 @supports("second derivatives")
-def test_a_stop_gradient_expression_gets_the_second_derivative_of_dkl_wrong_and_dkl_does_not():
+def test_second_derivative_of_dkl_is_right_and_that_of_a_detached_expression_wrong():
     _, s, t = given(CASES[0], batch=(2,), classes=4)
 
     def second(loss):
@@ -99,8 +99,8 @@ def test_a_stop_gradient_expression_gets_the_second_derivative_of_dkl_wrong_and_
 
 
 @supports("gradients by the library's own autodiff")
-@EACH
-def test_func_grad_and_jacobians(case):
+@SOME_CASES
+def test_func_grad_and_jacobians_are_the_analytic_gradient(case):
     loss, s, t = given(case, "samples")
     exact = gklx.grad(loss, (0, 1))(s, t)
     for found, expected in zip(torch.func.grad(loss, (0, 1))(s, t), exact, strict=True):
@@ -116,8 +116,8 @@ def test_func_grad_and_jacobians(case):
 
 
 @supports("forward mode")
-@EACH
-def test_forward_mode(case):
+@SOME_CASES
+def test_forward_mode_is_the_analytic_gradient(case):
     loss, s, t = given(case, "elements")
     u, v = directions(s)
     to_s, to_t = gklx.grad(loss, (0, 1))(s, t)
@@ -134,9 +134,9 @@ def test_forward_mode(case):
 
 
 @supports("second derivatives")
-@EACH
-def test_second_derivatives_however_they_are_taken(case):
-    """Forward or reverse over either, and reverse over the analytic gradient, to the third."""
+@SOME_CASES
+def test_second_derivatives_agree_in_every_mode(case):
+    """Each mode over each mode, against reverse mode over the analytic gradient; third derivatives too."""
     loss, s, t = given(case, batch=(2,), classes=3)
     fwd, rev = torch.func.jacfwd, torch.func.jacrev
     for i in (0, 1):
@@ -150,8 +150,8 @@ def test_second_derivatives_however_they_are_taken(case):
 
 
 @supports("vmap")
-@EACH
-def test_vmap_with_and_around_grad(case):
+@SOME_CASES
+def test_vmap_of_grad_and_grad_of_vmap(case):
     loss, s, t = given(case)
     batches = torch.stack([s, 2 * s, t.flip(0)])
     exact = [gklx.grad(loss, (0, 1))(x, t) for x in batches]
@@ -182,12 +182,12 @@ def test_vmap_over_every_array_argument():
         same(found[i], gklx.grad(loss_of(case))(s, t, **one))
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- memory of the graph ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)], ids=["student", "teacher", "both"])
-def test_kept_for_the_backward_pass_is_at_most_one_tensor_a_differentiated_input(wanted, dtype):
+def test_backward_pass_keeps_at_most_one_tensor_per_differentiated_input(wanted, dtype):
     s, t = torch.randn(2, 64, 100).to(getattr(torch, dtype))
     s.requires_grad_(wanted[0]), t.requires_grad_(wanted[1])
     kept = {}
@@ -205,7 +205,7 @@ def test_kept_for_the_backward_pass_is_at_most_one_tensor_a_differentiated_input
     assert sum(kept.values()) <= (0 if half else sum(wanted)) * one + 64
 
 
-def test_inputs_that_change_before_the_backward_pass_are_an_error_and_not_a_wrong_gradient():
+def test_input_changed_before_the_backward_pass_is_an_error():
     s, t = torch.randn(2, 4, 5)
     s.requires_grad_()
     value = gklx.gkl(s, t)
@@ -215,7 +215,7 @@ def test_inputs_that_change_before_the_backward_pass_are_an_error_and_not_a_wron
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_retained_graph_gives_the_same_gradient_again(times):
+def test_retained_graph_gives_the_same_gradient_again(times):
     s, t = torch.randn(2, 4, 5)
     s.requires_grad_()
     value = gklx.gkl(s, t)
@@ -227,8 +227,8 @@ def test_a_retained_graph_gives_the_same_gradient_again(times):
 # --- compilers --------------------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """A compiler's backend that counts how often it was asked to compile."""
+class CountingBackend:
+    """A backend of `torch.compile` that counts the compiled graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -243,7 +243,7 @@ class Counted:
 @pytest.fixture
 def compiled():
     torch.compiler.reset()
-    counter = Counted()
+    counter = CountingBackend()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Online softmax is disabled")
         yield lambda f, **options: torch.compile(f, fullgraph=True, **{"backend": counter, **options}), counter
@@ -252,7 +252,7 @@ def compiled():
 
 @supports("compiler")
 @pytest.mark.parametrize("mask", ["none", "elements", "samples"])
-@EACH
+@SOME_CASES
 def test_compiled_without_a_graph_break(compiled, case, mask):
     compile_, counter = compiled
     loss, s, t = given(case, mask)
@@ -267,8 +267,8 @@ def test_compiled_without_a_graph_break(compiled, case, mask):
 
 
 @supports("compiler")
-@EACH
-def test_compiled_by_a_compiler_that_runs_the_graph_as_it_is(compiled, case):
+@SOME_CASES
+def test_compiled_by_the_eager_backend(compiled, case):
     compile_, _ = compiled
     loss, s, t = given(case, "none")
     for negligible in (False, True):
@@ -290,7 +290,7 @@ INDUCTOR = pytest.mark.skipif(
 
 @pytest.fixture(params=["operator", "formulas"])
 def given_to_inductor(request, monkeypatch):
-    """The one operator, or the formulas themselves, as on CUDA and over several ranks."""
+    """What Inductor compiles: the operator, or the formulas, as on CUDA and over several ranks."""
     from gklx._autodiff import torch_operator
 
     if request.param == "formulas":
@@ -305,8 +305,8 @@ def given_to_inductor(request, monkeypatch):
     ("name", "mask", "permuted"),
     [("kl", "none", True), ("gkl-tau", "none", True), ("gkl-prior", "samples", False)],
 )
-def test_inductors_own_values(compiled, given_to_inductor, name, mask, permuted):
-    """Against the definition; Inductor has had faults where the two networks' layouts differ."""
+def test_inductor_agrees_with_the_definition(compiled, given_to_inductor, name, mask, permuted):
+    """Inductor has had bugs where the layouts of the two networks differ."""
     compile_, _ = compiled
     case = next(case for case in CASES if case.id == name)
     s, t, arrays = call(case, mask, batch=(2, 2, 4))
@@ -327,8 +327,8 @@ def test_inductors_own_values(compiled, given_to_inductor, name, mask, permuted)
 
 @supports("compiler")
 @INDUCTOR
-def test_a_compiled_program_is_kept_on_disk(compiled, monkeypatch, tmp_path):
-    """What docs/speed.md tells of the compiler's cache."""
+def test_compiled_program_is_cached_on_disk(compiled, monkeypatch, tmp_path):
+    """As docs/speed.md describes it."""
     import torch._inductor.config as options
     from torch._dynamo.utils import counters
 
@@ -350,12 +350,12 @@ def test_a_compiled_program_is_kept_on_disk(compiled, monkeypatch, tmp_path):
         same(a.grad, expected, dtype="float32")
 
 
-OUT = [(0, 1), (3, 4), (4, 0)]
+PLACES = [(0, 1), (3, 4), (4, 0)]
 
 
 def with_entries(x, value):
     x = x.clone()
-    for place in OUT:
+    for place in PLACES:
         x[place] = value
     return x
 
@@ -366,8 +366,8 @@ def without_a_class(s, row):
     return s
 
 
-# From ordinary logits to some of which a row is not, in the way that is named, and the arrays that go with them.
-CARE = {
+# From ordinary logits to logits with special rows, of the named kind, and the other arguments.
+SPECIAL_ROWS = {
     "classes that both rule out": lambda s, t: (with_entries(s, -torch.inf), with_entries(t, -torch.inf), {}),
     "classes the student rules out": lambda s, t: (with_entries(s, -torch.inf), t, {}),
     "classes the teacher rules out": lambda s, t: (s, with_entries(t, -torch.inf), {}),
@@ -391,12 +391,12 @@ LOSSES = {
 
 
 @supports("compiler")
-@pytest.mark.parametrize("name", CARE)
+@pytest.mark.parametrize("name", SPECIAL_ROWS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
-    """Infinite and absent logits come out of a compiled program as they do eagerly."""
+def test_compiled_special_rows_agree_with_eager(compiled, loss, name):
+    """Rows with infinite, NaN or masked logits have the same results compiled and eagerly."""
     compile_, _ = compiled
-    s, t, given = CARE[name](*torch.randn(2, 6, 7))
+    s, t, given = SPECIAL_ROWS[name](*torch.randn(2, 6, 7))
     loss = partial(LOSSES[loss], reduction="none", **given)
     found, expected = [], []
     for run, into in ((compile_(loss), found), (loss, expected)):
@@ -409,8 +409,8 @@ def test_compiled_rows_that_need_care_get_it(compiled, loss, name):
 
 
 @supports("compiler")
-def test_compiled_squares_that_lose_digits_get_care(compiled):
-    """Differences of 3,000, and a few by 2^-12 more: of the squares about a rounded mean most is that rounding."""
+def test_compiled_wmse_of_large_differences_keeps_its_digits(compiled):
+    """Differences of 3,000, some larger by 2^-12: a square about a rounded mean would be mostly rounding error."""
     compile_, _ = compiled
     s, t = torch.zeros(2, 8, 5000)
     s[:, 1:] = -3000.0
@@ -422,9 +422,9 @@ def test_compiled_squares_that_lose_digits_get_care(compiled):
 
 @supports("compiler")
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
+def test_compiled_half_precision_masked_rows_agree_with_eager(compiled, half):
     compile_, _ = compiled
-    s, t, _ = CARE["classes that both rule out"](*torch.randn(2, 6, 7))
+    s, t, _ = SPECIAL_ROWS["classes that both rule out"](*torch.randn(2, 6, 7))
     s, t = (x.to(getattr(torch, half)) for x in (s, t))
     a, b = s.clone().requires_grad_(), t.clone().requires_grad_()
     compile_(gklx.gkl)(a, b).backward()
@@ -434,11 +434,11 @@ def test_compiled_half_precision_rows_that_need_care_get_it(compiled, half):
 
 @supports("compiler")
 @pytest.mark.parametrize("wrong", ["sample_weight", "prior", "labels"])
-@pytest.mark.parametrize("care", [False, True])
-def test_what_nobody_read_is_nan_and_no_plausible_number(compiled, wrong, care):
+@pytest.mark.parametrize("with_masked_class", [False, True])
+def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, with_masked_class):
     compile_, _ = compiled
     s, t = torch.randn(2, 4, 7).unbind()
-    if care:
+    if with_masked_class:
         s[3, 1] = t[3, 1] = -torch.inf
     s.requires_grad_()
     given = {"sample_weight": torch.ones(4), "prior": torch.rand(7, 7), "labels": torch.arange(4)}
@@ -468,7 +468,7 @@ def test_compiled_for_any_batch_size(compiled, dynamic):
 
 @supports("hyper-parameters that change without compiling again")
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled, differentiable):
+def test_scheduled_hyper_parameters_do_not_recompile(compiled, differentiable):
     compile_, counter = compiled
     loss = compile_(gklx.gkl)
     s, t = (x.requires_grad_(differentiable) for x in torch.randn(2, 5, 7, dtype=torch.float64))
@@ -484,7 +484,7 @@ def test_scheduled_hyper_parameters_do_not_compile_again_and_again(compiled, dif
 
 
 @supports("compiler")
-def test_other_functions_are_compiled_too(compiled):
+def test_transforms_of_losses_can_be_compiled(compiled):
     compile_, _ = compiled
     s, t = torch.randn(2, 5, 7, dtype=torch.float64)
     value, (to_s, to_t) = compile_(gklx.value_and_grad(gklx.gkl, (0, 1)))(s, t)
@@ -563,8 +563,8 @@ def test_export_for_any_batch_size(strict):
 
 @supports("mixed precision")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_autocast(dtype):
-    """The loss is computed in float32 though the layers give halves, and the class sums too."""
+def test_loss_under_autocast_is_computed_in_float32(dtype):
+    """The class sums too, although the layers give half precision."""
     layer, x, t = torch.nn.Linear(4, 7), torch.randn(64, 4), torch.randn(64, 7)
     labels = torch.randint(0, 7, (64,))
     with torch.autocast("cpu", dtype=getattr(torch, dtype)):
@@ -582,8 +582,8 @@ def test_autocast(dtype):
 
 
 @supports("mixed precision")
-def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
-    """For large batches unscaled gradients underflow in float16: they are computed times the scale."""
+def test_grad_scaler_prevents_underflow_of_half_precision_gradients():
+    """For large batches unscaled gradients underflow in float16; the scale is applied before rounding."""
     s, t = torch.randn(2, 4096, 100).to(torch.float16)
     s.requires_grad_()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
@@ -594,7 +594,7 @@ def test_grad_scaler_keeps_gradients_that_half_precision_would_lose():
 
 
 @supports("mixed precision")
-def test_grad_scaler_steps():
+def test_grad_scaler_trains():
     layer, teacher, x = torch.nn.Linear(4, 7), torch.nn.Linear(4, 7), torch.randn(64, 4)
     optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=0.5), torch.amp.GradScaler("cpu")
     t = teacher(x).detach()
@@ -610,7 +610,7 @@ def test_grad_scaler_steps():
     assert values[-1] < 0.5 * values[0]
 
 
-def test_gradients_kept_for_another_pass_are_not_handed_out():
+def test_returned_gradients_do_not_alias_the_kept_ones():
     """With a retained graph a returned gradient may be changed in place; the kept one must not change."""
     s, t = torch.randn(2, 5, 7).unbind()
     s.requires_grad_(), t.requires_grad_()
@@ -628,8 +628,8 @@ def test_gradients_kept_for_another_pass_are_not_handed_out():
 
 @supports("checkpoint")
 @pytest.mark.parametrize("reentrant", [True, False])
-@EACH
-def test_checkpoint(case, reentrant):
+@SOME_CASES
+def test_checkpoint_keeps_the_gradient(case, reentrant):
     from torch.utils.checkpoint import checkpoint
 
     loss, s, t = given(case)
@@ -641,7 +641,7 @@ def test_checkpoint(case, reentrant):
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 0, 1)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_zero_size(shape, reduction):
+def test_loss_of_an_empty_batch_is_zero(shape, reduction):
     s, t = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
     value = gklx.gkl(s, t, reduction=reduction)
     value.sum().backward()
@@ -650,8 +650,8 @@ def test_zero_size(shape, reduction):
     assert s.grad.shape == t.grad.shape == shape
 
 
-@EACH
-def test_transposed_strided_and_expanded(case):
+@SOME_CASES
+def test_transposed_strided_and_expanded_logits(case):
     loss, s, t = given(case)
     exact = gklx.grad(loss, (0, 1))(s, t)
     wide = torch.zeros(2, 14, 5, dtype=torch.float64)
@@ -665,7 +665,7 @@ def test_transposed_strided_and_expanded(case):
     same(row.grad, gklx.grad(loss, 1)(s, t[:1].repeat(5, 1)).sum(0), scale=float(exact[1].abs().max()))
 
 
-def test_meta_tensors_need_no_value():
+def test_meta_tensors_have_a_backward_pass():
     s, t = (torch.empty(4, 5, device="meta", requires_grad=True) for _ in range(2))
     gklx.gkl(
         s, t, prior=torch.empty(5, 5, device="meta"), labels=torch.empty(4, dtype=torch.int64, device="meta")

@@ -33,7 +33,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float64", 1e-13), ("float32", 1e-5)])
-def test_equal_to_rounding(results, dtype, rounding):
+def test_trajectories_of_kl_and_dkl_are_equal_to_rounding(results, dtype, rounding):
     runs = {each["variant"]: each for each in results["runs"] if each["dtype"] == dtype}
     for variant in ("KL, samples reversed", "DKL, definition", "gklx.kl", "gklx.dkl"):
         assert max(runs[variant]["largest_difference"]) < rounding
@@ -45,7 +45,7 @@ def test_equal_to_rounding(results, dtype, rounding):
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--steps", "none"]])
-def test_wrong_steps(arguments):
+def test_invalid_steps_are_refused(arguments):
     pytest.importorskip("altair")
     backends.needs("torch")
     done = run(*arguments)
@@ -54,7 +54,7 @@ def test_wrong_steps(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_unwritable_folder(tmp_path):
+def test_unwritable_folder_is_a_one_line_error(tmp_path):
     backends.needs("torch")
     for module in ("altair", "vl_convert", "mlxtend"):
         pytest.importorskip(module)

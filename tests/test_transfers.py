@@ -94,8 +94,8 @@ def test_jax_moves_nothing(case):
 
 @pytest.mark.parametrize("mask", ["none", "samples"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_inputs_are_left_as_they_were(backend, case, mask):
-    """The kernel is handed the memory of the inputs themselves."""
+def test_inputs_are_not_changed(backend, case, mask):
+    """The kernel reads the memory of the inputs themselves."""
     s, t, given = call(case, mask)
     before = [x.copy() for x in (s, t, *given.values())]
     on = [backend.array(x) for x in (s, t)], {name: backend.array(x) for name, x in given.items()}
@@ -118,8 +118,8 @@ def test_no_tensor_has_two_class_axes():
     assert peak < 16 * s.nbytes
 
 
-def test_eager_pytorch_does_without_its_compiler():
-    """Which takes seconds to import."""
+def test_eager_pytorch_does_not_import_its_compiler():
+    """Its import takes seconds."""
     backends.needs("torch")
     code = (
         "import sys, torch, gklx; "

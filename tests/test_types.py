@@ -19,8 +19,8 @@ USES = ROOT / "tests" / "typing" / "uses.py"
 
 
 @pytest.mark.parametrize("tool", ["mypy", "pyright"])
-def test_uses(tool):
-    """To both tools a package that is not found is an error, and so is a type other than the asserted one."""
+def test_checker_accepts_the_file_of_uses(tool):
+    """Both tools report a missing package, and a type other than the asserted one, as errors."""
     if importlib.util.find_spec(tool) is None:
         pytest.skip(f"{tool} is not installed")
     options = ["--strict"] if tool == "mypy" else ["--pythonpath", sys.executable]

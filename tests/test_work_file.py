@@ -1,4 +1,4 @@
-"""The folder of the progress: its owner, and several runs of one job at a time."""
+"""The folder of the progress: its permissions, and several runs of one job at a time."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def files(tmp_path):
     return paths
 
 
-def test_folder_and_files_are_the_users_alone(tmp_path):
+def test_folder_and_files_are_private(tmp_path):
     before = os.umask(0)
     try:
         work = WorkFile(DTYPE, tmp_path / "kept")
@@ -48,7 +48,7 @@ def test_folder_and_files_are_the_users_alone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_readable_folder_of_before_is_closed_to_others(tmp_path):
+def test_old_readable_folder_is_made_private(tmp_path):
     (tmp_path / "kept").mkdir(0o755)
     work = WorkFile(DTYPE, tmp_path / "kept")
     assert (stat.S_IMODE((tmp_path / "kept").stat().st_mode), work.note) == (0o700, None)
@@ -74,7 +74,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=list(PLANTED))
-def test_what_was_planted_is_not_followed_and_costs_the_progress_alone(files, tmp_path, monkeypatch, capsys, planted):
+def test_planted_links_are_not_followed_and_only_disable_the_progress(files, tmp_path, monkeypatch, capsys, planted):
     aim = tmp_path / "aim" / "records.bin"
     aim.parent.mkdir()
     aim.write_text("somebody's")
@@ -92,7 +92,7 @@ def test_what_was_planted_is_not_followed_and_costs_the_progress_alone(files, tm
     assert [path.name for path in aim.parent.iterdir()] == ["records.bin"]
 
 
-def test_a_planted_link_for_the_class_sums(tmp_path):
+def test_planted_link_for_the_class_sums_is_not_followed(tmp_path):
     (tmp_path / "kept").mkdir(0o700)
     (tmp_path / "aim").write_text("somebody's")
     (tmp_path / "kept" / "class_sums.bin").symlink_to(tmp_path / "aim")
@@ -109,14 +109,14 @@ def test_users_do_not_share_a_folder(tmp_path, monkeypatch):
     assert own != job_folder(tmp_path, {"a": 1})
 
 
-def test_what_others_put_into_the_folder_stays(tmp_path):
+def test_foreign_files_in_the_folder_are_kept(tmp_path):
     work = WorkFile(DTYPE, tmp_path / "kept")
     (tmp_path / "kept" / "notes").write_text("mine")
     work.close(done=True)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["notes"]
 
 
-def test_a_second_run_says_that_it_keeps_no_progress(files, tmp_path, monkeypatch, capsys):
+def test_second_run_reports_that_it_keeps_no_progress(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("gklx._scoring.comparison.job_folder", lambda parent, job: parent / "kept")
     first = WorkFile(DTYPE, tmp_path / "kept")
     gklx.score(*files, work_dir=tmp_path, progress=True)
@@ -124,8 +124,8 @@ def test_a_second_run_says_that_it_keeps_no_progress(files, tmp_path, monkeypatc
     first.close(done=True)
 
 
-def test_runs_of_one_job_that_end_as_others_start(tmp_path):
-    """Each has only its own records at every point of the others, and nothing is left."""
+def test_concurrent_runs_of_one_job_see_only_their_own_records(tmp_path):
+    """Runs start and end while others are in progress; no file is left."""
     failed, start = [], threading.Barrier(4)
 
     def run(number):
@@ -155,8 +155,8 @@ def test_runs_of_one_job_that_end_as_others_start(tmp_path):
 
 
 @pytest.mark.parametrize("steps", range(3))
-def test_a_folder_that_goes_at_any_step(tmp_path, monkeypatch, steps):
-    """As another run that has come to its end removes it: before the folder is opened, or the file, or locked."""
+def test_folder_removed_at_any_step_is_made_again(tmp_path, monkeypatch, steps):
+    """Another run removes it at its end: before the folder is opened, before the file is opened, or before the lock."""
     left = [steps]
 
     def going(original):
@@ -184,7 +184,7 @@ def test_a_folder_that_goes_at_any_step(tmp_path, monkeypatch, steps):
 
 
 @pytest.mark.parametrize("home", ["a file", "read-only", "none"])
-def test_a_home_that_cannot_be_written_costs_the_progress_alone(files, tmp_path, home):
+def test_unwritable_home_only_disables_the_progress(files, tmp_path, home):
     if home == "read-only" and os.geteuid() == 0:
         pytest.skip("root writes everywhere")
     environment = {key: value for key, value in os.environ.items() if key != "XDG_CACHE_HOME"}
@@ -203,7 +203,7 @@ def test_a_home_that_cannot_be_written_costs_the_progress_alone(files, tmp_path,
     assert json.loads(done.stdout)["samples"] == 40
 
 
-def test_a_cluster_of_ones_own_listens_to_this_machine_alone(files):
+def test_local_cluster_listens_on_the_loopback_interface_only(files):
     pytest.importorskip("distributed")
     program = """
 import sys, threading, time

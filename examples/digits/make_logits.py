@@ -1,7 +1,7 @@
-"""Makes the logits in this folder: a teacher and a smaller student on scikit-learn's handwritten digits.
+"""Make the logits in this folder, of a teacher and a smaller student on scikit-learn's handwritten digits.
 
-Run it as `python examples/digits/make_logits.py`; it needs scikit-learn. Both networks learn from one half of the
-images; the files hold their logits, and the labels, of the other half.
+Run it as `python examples/digits/make_logits.py`; it needs scikit-learn. Both networks are trained on one half of the
+images; the files have their logits, and the labels, of the other half.
 """
 
 import os
@@ -26,7 +26,7 @@ def logits(network: MLPClassifier, x: np.ndarray) -> np.ndarray:
 
 
 def save(name: str, x: np.ndarray) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file completely or not at all."""
     with tempfile.NamedTemporaryFile(dir=HERE, suffix=".part", delete=False) as file:
         try:
             np.save(file, x, allow_pickle=False)
@@ -40,7 +40,7 @@ def save(name: str, x: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Trains both networks, prints their accuracies and writes the three files."""
+    """Train both networks, print their accuracies and write the three files."""
     images, labels = load_digits(return_X_y=True)
     seen, held_out, seen_labels, held_out_labels = train_test_split(
         images / 16.0, labels, test_size=0.5, random_state=SEED, stratify=labels

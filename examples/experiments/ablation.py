@@ -1,9 +1,9 @@
-"""What each part of GKL does in distillation: gradient to both or not, class prior or teacher's weights, four gammas.
+"""An ablation of GKL in distillation: symmetric or one-sided, class prior or teacher's weights, four values of γ.
 
-`python examples/experiments/ablation.py` takes minutes on MNIST; the training is that of `distillation.py`. A
-variant's name says its sides ("symmetric" or "onesided"), its class weights ("prior" or "teacher") and γ. With a
-frozen teacher a one-sided wMSE gives the student no gradient: only the cross-entropy acts, whose gradient is KL's. So
-the one-sided rows are KL's to rounding, and that is the point: without symmetry the rest of GKL does nothing here.
+`python examples/experiments/ablation.py` takes minutes on MNIST; the training is that of `distillation.py`. The name of
+a variant has its sides ("symmetric" or "onesided"), its class weights ("prior" or "teacher") and γ. With a frozen
+teacher a one-sided wMSE gives the student no gradient, so that only the cross-entropy has an effect, whose gradient is
+KL's. The one-sided rows therefore equal KL's to rounding: without symmetry the other parts of GKL have no effect here.
 """
 
 from dataclasses import replace

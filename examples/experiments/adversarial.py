@@ -1,11 +1,11 @@
-"""Adversarial training with each divergence: two strengths of the attack, two optimisers.
+"""Adversarial training with each divergence, for two strengths of the attack and two optimisers.
 
-`python examples/experiments/adversarial.py` takes some eight minutes on MNIST. As in TRADES the network learns from the
-labels of the clean images, and from the divergence between its logits on attacked and on clean images; the clean ones
-are the teacher, and the gradient goes to both. The attack in training is PGD on the same divergence; "none" trains on
-clean images alone. Robust accuracy is measured by attacks that the training did not use: PGD from several starts on the
-cross-entropy and on the margin, where an image counts only if it withstands all of them. With the Adversarial
-Robustness Toolbox installed those that do are attacked by Square too.
+`python examples/experiments/adversarial.py` takes about eight minutes on MNIST. As in TRADES, the loss is the
+cross-entropy of clean images plus the divergence between the logits of attacked and of clean images; the clean logits
+are the teacher, and both get a gradient. The attack in training is PGD on the same divergence; "none" trains on clean
+images alone. Robust accuracy is measured by attacks that the training did not use: PGD from several starts on the
+cross-entropy and on the margin, all of which an image must withstand. With the Adversarial Robustness Toolbox
+installed, the images that do are also attacked by Square.
 """
 
 import functools
@@ -21,41 +21,41 @@ from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Weights, divergence
 from pieces.networks import build
-from pieces.training import accuracy, augment, device, held_out, logits_of, optimizer, schedule, tensors
+from pieces.training import accuracy, augment, device, held_out, logits_of, make_optimizer, schedule, tensors
 
-EVALUATION_SEED = 0  # the seed of the evaluation: the images and the attack's starts are the same for every network
+EVALUATION_SEED = 0  # every network is evaluated on the same images and starts of the attack
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one condition."""
+    """The settings of one condition."""
 
     epsilon: float = 0.2
-    """How far the attack may move a pixel, of [0, 1], in training and in evaluation."""
+    """The largest change of a pixel in [0, 1] by the attack, in training and in evaluation."""
     size: int = 2000
-    """Images to learn from."""
+    """The number of images to train on."""
     data: str = "mnist"
     root: str | None = None
     network: tuple[int, ...] = (8,)
     attack_steps: int = 4
-    """Of the attack in training; each goes epsilon / 4."""
+    """Steps of the attack in training, of size epsilon / 4."""
     epochs: int = 10
     batch: int = 128
     optimizer: str = "sgd"
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     warmup_epochs: int = 4
-    """Epsilon and the divergence's weight grow linearly over so many epochs."""
+    """The epochs over which epsilon and the divergence's weight grow linearly."""
     shift: int = 0
-    """Images are moved by up to so many pixels in training."""
+    """The largest shift of an image in training, in pixels."""
     mirror: bool = False
-    """Half of the images are mirrored in training."""
+    """Whether half of the images are mirrored in training."""
     weights: Weights = Weights(  # noqa: RUF009 - frozen
         kl_weight=6.0, mse_weight=20.0, ce_weight=4.0, gamma=1.0, weight_temperature=4.0
     )
-    """GKL's as published for CIFAR; KL's is TRADES'."""
+    """GKL's weights are those published for CIFAR, KL's that of TRADES."""
     evaluated: int = 500
-    """Held-out images that are attacked in the evaluation."""
+    """The number of held-out images that are attacked in the evaluation."""
     evaluation_steps: int = 20
     restarts: int = 3
     square_queries: int = 200
@@ -63,12 +63,12 @@ class Settings:
 
 
 def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
-    """Trains a network and measures it on the images held out."""
+    """Train a network and evaluate it on the held-out images."""
     data = load(settings.data, settings.root)
     images, labels = tensors(data, subset(data.labels, class_counts(settings.size, data.num_classes), seed))
     torch.manual_seed(seed)
     network = build(settings.network, images.shape[1:], data.num_classes).to(device()).train()
-    descent, rate = optimizer(
+    optimizer, scheduler = make_optimizer(
         settings.optimizer, network, settings.learning_rate, settings.weight_decay, settings.epochs
     )
     loss = divergence(variant, settings.weights)
@@ -77,22 +77,22 @@ def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
 
     batches = schedule(len(labels), settings.batch, settings.epochs, seed, settings.steps_limit)
     for epoch, order in enumerate(batches):
-        warmth = min((epoch + 1) / settings.warmup_epochs, 1.0)
+        warmup = min((epoch + 1) / settings.warmup_epochs, 1.0)
         for rows in order:
             x, y = augment(images[rows], settings.shift, settings.mirror, draw), labels[rows]
             if variant == "none":
                 value = nn.functional.cross_entropy(network(x), y)
             else:
                 of_batch = functools.partial(loss, labels=y, prior=prior.table)
-                attacked = attack(network, x, settings, warmth * settings.epsilon, draw, of_batch)
+                attacked = attack(network, x, settings, warmup * settings.epsilon, draw, of_batch)
                 clean = network(x)
-                value = nn.functional.cross_entropy(clean, y) + warmth * of_batch(network(attacked), clean)
+                value = nn.functional.cross_entropy(clean, y) + warmup * of_batch(network(attacked), clean)
                 prior.update(clean.detach(), y)
-            descent.zero_grad()
+            optimizer.zero_grad()
             value.backward()
-            descent.step()
+            optimizer.step()
         prior.advance()
-        rate.step()
+        scheduler.step()
     return measure(network, data, settings)
 
 
@@ -104,7 +104,7 @@ def attack(
     draw: torch.Generator,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """The images moved so that the divergence from their clean logits grows; the network's mode is put back."""
+    """Attack the images so that the divergence from their clean logits grows; restore the network's mode."""
     network.eval()
     with torch.no_grad():
         clean = network(images)
@@ -112,7 +112,7 @@ def attack(
     attacked = pgd(
         network,
         images,
-        images + 1e-3 * noise,  # where the two are equal every divergence's gradient is 0
+        images + 1e-3 * noise,  # at equal logits the gradient of every divergence is 0
         lambda logits: loss(logits, clean),
         epsilon=epsilon,
         step=epsilon / 4,
@@ -123,13 +123,13 @@ def attack(
 
 
 def measure(network: nn.Module, data: Images, settings: Settings) -> dict[str, float]:
-    """The metrics on the images held out."""
+    """The metrics on the held-out images."""
     images, labels = held_out(data)
     network.eval().requires_grad_(False)
     some = torch.from_numpy(
         subset(data.held_out_labels, class_counts(settings.evaluated, data.num_classes), EVALUATION_SEED)
     )
-    standing = withstood(
+    withstood_pgd = withstood(
         network,
         images[some],
         labels[some],
@@ -140,13 +140,13 @@ def measure(network: nn.Module, data: Images, settings: Settings) -> dict[str, f
     )
     metrics = {
         "clean": accuracy(logits_of(network, images), labels),
-        "robust": 100 * standing.double().mean().item(),
+        "robust": 100 * withstood_pgd.double().mean().item(),
     }
     if HAS_SQUARE:
-        rows = some[standing.cpu()]
-        still = 0
+        rows = some[withstood_pgd.cpu()]
+        robust_count = 0
         if len(rows):
-            still = withstood_square(
+            robust_count = withstood_square(
                 network,
                 images[rows],
                 labels[rows],
@@ -154,7 +154,7 @@ def measure(network: nn.Module, data: Images, settings: Settings) -> dict[str, f
                 queries=settings.square_queries,
                 seed=EVALUATION_SEED,
             ).sum()
-        metrics["square"] = 100 * float(still) / len(some)
+        metrics["square"] = 100 * float(robust_count) / len(some)
     return metrics
 
 

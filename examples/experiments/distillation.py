@@ -1,9 +1,9 @@
-"""Distils a larger network into a smaller one, with each divergence: balanced and long-tailed, two sizes of data.
+"""Distil a larger network into a smaller one with each divergence, on balanced and long-tailed data of two sizes.
 
-`python examples/experiments/distillation.py` takes minutes on MNIST. The student learns from the labels and, but for
-"none", from the frozen teacher, which learned from the same images. A seed fixes the images, the teacher, the
-student's start and the batches, so the variants of a seed differ in the divergence alone. "teacher" is the teacher
-itself, measured as the students are.
+`python examples/experiments/distillation.py` takes minutes on MNIST. The student is trained with the labels and, except
+in "none", with the frozen teacher, which was trained on the same images. A seed determines the images, the teacher, the
+initial student and the batches, so the variants of a seed differ only in the divergence. "teacher" is the teacher,
+evaluated like the students.
 """
 
 import functools
@@ -18,17 +18,17 @@ from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, is_rare, load, subset
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.networks import build
-from pieces.training import accuracy, augment, device, held_out, logits_of, optimizer, schedule, tensors
+from pieces.training import accuracy, augment, device, held_out, logits_of, make_optimizer, schedule, tensors
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one condition."""
+    """The settings of one condition."""
 
     size: int
-    """Images to learn from, of both networks."""
+    """The number of images to train both networks on."""
     imbalance: float = 1.0
-    """The first class's images over the last's."""
+    """The number of images of the first class divided by that of the last."""
     data: str = "mnist"
     root: str | None = None
     teacher: tuple[int, ...] = (16,)
@@ -41,21 +41,21 @@ class Settings:
     learning_rate: float = 1e-2
     weight_decay: float = 0.0
     warmup_epochs: int = 5
-    """The divergence's weight grows linearly over so many epochs."""
+    """The epochs over which the divergence's weight grows linearly."""
     shift: int = 2
-    """Images are moved by up to so many pixels in training."""
+    """The largest shift of an image in training, in pixels."""
     mirror: bool = False
-    """Half of the images are mirrored in training."""
+    """Whether half of the images are mirrored in training."""
     weights: Weights = Weights(  # noqa: RUF009 - frozen
         kl_weight=4.0, mse_weight=4.0, ce_weight=4.0, gamma=0.3, temperature=4.0, weight_temperature=4.0
     )
-    """GKL's within the published ranges for CIFAR-100. KL weighs what their cross-entropy does, which has the same
-    gradient as KL while the teacher is frozen: what IKL and GKL add is the wMSE."""
+    """GKL's weights are in the ranges published for CIFAR-100. KL's weight is that of the cross-entropy, which has KL's
+    gradient if the teacher is frozen, so that IKL and GKL add only the wMSE."""
     steps_limit: int | None = None
 
 
 def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
-    """Trains a student and measures it on the images held out."""
+    """Train a student and evaluate it on the held-out images."""
     data = load(settings.data, settings.root)
     teacher = trained_teacher(seed, settings)
     if variant == "teacher":
@@ -64,9 +64,9 @@ def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
     return measure(student, teacher, data)
 
 
-@functools.lru_cache(maxsize=1)  # the next run is most often of the same seed and condition
+@functools.lru_cache(maxsize=1)  # the next run usually has the same seed and condition
 def trained_teacher(seed: int, settings: Settings) -> nn.Module:
-    """The larger network, trained on the labels and frozen."""
+    """The larger network, trained with the labels and frozen."""
     data = load(settings.data, settings.root)
     alone = replace(settings, epochs=settings.teacher_epochs, learning_rate=settings.teacher_learning_rate)
     return fit(settings.teacher, data, seed, alone).requires_grad_(False)
@@ -80,12 +80,12 @@ def fit(
     teacher: nn.Module | None = None,
     loss: Divergence | None = None,
 ) -> nn.Module:
-    """A network trained on the labels, and on a teacher where there is one; in evaluation mode."""
+    """Train a network with the labels, and with a teacher if it is given; return it in evaluation mode."""
     counts = class_counts(settings.size, data.num_classes, settings.imbalance)
     images, labels = tensors(data, subset(data.labels, counts, seed))
     torch.manual_seed(seed)
     student = build(network, images.shape[1:], data.num_classes).to(device()).train()
-    descent, rate = optimizer(
+    optimizer, scheduler = make_optimizer(
         settings.optimizer, student, settings.learning_rate, settings.weight_decay, settings.epochs
     )
     prior = gklx.ClassPrior(data.num_classes, temperature=settings.weights.weight_temperature, like=images)
@@ -93,7 +93,7 @@ def fit(
 
     batches = schedule(len(labels), settings.batch, settings.epochs, seed, settings.steps_limit)
     for epoch, order in enumerate(batches):
-        warmth = min((epoch + 1) / settings.warmup_epochs, 1.0)
+        warmup = min((epoch + 1) / settings.warmup_epochs, 1.0)
         for rows in order:
             x, y = augment(images[rows], settings.shift, settings.mirror, draw), labels[rows]
             logits = student(x)
@@ -101,17 +101,17 @@ def fit(
             if teacher is not None and loss is not None:
                 teacher_logits = teacher(x)
                 prior.update(teacher_logits, y)
-                value = value + warmth * loss(logits, teacher_logits, y, prior.table)
-            descent.zero_grad()
+                value = value + warmup * loss(logits, teacher_logits, y, prior.table)
+            optimizer.zero_grad()
             value.backward()
-            descent.step()
+            optimizer.step()
         prior.advance()
-        rate.step()
+        scheduler.step()
     return student.eval()
 
 
 def measure(student: nn.Module, teacher: nn.Module, data: Images) -> dict[str, float]:
-    """The metrics on the images held out."""
+    """The metrics on the held-out images."""
     images, labels = held_out(data)
     logits = logits_of(student, images)
     rare = is_rare(labels, data.num_classes)

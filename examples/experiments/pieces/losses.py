@@ -1,4 +1,4 @@
-"""The divergences of the experiments by name; every one is gklx's, in whatever array library the logits are."""
+"""The divergences of the experiments by name, all computed by gklx, for logits of any array library."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ ABLATION = tuple(
     for weights in ("prior", "teacher")
     for gamma in ("0", "0.2", "0.5", "1")
 )
-"""Symmetric or not, class-wise prior or each sample's teacher, γ."""
+"""Symmetric or one-sided, class prior or the teacher's own weights, and γ."""
 
 Divergence = Callable[..., Any]
 """``(student_logits, teacher_logits, labels=None, prior=None, **rest)``; `rest` is `where` and `sample_weight`."""
@@ -22,9 +22,9 @@ Divergence = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Weights:
-    """How the divergences are weighed, in gklx's names.
+    """The weights and other hyper-parameters of the divergences, with gklx's names.
 
-    DKL takes `kl_weight` for both of its parts, so it has KL's gradients times that weight.
+    DKL takes `kl_weight` for both of its parts, so that it has the gradients of the weighted KL.
     """
 
     kl_weight: float = 1.0
@@ -36,9 +36,9 @@ class Weights:
 
 
 def divergence(name: str, weights: Weights) -> Divergence:
-    """The divergence of that name.
+    """The divergence with a name.
 
-    `labels` and `prior` go to those that weigh classes by a prior; without a prior they weigh by the teacher.
+    Divergences with a class prior use `labels` and `prior`; without a prior their class weights are the teacher's.
 
     Raises
     ------

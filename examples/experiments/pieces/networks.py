@@ -1,13 +1,13 @@
-"""The networks of the PyTorch recipes: a small one for MNIST in minutes, the wide residual one of the papers."""
+"""The networks of the PyTorch recipes: a small one for MNIST, and the wide residual network of the papers."""
 
 import torch
 from torch import nn
 
 
 def small(width: int, shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """Two strided convolutions and two linear layers; `width` scales them all.
+    """Two strided convolutions and two linear layers, whose widths are proportional to `width`.
 
-    Normalised by sample, not by batch, so the network does the same in training, in an attack and in evaluation.
+    It is normalised per sample, not per batch, so that training, attack and evaluation compute the same function.
     """
     channels, height, _ = shape
     side = (height + 3) // 4
@@ -53,13 +53,13 @@ class WideResidual(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """From images [N, channels, height, width] to logits [N, classes]."""
+        """The logits [N, classes] of images [N, channels, height, width]."""
         logits: torch.Tensor = self.head(self.groups(self.stem(images)))
         return logits
 
 
 class _Block(nn.Module):
-    """Two convolutions, each after its normalisation, and a short cut around them."""
+    """Two convolutions, each after a normalisation, and a shortcut around them."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -71,16 +71,16 @@ class _Block(nn.Module):
             nn.Conv2d(after, after, 3, padding=1, bias=False),
         )
         same = before == after and stride == 1
-        self.short_cut = None if same else nn.Conv2d(before, after, 1, stride=stride, bias=False)
+        self.shortcut = None if same else nn.Conv2d(before, after, 1, stride=stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         normalised = self.first(x)
-        around = x if self.short_cut is None else self.short_cut(normalised)
+        around = x if self.shortcut is None else self.shortcut(normalised)
         return self.body(normalised) + around
 
 
 def build(network: tuple[int, ...], shape: tuple[int, ...], num_classes: int) -> nn.Module:
-    """The network that the settings name: (width,) a small one, (depth, width) a wide residual one."""
+    """The network of the settings: (width,) is a small one, (depth, width) a wide residual one."""
     if len(network) == 1:
         return small(*network, shape, num_classes)
     return WideResidual(*network, shape, num_classes)

@@ -1,4 +1,4 @@
-"""From the results of an experiment, as they stand in its JSON file, to a Markdown table and a plot."""
+"""A Markdown table and a plot of the results in an experiment's JSON file."""
 
 import io
 import json
@@ -13,11 +13,11 @@ import altair
 from . import statistics
 
 Results = Mapping[str, Any]
-"""The JSON file's content: what was run, under which settings, and the metrics of each run."""
+"""The content of the JSON file: the experiment, its settings, and the metrics of each run."""
 
 
 def write(results: Results, directory: Path) -> list[Path]:
-    """Writes <experiment>.json, .md and .svg; all are made before the first is written."""
+    """Write <experiment>.json, .md and .svg; all are computed before the first is written."""
     name = results["experiment"]
     texts = {
         f"{name}.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
@@ -31,7 +31,7 @@ def write(results: Results, directory: Path) -> list[Path]:
 
 
 def table(results: Results) -> str:
-    """A Markdown table a condition: each variant's means, and their paired differences from the baseline."""
+    """A Markdown table for each condition: the variants' means, and their paired differences from the baseline."""
     baseline, metrics = results["baseline"], results["metrics"]
     seeds = len({run["seed"] for run in results["runs"]})
     compared = len({run["variant"] for run in results["runs"]} - {baseline})
@@ -54,16 +54,16 @@ def table(results: Results) -> str:
             cells = [variant]
             for metric in metrics:
                 values = _by_seed(results, condition, variant, metric)
-                against = _by_seed(results, condition, baseline, metric)
-                shown = values.keys() & against.keys() and variant != baseline
+                baseline_values = _by_seed(results, condition, baseline, metric)
+                shown = values.keys() & baseline_values.keys() and variant != baseline
                 cells.append(_estimate(statistics.mean(list(values.values()))) if values else "–")
-                cells.append(_difference(statistics.paired_difference(values, against)) if shown else "–")
+                cells.append(_difference(statistics.paired_difference(values, baseline_values)) if shown else "–")
             lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
 
 def plot(results: Results) -> str:
-    """An SVG picture: a row a metric, a column a condition; each seed a tick, the mean with its interval over them."""
+    """An SVG plot: a row per metric, a column per condition, a tick per seed, and the mean with its interval."""
     variants, conditions = _in_order(results, "variant"), _in_order(results, "condition")
     rows = []
     for metric, label in results["metrics"].items():
@@ -110,7 +110,7 @@ def _by_seed(results: Results, condition: str, variant: str, metric: str) -> dic
 
 
 def _digits(half_width: float) -> int:
-    """Decimals that show two digits of the interval; two where it is unknown, at most four."""
+    """The number of decimals that show two digits of the interval, at most four; two if the interval is unknown."""
     if not math.isfinite(half_width) or half_width <= 0:
         return 2
     return min(max(1 - math.floor(math.log10(half_width)), 0), 4)
@@ -136,10 +136,10 @@ def _row(cells: list[str]) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that readers find the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

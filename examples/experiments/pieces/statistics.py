@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval by Student's t; the interval of a single value is unknown, NaN to NaN."""
+    """A mean with its interval by Student's t; the interval of a single value is NaN."""
 
     mean: float
     low: float
@@ -30,7 +30,7 @@ class Estimate:
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean of one value a seed.
+    """The mean of the values, one per seed.
 
     Raises
     ------
@@ -48,9 +48,9 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(by_seed: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
-    """The mean over the seeds that both have of value − baseline.
+    """The mean of value − baseline over the seeds that both have.
 
-    What the runs of a seed share (initial network, batches, data) cancels, so this interval is the one to compare by.
+    Effects that the runs of a seed share (initial network, batches, data) cancel in it, so variants are compared by it.
 
     Raises
     ------

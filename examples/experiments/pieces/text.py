@@ -1,4 +1,4 @@
-"""English text that Python's own installation ships, as sequences of bytes."""
+"""English text from Python's own installation, as sequences of bytes."""
 
 import importlib.util
 from typing import NamedTuple
@@ -6,30 +6,30 @@ from typing import NamedTuple
 import numpy as np
 
 SPLIT_SEED = 2024
-HELD_OUT = 0.2  # of the documents
-START = 0  # the byte before the first; no text holds it
+HELD_OUT = 0.2  # the fraction of the documents
+START = 0  # stands before the first byte; no text contains it
 
 
 class Sequences(NamedTuple):
     """Pieces of documents."""
 
     before: np.ndarray
-    """[N, T], int64: the byte before each."""
+    """[N, T], int64: the byte before each byte."""
     bytes: np.ndarray
     """[N, T], int64: the bytes; 0 after a document's end."""
     counts: np.ndarray
-    """[N, T], boolean: not after the end."""
+    """[N, T], boolean: False for padding."""
 
 
 def load(length: int) -> tuple[Sequences, Sequences]:
-    """The documents to learn from and those held out, cut into sequences of `length` bytes.
+    """The documents to train on and those held out, cut into sequences of `length` bytes.
 
     The documents are the topics of Python's built-in help, some 80 chapters of the language reference.
 
     Raises
     ------
     ModuleNotFoundError
-        This Python came without them.
+        This installation of Python lacks them.
     """
     if importlib.util.find_spec("pydoc_data") is None or importlib.util.find_spec("pydoc_data.topics") is None:
         raise ModuleNotFoundError("the text is the module pydoc_data.topics of Python's help, which is not installed")
@@ -42,7 +42,7 @@ def load(length: int) -> tuple[Sequences, Sequences]:
 
 
 def cut(documents: list[bytes], length: int) -> Sequences:
-    """Each document in pieces of `length` bytes, the last of each filled up."""
+    """Cut each document into pieces of `length` bytes, the last of which is padded."""
     texts, before = [], []
     for document in documents:
         for start in range(0, len(document), length):
