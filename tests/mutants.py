@@ -178,7 +178,7 @@ _TESTS = (
     "test_right_numbers.py::test_same_fill_value_in_both_networks",
     "test_right_numbers.py::test_opposite_offsets_of_the_networks",
     "test_right_numbers.py::test_kl_is_not_negative",
-    "test_right_numbers.py::test_scales_of_the_prior",
+    "test_right_numbers.py::test_scale_of_the_prior",
     "test_score_fidelity.py::test_reverse_kl_and_low_quantiles",
     "test_blocks.py::test_blocks_give_the_results_of_the_whole_batch",
 )
