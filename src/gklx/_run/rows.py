@@ -38,6 +38,8 @@ class _Host(NamedTuple):
     address: Callable[[Array], int]
     empty: Callable[[tuple[int, ...], Any, Array], Array]
     """Of a shape and dtype, like an array."""
+    empty_like: Callable[[Array], Array]
+    """Of an array's shape and dtype, in the kernel's layout."""
     threads: Callable[[], int]
     parallel_for: Callable[[], int]
     """The address of the library's own loop over its threads; 0 where it has none."""
@@ -83,10 +85,10 @@ def evaluate(
         found = host.empty(shape, call.dtype, arrays.student)
         request.value = host.address(found)
     if student:
-        to_student = host.empty(arrays.student.shape, arrays.student.dtype, arrays.student)
+        to_student = host.empty_like(arrays.student)
         request.to_student = host.address(to_student)
     if teacher:
-        to_teacher = host.empty(arrays.teacher.shape, arrays.teacher.dtype, arrays.teacher)
+        to_teacher = host.empty_like(arrays.teacher)
         request.to_teacher = host.address(to_teacher)
     if upstream is not None:
         upstream = host.contiguous(upstream, call.dtype)
@@ -273,6 +275,7 @@ _HOSTS = {
         contiguous=_numpy_contiguous,
         address=_numpy_address,
         empty=lambda shape, dtype, _: np.empty(shape, dtype),
+        empty_like=lambda x: np.empty(x.shape, x.dtype),
         threads=cpu.threads,
         parallel_for=lambda: 0,
         finished=lambda x: x[()],
@@ -281,6 +284,7 @@ _HOSTS = {
         contiguous=_torch_contiguous,
         address=lambda x: int(x.data_ptr()),
         empty=lambda shape, dtype, like: like.new_empty(shape, dtype=dtype, requires_grad=False),
+        empty_like=lambda x: sys.modules["torch"].empty_like(x, memory_format=sys.modules["torch"].contiguous_format),
         threads=lambda: int(sys.modules["torch"].get_num_threads()),
         # A fork inherits no threads, but PyTorch's loop would wait for them.
         parallel_for=lambda: _torch_parallel_for() if os.getpid() == _PROCESS else 0,
