@@ -25,6 +25,7 @@ import pytest
 from cases import CASES, MASKS, Case
 from gklx._core.libraries import LIBRARIES, Library
 from gklx._run import cpu
+from gklx._verify.places import converted, on_host
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 
@@ -55,14 +56,7 @@ class Backend:
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         """An array of this backend; bfloat16 is made by the library, since NumPy has none."""
-        x = np.array(x)
-        if dtype is None:
-            return self.make(x)
-        if dtype in ("float32", "float64"):
-            return self.make(x.astype(dtype))
-        if dtype == "float16":
-            return self.make(x.astype(dtype))
-        return self.xp.astype(self.make(x.astype("float32")), self.xp.bfloat16)
+        return converted(np.asarray(x), dtype, self.xp, self.make)
 
     def rounded(self, x: Any, dtype: str) -> np.ndarray:
         """The values of `array(x, dtype)` in float64, as the library reads them."""
@@ -73,14 +67,7 @@ class Backend:
 
     def numpy(self, x: Any) -> np.ndarray:
         """The values of an array of this backend, as NumPy's float64."""
-        if self.library.lazy:
-            x = x.compute(scheduler="synchronous")
-            return np.asarray(x, dtype="float64")
-        if self.library.backend == "numpy":
-            return np.asarray(x, dtype="float64")
-        if not self.xp.isdtype(x.dtype, "bool"):
-            x = self.xp.astype(x, self.xp.float64)
-        return np.asarray(self.library.to_numpy(x), dtype="float64")
+        return on_host(self.library, [x])[0].astype("float64")
 
     @property
     def traced(self) -> bool:

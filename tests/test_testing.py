@@ -12,8 +12,8 @@ import pytest
 import backends
 import gklx
 from gklx._core.libraries import LIBRARIES
-from gklx._verify.calls import Arguments
 from gklx._verify.differences import differences
+from gklx._verify.places import Arguments
 from gklx._verify.ulps import farthest, units
 from gklx.testing import assert_backends_agree, assert_gradients_match
 

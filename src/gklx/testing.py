@@ -16,11 +16,10 @@ import numpy as np
 
 from ._core.checks import whole_number
 from ._core.libraries import library_of
-from ._verify.agreement import Agreement, told
-from ._verify.calls import Arguments, Results, autodiff, call
+from ._verify.agreement import Agreement
 from ._verify.differences import differences
-from ._verify.places import places
-from ._verify.ulps import DTYPES, Per, farthest, units
+from ._verify.places import Arguments, Results, call, places
+from ._verify.ulps import DTYPES, Per, compared, units
 from .losses import call_builder
 
 __all__ = ["assert_backends_agree", "assert_gradients_match"]
@@ -174,12 +173,10 @@ def assert_gradients_match(
         given = arguments.rounded("float64")
         slopes = _differences(fn, given, numbers, held, ulps, per)
         for at, x, slope in zip(numbers, _gradients(grad, given, numbers), slopes, strict=True):
-            distance = farthest(x, np.where(np.isnan(slope), x, slope), units(x, "float32", per), "float64")
-            if distance.ulps > ulps:
-                held.problems.append(
-                    f"NumPy in float64: grad by argument {at}{told(distance, 'float64', 'central differences of fn')}, "
-                    f"allowed {ulps:g} of float32"
-                )
+            name, slope = f"NumPy in float64: grad by argument {at}", np.where(np.isnan(slope), x, slope)
+            unit, source = units(x, "float32", per), "central differences of fn"
+            _, told = compared(name, x, slope, unit, "float64", ulps, source)
+            held.problems += [f"{told} of float32"] if told else []
     tried = 0
     with places(backends) as (here, _):
         for dtype in dtypes:
@@ -192,7 +189,7 @@ def assert_gradients_match(
             for place in able:
                 ways = {"grad": partial(call, place, dtype, grad, given)} if grad else {}
                 if place.library.differentiates:
-                    ways["autodiff"] = partial(autodiff, place, dtype, fn, given, numbers)
+                    ways["autodiff"] = partial(call, place, dtype, fn, given, numbers)
                 for what, way in ways.items():
                     got = held.attempt(place, dtype, what, way)
                     if got is not None:
