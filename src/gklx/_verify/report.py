@@ -27,6 +27,7 @@ _BOUNDS = (
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF])
 """Characters that XML does not allow."""
 _SUITES = {"definition": "against the definitions", "pair": "against each other", "equivalence": "KL = DKL"}
+_OF_DKL = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
 _BROKEN = "bold red"
 
 _Grid = tuple[str, Sequence[str], Sequence[Sequence[Text]]]
@@ -119,7 +120,7 @@ def as_junit(report: Report) -> str:
 
 
 def _grids(report: Report) -> Iterator[_Grid]:
-    names = [each.name for each in report.executions]
+    one = [(each.name,) for each in report.executions]
 
     def nearest(kind: str, of: tuple[str, ...], dtype: str, *whats: str) -> Check | None:
         found = (report.farthest.get((kind, of, dtype, what)) for what in whats)
@@ -135,25 +136,21 @@ def _grids(report: Report) -> Iterator[_Grid]:
     here += [(name, _NONE, _NONE, why) for name, why in report.absent.items()]
     yield "Backends", ("backend", "version", "device", ""), [[Text(each) for each in row] for row in here]
     whats, rows = ("value", "gradient", "autodiff"), []
-    for of in [(name,) for name in names]:
+    for of in one:
         for dtype in DTYPES:
             worst = nearest("definition", of, dtype, *whats)
             if worst is not None:
                 cells = (cell("definition", of, dtype, (what,)) for what in whats)
                 rows.append([Text(*of), Text(dtype), *cells, Text(worst.case)])
     yield "Farthest from the definitions", ("backend", "dtype", *whats, "nearest to its bound"), rows
-    two = [(one.name, other.name) for one, other in pairs(report.executions)]
-    groups: tuple[tuple[str, ...], ...] = (("value",), ("gradient", "autodiff"))
-    rows = [[Text(", ".join(of)), *(cell("pair", of, dtype, *groups) for dtype in DTYPES)] for of in two]
-    if rows:
-        yield "Farthest from each other: value, gradient", ("backends", *DTYPES), rows
-    groups = (("gradient", "autodiff"), ("definition",))
-    rows = [
-        [Text(name), *(cell("equivalence", (name,), dtype, *groups) for dtype in EQUIVALENT_IN)]
-        for name in ("definition", *names)
-    ]
-    title = "KL ≡ DKL: the gradients of DKL from those of KL, from the definition of KL"
-    yield title, ("backend", *EQUIVALENT_IN), rows
+    two, both = [(one.name, other.name) for one, other in pairs(report.executions)], ("gradient", "autodiff")
+    for title, kind, places, dtypes, *groups in (
+        ("Farthest from each other: value, gradient", "pair", two, DTYPES, ("value",), both),
+        (_OF_DKL, "equivalence", [("definition",), *one], EQUIVALENT_IN, both, ("definition",)),
+    ):
+        rows = [[Text(", ".join(of)), *(cell(kind, of, dtype, *groups) for dtype in dtypes)] for of in places]
+        if rows:
+            yield title, ("backends", *dtypes), rows
 
 
 def _described(execution: Execution) -> tuple[str, str, str]:
