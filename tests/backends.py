@@ -11,8 +11,6 @@ Where a library has the row kernel, each execution is a backend of its own: "tor
 on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_REQUIRED=1` says that it was installed.
 """
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import pytest
 from cases import CASES, MASKS, Case
 from gklx._core.libraries import LIBRARIES, Library
 from gklx._run import cpu
-from gklx._verify.places import converted, on_host
+from gklx._verify.places import converted, devices, on_host
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 
@@ -236,22 +234,13 @@ KERNEL_REQUIRED = os.environ.get("GKLX_KERNEL_REQUIRED") == "1"
 
 def absent(backend: str) -> str | None:
     """Why a library cannot be tested here, None if it can."""
-    module = "dask.array" if backend == "dask" else backend
+    library = BY_BACKEND[backend]
     try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{BY_BACKEND[backend].name} is not installed ({error})"
-    if backend == "cupy":
-        import cupy
-
-        try:
-            cupy.zeros(1).sum().get()
-        except Exception as error:
-            return f"no CUDA GPU that CuPy can use ({type(error).__name__})"
-    if ON_GPU and backend == "torch" and not importlib.import_module("torch").cuda.is_available():
-        return "PyTorch sees no GPU"
-    if ON_GPU and backend == "jax" and importlib.import_module("jax").default_backend() != "gpu":
-        return "JAX sees no GPU"
+        found = devices(library)
+    except ValueError as error:
+        return f"{library.name}: {error}"
+    if ON_GPU and backend in ("torch", "jax") and set(found) <= {"cpu"}:
+        return f"{library.name} sees no GPU"
     return None
 
 

@@ -95,7 +95,7 @@ def places(names: Sequence[str] | None) -> Iterator[tuple[list[Place], dict[str,
         for library in (each for each in LIBRARIES if each.backend in asked):
             name = library.backend
             try:
-                for device in _devices(library):
+                for device in devices(library):
                     name = library.backend if device in (None, "cpu") else f"{library.backend} {device}"
                     found.append(stack.enter_context(_place(library, name, device)))
             except Exception as error:  # a broken installation or driver may raise anything
@@ -117,7 +117,7 @@ def _place(library: Library, name: str, device: str | None) -> Iterator[Place]:
         yield Place(name, found, home, hardware, str(sys.modules[library.backend].__version__))
 
 
-def _devices(library: Library) -> Sequence[str | None]:
+def devices(library: Library) -> Sequence[str | None]:
     """The devices of a library by its own names, None for its only one; an absent library raises any exception."""
     if importlib.util.find_spec(library.backend) is None:
         raise ValueError("not installed")
