@@ -4,7 +4,7 @@ import array_api_compat
 import numpy as np
 
 from gklx._core.libraries import dtype_name
-from gklx._verify.ulps import compared, units
+from gklx._verify.ulps import Expected, compared, units
 
 
 def assert_close(actual, expected, backend, dtype, *, ulps, like=None, by="row", scale=0.0):
@@ -24,8 +24,8 @@ def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
     """Compares NumPy float64 values likewise, in units of `dtype`."""
     actual, expected = np.asarray(actual), np.asarray(expected, dtype="float64")
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
-    unit = units(expected, dtype, by, scale)
-    _, told = compared("the result", actual, expected, unit, dtype, ulps, may_flush=False)
+    wanted = Expected("the result", expected, dtype, units(expected, dtype, by, scale), ulps)
+    _, told = compared(actual, wanted, may_flush=False)
     assert not told, f"{told}, of {dtype}"
 
 

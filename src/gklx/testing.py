@@ -19,7 +19,7 @@ from ._core.libraries import library_of
 from ._verify.agreement import Agreement
 from ._verify.differences import differences
 from ._verify.places import Arguments, Results, call, places
-from ._verify.ulps import DTYPES, Per, compared, units
+from ._verify.ulps import DTYPES, Expected, Per, compared, units
 from .losses import call_builder
 
 __all__ = ["assert_backends_agree", "assert_gradients_match"]
@@ -175,7 +175,7 @@ def assert_gradients_match(
         for at, x, slope in zip(numbers, _gradients(grad, given, numbers), slopes, strict=True):
             name, slope = f"NumPy in float64: grad by argument {at}", np.where(np.isnan(slope), x, slope)
             unit, source = units(x, "float32", per), "central differences of fn"
-            _, told = compared(name, x, slope, unit, "float64", ulps, source)
+            _, told = compared(x, Expected(name, slope, "float64", unit, ulps, source=source))
             held.problems += [f"{told} of float32"] if told else []
     tried = 0
     with places(backends) as (here, _):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from .places import Place, Results, raised
-from .ulps import Per, compared, units
+from .ulps import Expected, Per, compared, units
 
 
 class _Held(NamedTuple):
@@ -45,18 +45,20 @@ class Agreement:
         unit_of: str | None = None,
     ) -> None:
         """Compares results with float64 arrays and names of dtypes, in units of these dtypes or of `unit_of`."""
-        where, worst = f"{place.name} in {dtype}: {what}", 0.0
-        names = _names(where, expected)
+        where = f"{place.name} in {dtype}: {what}"
         if len(got.arrays) != len(expected):
             self.problems.append(f"{where} gave {len(got.arrays)} arrays, expected {len(expected)}")
-        elif mismatch := got.mismatch(names, expected, dtypes):
+            return
+        wanted = [
+            Expected(name, x, own, self._unit(x, unit_of or own), self._ulps)
+            for name, x, own in zip(_names(where, expected), expected, dtypes, strict=True)
+        ]
+        if mismatch := got.mismatch(wanted):
             self.problems.append(mismatch)
-        else:
-            for name, x, exact, own in zip(names, got.arrays, expected, dtypes, strict=True):
-                ulps, told = compared(name, x, exact, self._unit(exact, unit_of or own), own, self._ulps)
-                worst = max(worst, ulps)
-                self.problems += [told] if told else []
-            self._held.append(_Held(place.name, dtype, what, got, worst))
+            return
+        found = [compared(x, each) for x, each in zip(got.arrays, wanted, strict=True)]
+        self.problems += [told for _, told in found if told]
+        self._held.append(_Held(place.name, dtype, what, got, max((ulps for ulps, _ in found), default=0.0)))
 
     def hold_pairs(self) -> None:
         """Compares the results with each other; they may be twice as far apart."""
@@ -86,7 +88,7 @@ class Agreement:
                 yield (
                     where,
                     [
-                        compared(name, x, y, self._unit(y, own), own, 2 * self._ulps, source)
+                        compared(x, Expected(name, y, own, self._unit(y, own), 2 * self._ulps, source=source))
                         for name, x, y, own in zip(names, one.got.arrays, other.got.arrays, one.got.dtypes, strict=True)
                     ],
                 )

@@ -27,7 +27,7 @@ from .cases import Problem, equivalents, problems
 from .definitions import exact
 from .executions import Execution, executions, pairs
 from .places import Arguments, places, raised
-from .ulps import DTYPES, HALVES, compared, units
+from .ulps import DTYPES, HALVES, Expected, compared, units
 
 EQUIVALENT_IN = ("float32", "float64")
 _BOUND, _BOUND_OF_HALF_GRADIENTS, _BOUND_OF_EQUIVALENCE = 32.0, 1.0, 16.0
@@ -112,13 +112,13 @@ def _of_problem(able: Sequence[Execution], problem: Problem, dtype: str) -> Iter
     found = {each.name: _returned(each, problem, given, dtype, expected) for each in able}
     for name, returned in found.items():
         for at, x in returned.items():
-            each = expected[at]
-            yield _check("definition", (name,), dtype, problem, each, x, each.array, each.bound)
+            yield _check("definition", (name,), dtype, problem, x, expected[at])
     for one, other in pairs(able):
         for at, x in found[one.name].items():
             y, each = found[other.name].get(at, ""), expected[at]
             if not isinstance(x, str) and not isinstance(y, str):
-                yield _check("pair", (one.name, other.name), dtype, problem, each, x, y, 2 * each.bound)
+                either = each._replace(array=y, bound=2 * each.bound)
+                yield _check("pair", (one.name, other.name), dtype, problem, x, either)
 
 
 def _of_equivalents(able: Sequence[Execution], kl: Problem, dkl: Problem, dtype: str) -> Iterator[Check]:
@@ -127,62 +127,50 @@ def _of_equivalents(able: Sequence[Execution], kl: Problem, dkl: Problem, dtype:
     expected, of_definition = (_expected(each, given, dtype) for each in (kl, dkl))
     for each, other in zip(expected, of_definition, strict=True):
         if dtype == "float64" and each.what == "gradient":
-            bound = _BOUND_OF_EQUIVALENCE
-            yield _check("equivalence", ("definition",), dtype, kl, each, other.array, each.array, bound)
+            same = each._replace(bound=_BOUND_OF_EQUIVALENCE)
+            yield _check("equivalence", ("definition",), dtype, kl, other.array, same)
     for execution in able:
         of_kl, of_dkl = (_returned(execution, each, given, dtype, expected) for each in (kl, dkl))
         for at, x in of_dkl.items():
             each = expected[at]
             if each.what != "value" and at in of_kl:
-                subject = "equivalence", (execution.name,), dtype, kl
-                yield _check(*subject, each, x, of_kl[at], _BOUND_OF_EQUIVALENCE)
+                same = each._replace(array=of_kl[at], bound=_BOUND_OF_EQUIVALENCE)
+                yield _check("equivalence", (execution.name,), dtype, kl, x, same)
                 if each.what == "gradient":
-                    yield _check(*subject, each._replace(what="definition"), x, each.array, each.bound)
+                    own = each._replace(what="definition")
+                    yield _check("equivalence", (execution.name,), dtype, kl, x, own)
 
 
-def _check(
-    kind: str, names: tuple[str, ...], dtype: str, problem: Problem, each: "_Expected", x: Any, y: Any, bound: float
-) -> Check:
-    """Compares two arrays, in units of the expected one; a sentence instead of an array says why there is none."""
-    ulps, told = math.inf, next((z for z in (x, y) if isinstance(z, str)), "")
+def _check(kind: str, names: tuple[str, ...], dtype: str, problem: Problem, x: Any, expected: Expected) -> Check:
+    """Compares two arrays; a sentence instead of an array says why there is none."""
+    ulps, told = math.inf, next((each for each in (x, expected.array) if isinstance(each, str)), "")
     if not told:
-        ulps, told = compared(each.name, x, y, each.unit, each.dtype, bound)
-    return Check(kind, names, dtype, problem.name, each.what, ulps, bound, told)
+        ulps, told = compared(x, expected)
+    return Check(kind, names, dtype, problem.name, expected.what, ulps, expected.bound, told)
 
 
 # --- calls of one problem ---------------------------------------------------------------------------------------------
-
-
-class _Expected(NamedTuple):
-    """An array that a call must return."""
-
-    name: str
-    what: str
-    array: Any
-    dtype: str
-    unit: Any
-
-    @property
-    def bound(self) -> float:
-        return _BOUND_OF_HALF_GRADIENTS if self.dtype in HALVES else _BOUND
 
 
 def _given(problem: Problem, dtype: str) -> Arguments:
     return Arguments((problem.student, problem.teacher), problem.arrays).rounded(dtype)
 
 
-def _expected(problem: Problem, given: Arguments, dtype: str) -> list[_Expected]:
+def _expected(problem: Problem, given: Arguments, dtype: str) -> list[Expected]:
     """The results of `_everything`, then those of autodiff."""
     case, wide = problem.case, "float32" if dtype in HALVES else dtype
     with np.errstate(all="ignore"):
         found = exact(case.loss, given.positional[0], given.positional[1], case.settings, given.named)
 
-    def value(name: str, x: Any) -> _Expected:
-        return _Expected(name, "value", x, wide, units(x, wide, "entry", float(problem.confident)))
+    def value(name: str, x: Any) -> Expected:
+        return Expected(name, x, wide, units(x, wide, "entry", float(problem.confident)), _BOUND, "value")
 
-    def gradients(what: str) -> list[_Expected]:
-        both = {"student": found.to_student, "teacher": found.to_teacher}
-        return [_Expected(f"gradient to the {x}", what, y, dtype, units(y, dtype, "row")) for x, y in both.items()]
+    def gradient(name: str, x: Any, what: str) -> Expected:
+        bound = _BOUND_OF_HALF_GRADIENTS if dtype in HALVES else _BOUND
+        return Expected(f"gradient to the {name}", x, dtype, units(x, dtype, "row"), bound, what)
+
+    def gradients(what: str) -> list[Expected]:
+        return [gradient("student", found.to_student, what), gradient("teacher", found.to_teacher, what)]
 
     others = {"none": value("losses", found.none), "sum": value("sum", found.sum)}
     of_call = [value("mean", found.mean), *gradients("gradient"), *(others[each] for each in problem.reductions)]
@@ -201,7 +189,7 @@ def _everything(problem: Problem) -> Callable[..., Any]:
 
 
 def _returned(
-    execution: Execution, problem: Problem, given: Arguments, dtype: str, expected: Sequence[_Expected]
+    execution: Execution, problem: Problem, given: Arguments, dtype: str, expected: Sequence[Expected]
 ) -> dict[int, Any]:
     """The arrays of both calls by their places in `expected`.
 
@@ -213,10 +201,9 @@ def _returned(
         calls.append((problem.case.call(), (0, 1)))
     for f, argnums in calls:
         places = [at for at, each in enumerate(expected) if (each.what == "autodiff") == (argnums is not None)]
-        names, _, arrays, dtypes, _ = zip(*(expected[at] for at in places), strict=True)
         try:
             got = execution.call(dtype, f, given, argnums)
-            why = got.mismatch(names, arrays, dtypes)
+            why = got.mismatch([expected[at] for at in places])
         except Exception as error:  # an error of a library is a finding, and the other checks go on
             why = raised(error)
         found |= {places[-1]: why} if why else zip(places, got.arrays, strict=True)

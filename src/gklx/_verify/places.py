@@ -14,7 +14,7 @@ import numpy as np
 from .._core.call import Array
 from .._core.libraries import LIBRARIES, Library, dtype_name, from_numpy
 from .._scoring.backend import Backend, backend
-from .ulps import HALVES
+from .ulps import HALVES, Expected
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ class Results(NamedTuple):
     arrays: list[Any]
     dtypes: list[str]
 
-    def mismatch(self, names: Sequence[str], expected: Sequence[Any], dtypes: Sequence[str]) -> str:
+    def mismatch(self, expected: Sequence[Expected]) -> str:
         """A sentence about the first result that has not the shape of the expected one or its dtype; "" for none."""
-        for name, x, dtype, y, wanted in zip(names, self.arrays, self.dtypes, expected, dtypes, strict=True):
-            if x.shape != y.shape:
-                return f"{name} has shape {list(x.shape)}, expected {list(y.shape)}"
-            if dtype != wanted:
-                return f"{name} is of {dtype}, expected {wanted}"
+        for x, dtype, each in zip(self.arrays, self.dtypes, expected, strict=True):
+            if x.shape != each.array.shape:
+                return f"{each.name} has shape {list(x.shape)}, expected {list(each.array.shape)}"
+            if dtype != each.dtype:
+                return f"{each.name} is of {dtype}, expected {each.dtype}"
         return ""
 
 

@@ -28,6 +28,21 @@ class Distance(NamedTuple):
     expected: Any
 
 
+class Expected(NamedTuple):
+    """An array that a result must be, to within a bound."""
+
+    name: str
+    """What a sentence calls the result."""
+    array: Any
+    dtype: str
+    unit: Any
+    bound: float
+    what: str = ""
+    """The quantity, as "value" or "gradient"."""
+    source: str = "expected"
+    """What a sentence calls the numbers of this array."""
+
+
 def units(expected: Any, dtype: str, per: Per, least: Any = 0.0) -> Any:
     """The unit of each entry: of the size that `per` chooses, or of `least` where that is larger."""
     size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
@@ -61,22 +76,12 @@ def farthest(actual: Any, expected: Any, unit: Any, dtype: str, *, may_flush: bo
     return Distance(float(apart[index]), index, actual[index], expected[index])
 
 
-def compared(
-    name: str,
-    actual: Any,
-    expected: Any,
-    unit: Any,
-    dtype: str,
-    bound: float,
-    source: str = "expected",
-    *,
-    may_flush: bool = True,
-) -> tuple[float, str]:
-    """The distance of two arrays and, where it is above the bound, a sentence about the entries farthest apart."""
-    distance, digits = farthest(actual, expected, unit, dtype, may_flush=may_flush), _DIGITS.get(dtype, "")
-    if distance.ulps <= bound:
+def compared(actual: Any, expected: Expected, *, may_flush: bool = True) -> tuple[float, str]:
+    """The distance of an array and, where it is above the bound, a sentence about the entries farthest apart."""
+    distance = farthest(actual, expected.array, expected.unit, expected.dtype, may_flush=may_flush)
+    if distance.ulps <= expected.bound:
         return distance.ulps, ""
-    element = f" element {list(distance.place)}" if distance.place else ""
+    digits, element = _DIGITS.get(expected.dtype, ""), f" element {list(distance.place)}" if distance.place else ""
     apart = f"{distance.ulps:.4g} ulp off" if math.isfinite(distance.ulps) else "not the same"
-    values = f"{distance.actual:{digits}}, {source} {distance.expected:{digits}}"
-    return distance.ulps, f"{name}{element} is {values}, {apart}, allowed {bound:g}"
+    values = f"{distance.actual:{digits}}, {expected.source} {distance.expected:{digits}}"
+    return distance.ulps, f"{expected.name}{element} is {values}, {apart}, allowed {expected.bound:g}"
