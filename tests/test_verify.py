@@ -25,7 +25,7 @@ from gklx._verify import cases, checks, definitions
 from gklx._verify.checks import Check, Report, verify
 from gklx._verify.executions import executions, pairs
 from gklx._verify.places import Arguments, places
-from gklx._verify.report import as_json, as_junit, as_markdown, as_table
+from gklx._verify.report import _BOUNDS, as_json, as_junit, as_markdown, as_table
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
 SET = cpu.instruction_set()
@@ -157,6 +157,14 @@ def test_definitions_against_those_of_the_tests(problem):
 def test_definitions_do_where_no_float_is_wider_than_64_bits(monkeypatch):
     monkeypatch.setattr(definitions, "_WIDE", np.float64)
     assert [check.told for check in verify(["numpy"]).broken] == []
+
+
+def test_cases_cover_the_settings_of_gkl():
+    """Its two normalisers, wMSE of one side and of both, and a prior by labels and by rows."""
+    tried = [problem.case for problem in cases.problems() if problem.case.loss == "gkl"]
+    assert {case.settings.get("normalize", "batch") for case in tried} == {"batch", "samples"}
+    assert {case.settings.get("symmetric", True) for case in tried} == {True, False}
+    assert {case.prior for case in tried} == {"", "labels", "rows"}
 
 
 def test_bounds():
@@ -448,6 +456,7 @@ def test_table(report, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         text = as_table(report)
         assert "…" not in text
+        assert _BOUNDS in text.splitlines()  # not broken into lines that a terminal breaks once more
         flat = " ".join(text.split())
         assert "all within their bounds; the gradients of KL and DKL are the same" in flat
         for title in ("Backends", "Farthest from the definitions", "KL ≡ DKL"):
