@@ -96,14 +96,11 @@ def assert_backends_agree(
         for dtype in dtypes:
             given = arguments.rounded(dtype)
             expected = _on_numpy("fn", fn, given)
-            own: list[str] = []
+            own: Sequence[str] = ()
             for place in here:
                 if dtype in place.library.dtypes:
                     tried += 1
-                    got = held.attempt(place, dtype, "the result", partial(call, place, dtype, fn, given))
-                    if got is not None:
-                        own = own or (got.dtypes if len(got.dtypes) == len(expected) else [])
-                        held.hold(place, dtype, "the result", got, expected, own or got.dtypes)
+                    own = held.hold(place, dtype, "the result", partial(call, place, dtype, fn, given), expected, own)
     if not tried:
         raise ValueError(f"dtypes must be some that the backends support, got {', '.join(dtypes)}")
     held.settle()
@@ -191,11 +188,8 @@ def assert_gradients_match(
                 if place.library.differentiates:
                     ways["autodiff"] = partial(call, place, dtype, fn, given, numbers)
                 for what, way in ways.items():
-                    got = held.attempt(place, dtype, what, way)
-                    if got is not None:
-                        if grad is None:
-                            got = _where_known(got, expected)
-                        held.hold(place, dtype, what, got, expected, [dtype] * len(numbers), unit_of)
+                    f = way if grad else partial(_where_known, way, expected)
+                    held.hold(place, dtype, what, f, expected, [dtype] * len(numbers), unit_of)
     if not tried:
         raise ValueError(
             "grad must be given where no backend differentiates: torch or jax, "
@@ -251,8 +245,9 @@ def _differences(
     return found
 
 
-def _where_known(got: Results, expected: Sequence[Any]) -> Results:
-    """The results, with NaN where there are no differences to compare with."""
+def _where_known(f: Callable[[], Results], expected: Sequence[Any]) -> Results:
+    """The results of a call, with NaN where there are no differences to compare with."""
+    got = f()
     pairs = zip(got.arrays, expected, strict=True)
     return got._replace(arrays=[np.where(np.isnan(y), np.nan, x).astype(x.dtype) for x, y in pairs])
 

@@ -25,40 +25,42 @@ class Agreement:
         self._held: list[_Held] = []
         self._cause: Exception | None = None
 
-    def attempt(self, place: Place, dtype: str, what: str, f: Callable[[], Results]) -> Results | None:
-        """The result of a call; None where it raises, which is recorded as a problem of that place."""
-        try:
-            return f()
-        except Exception as error:
-            self._cause = self._cause or error
-            self.problems.append(f"{place.name} in {dtype}: {what} {raised(error)}")
-            return None
-
     def hold(
         self,
         place: Place,
         dtype: str,
         what: str,
-        got: Results,
+        f: Callable[[], Results],
         expected: Sequence[Any],
-        dtypes: Sequence[str],
+        dtypes: Sequence[str] = (),
         unit_of: str | None = None,
-    ) -> None:
-        """Compares results with float64 arrays and names of dtypes, in units of these dtypes or of `unit_of`."""
+    ) -> Sequence[str]:
+        """Compares the results of a call with float64 arrays, in units of their dtypes or of `unit_of`.
+
+        Returns the dtypes that they must have: `dtypes`, or where none are given those that they have.
+        """
         where = f"{place.name} in {dtype}: {what}"
+        try:
+            got = f()
+        except Exception as error:
+            self._cause = self._cause or error
+            self.problems.append(f"{where} {raised(error)}")
+            return dtypes
         if len(got.arrays) != len(expected):
             self.problems.append(f"{where} gave {len(got.arrays)} arrays, expected {len(expected)}")
-            return
+            return dtypes
+        dtypes = dtypes or got.dtypes
         wanted = [
             Expected(name, x, own, self._unit(x, unit_of or own), self._ulps)
             for name, x, own in zip(_names(where, expected), expected, dtypes, strict=True)
         ]
         if mismatch := got.mismatch(wanted):
             self.problems.append(mismatch)
-            return
+            return dtypes
         found = [compared(x, each) for x, each in zip(got.arrays, wanted, strict=True)]
         self.problems += [told for _, told in found if told]
         self._held.append(_Held(place.name, dtype, what, got, max((ulps for ulps, _ in found), default=0.0)))
+        return dtypes
 
     def hold_pairs(self) -> None:
         """Compares the results with each other; they may be twice as far apart."""
@@ -85,13 +87,12 @@ class Agreement:
             if (one.dtype, one.what) == (other.dtype, other.what):
                 where, source = f"{one.place} and {other.place} in {one.dtype}", f"that of {other.place}"
                 names = _names(f"{where}: {one.what}", one.got.arrays)
-                yield (
-                    where,
-                    [
-                        compared(x, Expected(name, y, own, self._unit(y, own), 2 * self._ulps, source=source))
-                        for name, x, y, own in zip(names, one.got.arrays, other.got.arrays, one.got.dtypes, strict=True)
-                    ],
+                results = zip(names, one.got.arrays, other.got.arrays, one.got.dtypes, strict=True)
+                found = (
+                    compared(x, Expected(name, y, own, self._unit(y, own), 2 * self._ulps, source=source))
+                    for name, x, y, own in results
                 )
+                yield where, list(found)
 
     def _unit(self, expected: Any, dtype: str) -> Any:
         return units(expected, dtype, self._per) if expected.dtype.kind == "f" else 1.0
