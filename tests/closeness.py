@@ -26,7 +26,7 @@ def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     wanted = Expected("the result", expected, dtype, units(expected, dtype, by, scale), ulps)
     _, told = compared(actual, wanted, may_flush=False)
-    assert not told, f"{told}, of {dtype}"
+    assert not told, f"{told}, in units in the last place of {dtype}"
 
 
 def ulps_of(dtype):
