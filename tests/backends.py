@@ -12,8 +12,6 @@ Where a library has the row kernel, each execution is a backend of its own: "tor
 on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_REQUIRED=1` says that it was installed.
 """
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import pytest
 from cases import CASES, MASKS, Case
 from gklx._core.libraries import LIBRARIES, Library
 from gklx._run import cpu
+from gklx._verify.places import converted, devices, on_host
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
 
@@ -56,14 +55,7 @@ class Backend:
 
     def array(self, x: Any, dtype: str | None = None) -> Any:
         """An array of this backend; bfloat16 is made by the library, since NumPy has none."""
-        x = np.array(x)
-        if dtype is None:
-            return self.make(x)
-        if dtype in ("float32", "float64"):
-            return self.make(x.astype(dtype))
-        if dtype == "float16":
-            return self.make(x.astype(dtype))
-        return self.xp.astype(self.make(x.astype("float32")), self.xp.bfloat16)
+        return converted(np.asarray(x), dtype, self.xp, self.make)
 
     def rounded(self, x: Any, dtype: str) -> np.ndarray:
         """The values of `array(x, dtype)` in float64, as the library reads them."""
@@ -74,14 +66,7 @@ class Backend:
 
     def numpy(self, x: Any) -> np.ndarray:
         """The values of an array of this backend, as NumPy's float64."""
-        if self.library.lazy:
-            x = x.compute(scheduler="synchronous")
-            return np.asarray(x, dtype="float64")
-        if self.library.backend == "numpy":
-            return np.asarray(x, dtype="float64")
-        if not self.xp.isdtype(x.dtype, "bool"):
-            x = self.xp.astype(x, self.xp.float64)
-        return np.asarray(self.library.to_numpy(x), dtype="float64")
+        return on_host(self.library, [x])[0].astype("float64")
 
     @property
     def traced(self) -> bool:
@@ -251,22 +236,13 @@ KERNEL_REQUIRED = os.environ.get("GKLX_KERNEL_REQUIRED") == "1"
 
 def absent(backend: str) -> str | None:
     """Why a library cannot be tested here, None if it can."""
-    module = "dask.array" if backend == "dask" else backend
+    library = BY_BACKEND[backend]
     try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{BY_BACKEND[backend].name} is not installed ({error})"
-    if backend == "cupy":
-        import cupy
-
-        try:
-            cupy.zeros(1).sum().get()
-        except Exception as error:
-            return f"no CUDA GPU that CuPy can use ({type(error).__name__})"
-    if ON_GPU and backend == "torch" and not importlib.import_module("torch").cuda.is_available():
-        return "PyTorch sees no GPU"
-    if ON_GPU and backend == "jax" and importlib.import_module("jax").default_backend() != "gpu":
-        return "JAX sees no GPU"
+        found = devices(library)
+    except ValueError as error:
+        return f"{library.name}: {error}"
+    if ON_GPU and backend in ("torch", "jax") and set(found) <= {"cpu"}:
+        return f"{library.name} sees no GPU"
     return None
 
 

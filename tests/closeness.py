@@ -4,9 +4,7 @@ import array_api_compat
 import numpy as np
 
 from gklx._core.libraries import dtype_name
-
-_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-_SMALLEST = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}  # normal
+from gklx._verify.ulps import Expected, compared, units
 
 
 def assert_close(actual, expected, backend, dtype, *, ulps, like=None, by="row", scale=0.0):
@@ -26,19 +24,9 @@ def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
     """Compares NumPy float64 values likewise, in units of `dtype`."""
     actual, expected = np.asarray(actual), np.asarray(expected, dtype="float64")
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
-    finite = np.isfinite(expected)
-    same = np.isnan(expected) == np.isnan(actual)
-    same &= np.isinf(expected) == np.isinf(actual)
-    same &= ~np.isinf(expected) | (np.sign(expected) == np.sign(actual))
-    assert same.all(), f"NaN or infinities differ:\n{actual}\nexpected\n{expected}"
-    error = np.where(finite, np.abs(np.where(finite, actual, 0) - np.where(finite, expected, 0)), 0.0)
-    size = np.where(finite, np.abs(np.where(finite, expected, 0)), 0.0)
-    if by == "row" and size.ndim:
-        size = size.max(axis=-1, keepdims=True, initial=0.0)
-    size = np.maximum(size, np.maximum(scale, _SMALLEST[dtype]))
-    unit = np.exp2(np.floor(np.log2(size))) * _EPS[dtype]
-    worst = (error / unit).max(initial=0.0)
-    assert worst <= ulps, f"off by {worst:.3g} units in the last place of {dtype}, allowed {ulps}"
+    wanted = Expected("the result", expected, dtype, units(expected, dtype, by, scale), ulps)
+    _, told = compared(actual, wanted, may_flush=False)
+    assert not told, f"{told}, in units in the last place of {dtype}"
 
 
 def ulps_of(dtype):

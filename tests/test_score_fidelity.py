@@ -14,7 +14,7 @@ from gklx._cli import main
 from gklx._run.dispatch import sample_losses
 from gklx._scoring import memory, statistics
 from gklx._scoring.gates import parsed_gate
-from gklx._scoring.overlap import overlaps
+from gklx._scoring.samples import overlaps
 from gklx.losses import call_builder
 
 N, C = 600, 40

@@ -12,8 +12,8 @@ import pytest
 import backends
 import gklx
 from gklx._core.libraries import LIBRARIES
-from gklx._verify.calls import Arguments
 from gklx._verify.differences import differences
+from gklx._verify.places import Arguments
 from gklx._verify.ulps import farthest, units
 from gklx.testing import assert_backends_agree, assert_gradients_match
 
@@ -106,6 +106,14 @@ def test_below_the_smallest_normal_number_all_is_0_but_in_float16():
     assert ulps([1e-310], [0.0], "float64") == 0.0
 
 
+def test_where_nothing_may_be_flushed_the_smallest_numbers_count():
+    smallest = 2.0**-149
+    x, y = np.asarray([3 * smallest]), np.asarray([smallest])
+    unit = units(y, "float32", "entry")
+    assert farthest(x, y, unit, "float32").ulps == 0.0
+    assert farthest(x, y, unit, "float32", may_flush=False).ulps == 2.0
+
+
 # --- assert_backends_agree --------------------------------------------------------------------------------------------
 
 
@@ -176,6 +184,19 @@ def test_a_backend_that_raises_is_told_and_does_not_hide_the_others(other, monke
     assert lines[0] == f"{other} in float32: the result raised RuntimeError: no exponentials today"
     assert lines[2].startswith("the result in float32, ulp from NumPy in float64: numpy ")
     assert isinstance(excinfo.value.__cause__, RuntimeError)
+
+
+def test_an_error_of_several_lines_is_told_in_one():
+    backends.needs("array_api_strict")
+
+    def broken(x):
+        if not isinstance(x, np.ndarray):
+            raise RuntimeError("no\n  exponentials\ntoday")
+        return x
+
+    with pytest.raises(AssertionError) as excinfo:
+        assert_backends_agree(broken, X, backends=["array_api_strict"], dtypes=["float32"])
+    assert message(excinfo) == ["array_api_strict in float32: the result raised RuntimeError: no exponentials today"]
 
 
 def test_results_of_another_library_shape_number_or_dtype(other):

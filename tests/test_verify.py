@@ -22,25 +22,22 @@ from gklx._cli.verify import add_to
 from gklx._core.libraries import LIBRARIES, library_of
 from gklx._run import cpu
 from gklx._verify import cases, checks, definitions
-from gklx._verify.calls import Arguments
-from gklx._verify.checks import Check
+from gklx._verify.checks import Check, Report, verify
 from gklx._verify.executions import executions, pairs
-from gklx._verify.junit import as_junit
-from gklx._verify.places import places
-from gklx._verify.report import as_json, as_markdown, as_table
-from gklx._verify.verify import Report, verify
+from gklx._verify.places import Arguments, places
+from gklx._verify.report import _BOUNDS, as_json, as_junit, as_markdown, as_table
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
 SET = cpu.instruction_set()
-FEW = ("kl T=2.5", "gkl gamma=0.5 -inf", "gkl prior gamma=0.3")
+FEW = ("kl-T", "gkl-prior absent", "gkl-prior")
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Some of the cases: all of them take seconds in JAX and Dask."""
-    some = [case for case in cases.cases() if case.name in FEW]
+    some = [problem for problem in cases.problems() if problem.name in FEW]
     assert len(some) == len(FEW)
-    monkeypatch.setattr(checks, "cases", lambda: iter(some))
+    monkeypatch.setattr(checks, "problems", lambda: iter(some))
     monkeypatch.setattr(checks, "equivalents", lambda: itertools.islice(cases.equivalents(), 1))
     monkeypatch.setattr(checks, "DTYPES", ("float16", "float32"))
     monkeypatch.setattr(checks, "EQUIVALENT_IN", ("float32",))
@@ -132,25 +129,25 @@ def test_a_library_is_within_its_bounds(other, few):
 
 
 def test_cases_cover_losses_masks_and_extremes():
-    names = [case.name for case in cases.cases()]
+    names = [problem.name for problem in cases.problems()]
     assert len(set(names)) == len(names)
     for loss in ("kl", "dkl", "ikl", "gkl"):
-        for mask in ("where", "sample_weight", "-inf"):
+        for mask in ("classes", "elements", "samples", "absent"):
             assert any(name.startswith(loss) and name.endswith(mask) for name in names), (loss, mask)
-    assert len({case.student.shape for case in cases.cases()}) == 1
-    for one, other in zip(cases.cases(), cases.cases(), strict=True):
+    assert len({problem.student.shape for problem in cases.problems()}) == 1
+    for one, other in zip(cases.problems(), cases.problems(), strict=True):
         assert str(one) == str(other)
 
 
-@pytest.mark.parametrize("case", list(cases.cases()), ids=lambda case: case.name)
-def test_definitions_against_those_of_the_tests(case):
+@pytest.mark.parametrize("problem", list(cases.problems()), ids=lambda problem: problem.name)
+def test_definitions_against_those_of_the_tests(problem):
     """Two that were written apart; at extremes the tests' own are good for a few digits less."""
     with np.errstate(all="ignore"):
-        found = definitions.exact(case.loss, case.student, case.teacher, case.settings, case.arrays)
-        arguments = (case.loss, case.student, case.teacher)
-        value, to_s, to_t = oracle.evaluate(*arguments, **case.settings, **case.arrays)
-        entries, *_ = oracle.evaluate(*arguments, **case.settings, **case.arrays, reduction="none")
-        total, *_ = oracle.evaluate(*arguments, **case.settings, **case.arrays, reduction="sum")
+        case, arguments = problem.case, (problem.case.loss, problem.student, problem.teacher)
+        found = definitions.exact(*arguments, case.settings, problem.arrays)
+        value, to_s, to_t = oracle.evaluate(*arguments, **case.settings, **problem.arrays)
+        entries, *_ = oracle.evaluate(*arguments, **case.settings, **problem.arrays, reduction="none")
+        total, *_ = oracle.evaluate(*arguments, **case.settings, **problem.arrays, reduction="sum")
     for x, y in ((found.mean, value), (found.none, entries), (found.sum, total)):
         np.testing.assert_allclose(x, y, rtol=1e-14)
     for x, y in ((found.to_student, to_s), (found.to_teacher, to_t)):
@@ -162,15 +159,23 @@ def test_definitions_do_where_no_float_is_wider_than_64_bits(monkeypatch):
     assert [check.told for check in verify(["numpy"]).broken] == []
 
 
+def test_cases_cover_the_settings_of_gkl():
+    """Its two normalisers, wMSE of one side and of both, and a prior by labels and by rows."""
+    tried = [problem.case for problem in cases.problems() if problem.case.loss == "gkl"]
+    assert {case.settings.get("normalize", "batch") for case in tried} == {"batch", "samples"}
+    assert {case.settings.get("symmetric", True) for case in tried} == {True, False}
+    assert {case.prior for case in tried} == {"", "labels", "rows"}
+
+
 def test_bounds():
-    case, *_, confident = (case for case in cases.cases() if case.name in ("kl", "kl scale 30"))
-    given = Arguments((case.student, case.teacher), {})
+    plain, confident = (problem for problem in cases.problems() if problem.name in ("kl", "kl scale 30"))
+    given = Arguments((plain.student, plain.teacher), {})
     for dtype, gradients in (("float16", 1), ("bfloat16", 1), ("float32", 32), ("float64", 32)):
-        of_call, of_autodiff = checks._expected(case, given.rounded(dtype), dtype)
-        assert {each.bound for each in of_call if each.what == "value"} == {32}
-        of_confident, _ = checks._expected(confident, Arguments((case.student, case.teacher), {}), dtype)
+        expected = checks._expected(plain, given.rounded(dtype), dtype)
+        assert {each.bound for each in expected if each.what == "value"} == {32}
+        of_confident = checks._expected(confident, given, dtype)
         assert min(np.min(each.unit) for each in of_confident if each.what == "value") in (2.0**-23, 2.0**-52)
-        assert {each.bound for each in (*of_call, *of_autodiff) if each.what != "value"} == {gradients}
+        assert {each.bound for each in expected if each.what != "value"} == {gradients}
 
 
 # --- planted faults ---------------------------------------------------------------------------------------------------
@@ -202,20 +207,20 @@ def test_a_wrong_exponential_turns_it_red(other, few, monkeypatch):
     assert status == 1
     failed = [case for case in ET.fromstring(text.encode()).iter("testcase") if case.find("failure") is not None]
     names = {(case.get("classname"), case.get("name")) for case in failed}
-    assert (f"gklx.verify.definition.{formulas}", "float32 gkl prior gamma=0.3") in names
+    assert (f"gklx.verify.definition.{formulas}", "float32 gkl-prior") in names
     assert (f"gklx.verify.pair.numpy (formulas)-{formulas}", "float32") in names
     assert not [name for name in names if name[0].startswith("gklx.verify.definition.numpy")]
     (failure,) = (
         case.find("failure")
         for case in failed
-        if case.get("classname") == f"gklx.verify.definition.{formulas}" and case.get("name") == "float32 kl T=2.5"
+        if case.get("classname") == f"gklx.verify.definition.{formulas}" and case.get("name") == "float32 kl-T"
     )
     assert re.match(
-        rf"{other} \(formulas\), float32, kl T=2\.5, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, "
+        rf"{other} \(formulas\), float32, kl-T, value: mean is \S+, expected \S+, [\d.e+]+ ulp off, "
         r"allowed 32 and \d+ more$",
         failure.get("message"),
     )
-    assert f"{formulas}, float32, kl T=2.5, gradient: gradient to the teacher element [" in failure.text
+    assert f"{formulas}, float32, kl-T, gradient: gradient to the teacher element [" in failure.text
 
 
 def test_a_wrong_exponential_of_numpy_is_numpys(few, here, monkeypatch):
@@ -344,7 +349,7 @@ def test_another_dtype_is_a_fault(few, monkeypatch):
     true = gklx._autodiff.value
     monkeypatch.setattr(gklx._autodiff, "value", lambda problem: true(problem).astype("float64"))
     told = {check.told for check in verify(["numpy"]).broken}
-    assert told == {"losses is float64 [6], expected float32 [6]"}
+    assert told == {"losses is of float64, expected float32"}
 
 
 def test_gradients_of_dkl_that_are_not_those_of_kl(few, monkeypatch):
@@ -451,6 +456,7 @@ def test_table(report, monkeypatch):
         monkeypatch.setenv("COLUMNS", columns)
         text = as_table(report)
         assert "…" not in text
+        assert _BOUNDS in text.splitlines()  # not broken into lines that a terminal breaks once more
         flat = " ".join(text.split())
         assert "all within their bounds; the gradients of KL and DKL are the same" in flat
         for title in ("Backends", "Farthest from the definitions", "KL ≡ DKL"):

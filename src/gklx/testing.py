@@ -16,11 +16,10 @@ import numpy as np
 
 from ._core.checks import whole_number
 from ._core.libraries import library_of
-from ._verify.agreement import Agreement, told
-from ._verify.calls import Arguments, Results, autodiff, call
+from ._verify.agreement import Agreement
 from ._verify.differences import differences
-from ._verify.places import places
-from ._verify.ulps import DTYPES, Per, farthest, units
+from ._verify.places import Arguments, Results, call, places
+from ._verify.ulps import DTYPES, Expected, Per, compared, units
 from .losses import call_builder
 
 __all__ = ["assert_backends_agree", "assert_gradients_match"]
@@ -97,14 +96,11 @@ def assert_backends_agree(
         for dtype in dtypes:
             given = arguments.rounded(dtype)
             expected = _on_numpy("fn", fn, given)
-            own: list[str] = []
+            own: Sequence[str] = ()
             for place in here:
                 if dtype in place.library.dtypes:
                     tried += 1
-                    got = held.attempt(place, dtype, "the result", partial(call, place, dtype, fn, given))
-                    if got is not None:
-                        own = own or (got.dtypes if len(got.dtypes) == len(expected) else [])
-                        held.hold(place, dtype, "the result", got, expected, own or got.dtypes)
+                    own = held.hold(place, dtype, "the result", partial(call, place, dtype, fn, given), expected, own)
     if not tried:
         raise ValueError(f"dtypes must be some that the backends support, got {', '.join(dtypes)}")
     held.settle()
@@ -174,12 +170,10 @@ def assert_gradients_match(
         given = arguments.rounded("float64")
         slopes = _differences(fn, given, numbers, held, ulps, per)
         for at, x, slope in zip(numbers, _gradients(grad, given, numbers), slopes, strict=True):
-            distance = farthest(x, np.where(np.isnan(slope), x, slope), units(x, "float32", per), "float64")
-            if distance.ulps > ulps:
-                held.problems.append(
-                    f"NumPy in float64: grad by argument {at}{told(distance, 'float64', 'central differences of fn')}, "
-                    f"allowed {ulps:g} of float32"
-                )
+            name, slope = f"NumPy in float64: grad by argument {at}", np.where(np.isnan(slope), x, slope)
+            unit, source = units(x, "float32", per), "central differences of fn"
+            _, told = compared(x, Expected(name, slope, "float64", unit, ulps, source=source))
+            held.problems += [f"{told} of float32"] if told else []
     tried = 0
     with places(backends) as (here, _):
         for dtype in dtypes:
@@ -192,13 +186,10 @@ def assert_gradients_match(
             for place in able:
                 ways = {"grad": partial(call, place, dtype, grad, given)} if grad else {}
                 if place.library.differentiates:
-                    ways["autodiff"] = partial(autodiff, place, dtype, fn, given, numbers)
+                    ways["autodiff"] = partial(call, place, dtype, fn, given, numbers)
                 for what, way in ways.items():
-                    got = held.attempt(place, dtype, what, way)
-                    if got is not None:
-                        if grad is None:
-                            got = _where_known(got, expected)
-                        held.hold(place, dtype, what, got, expected, [dtype] * len(numbers), unit_of)
+                    f = way if grad else partial(_where_known, way, expected)
+                    held.hold(place, dtype, what, f, expected, [dtype] * len(numbers), unit_of)
     if not tried:
         raise ValueError(
             "grad must be given where no backend differentiates: torch or jax, "
@@ -254,8 +245,9 @@ def _differences(
     return found
 
 
-def _where_known(got: Results, expected: Sequence[Any]) -> Results:
-    """The results, with NaN where there are no differences to compare with."""
+def _where_known(f: Callable[[], Results], expected: Sequence[Any]) -> Results:
+    """The results of a call, with NaN where there are no differences to compare with."""
+    got = f()
     pairs = zip(got.arrays, expected, strict=True)
     return got._replace(arrays=[np.where(np.isnan(y), np.nan, x).astype(x.dtype) for x, y in pairs])
 

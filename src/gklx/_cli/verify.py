@@ -59,9 +59,8 @@ def add_to(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
-    from .._verify.junit import as_junit
-    from .._verify.report import as_json, as_markdown, as_table
-    from .._verify.verify import verify
+    from .._verify.checks import verify
+    from .._verify.report import as_json, as_junit, as_markdown, as_table
 
     report = verify(arguments.backend)
     writers = {"table": as_table, "json": as_json, "junit": as_junit, "markdown": as_markdown}

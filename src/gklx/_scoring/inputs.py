@@ -1,18 +1,22 @@
 """The inputs of a run, cut into chunks of rows: files and arrays of known length, or an iterable of batches."""
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from .._core.libraries import library_of
-from .arrays import label_rows, logits_rows, mask_rows
-from .file_formats.rows import Rows, Stamp
+import numpy as np
+
+from .._core.libraries import dtype_name, library_of
+from .file_formats.rows import Room, Rows, Stamp
 from .files import carried_targets, check_together, is_of_llama, open_labels, open_logits, open_mask
 
 _MOST_CLASSES = 2**31 - 1
 """The largest number of classes: a record stores a class in 32 bits."""
 _TARGETS_AT_ONCE = 2**18
+_LOGITS = ("float16", "bfloat16", "float32", "float64")
 
 
 class Chunk(NamedTuple):
@@ -127,7 +131,7 @@ class Whole:
         )
         self.like = getattr(students[0], "array", None)
         self.classes = shape[-1]
-        self.samples: int | None = _product(shape[:-1])
+        self.samples: int | None = math.prod(shape[:-1])
         self.labelled, self.targeted, self.masked = (x is not None for x in (labels, targets, mask))
         self.candidates = candidates
         of_tool = is_of_llama(teacher)
@@ -209,10 +213,10 @@ class Batches:
     def _chunk(self, batch: Any, first: int) -> Chunk:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise TypeError(f"a batch must be (student, teacher) or (student, teacher, labels), got {_kind(batch)}")
-        student, teacher = logits_rows("student", batch[0]), logits_rows("teacher", batch[1])
-        labels = label_rows("labels", batch[2]) if len(batch) == 3 and batch[2] is not None else None
+        student, teacher = _array_of_logits("student", batch[0]), _array_of_logits("teacher", batch[1])
+        labels = _array_of_labels("labels", batch[2]) if len(batch) == 3 and batch[2] is not None else None
         check_together(student, teacher, labels)
-        return Chunk((student,), teacher, labels, None, None, 0, _product(student.shape[:-1]), first)
+        return Chunk((student,), teacher, labels, None, None, 0, math.prod(student.shape[:-1]), first)
 
 
 class _Zipped:
@@ -224,6 +228,73 @@ class _Zipped:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return zip(*self._each, strict=True)
+
+
+# --- files and arrays as rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArrayRows:
+    """An array as rows. A read returns an array of the same library, or NumPy's for Dask."""
+
+    name: str
+    array: Any
+    axes: int
+    """The number of trailing axes in a row: 1 for logits, 0 for labels."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> str:
+        """The array's dtype by name."""
+        return dtype_name(self.array.dtype)
+
+    def read(self, start: int, stop: int, room: Room | None = None) -> Any:
+        """Rows of the flattened leading axes: labels as int64 on the host, halves as float32.
+
+        With a `room`, NumPy's float16 and bfloat16 are not widened.
+        """
+        x = self.array
+        library = library_of(x)
+        assert library is not None
+        if x.ndim > 1 + self.axes:
+            if library.backend == "numpy":
+                x = x[np.unravel_index(np.arange(start, stop), self.shape[: x.ndim - self.axes])]
+            else:
+                x = library.namespace().reshape(x, (-1, *self.shape[x.ndim - self.axes :]))[start:stop, ...]
+        else:
+            x = x[start:stop, ...]
+        x = library.constant(x)
+        if self.axes == 0:
+            return np.asarray(library.to_numpy(x)).astype(np.int64)
+        if library.lazy:
+            x = library.to_numpy(x)
+        stays = room is not None and isinstance(x, np.ndarray) and x.dtype.isnative
+        if self.dtype in ("float16", "bfloat16") and not stays:
+            xp = library.namespace() if not library.lazy else np
+            x = xp.astype(x, xp.float32)
+        return x
+
+    @property
+    def stamps(self) -> tuple[Stamp, ...]:
+        """None: an array has no files."""
+        return ()
+
+    @property
+    def held_bytes(self) -> int:
+        """0: reading an array needs no memory beyond it."""
+        return 0
+
+
+def _of_array(name: str, x: Any, axes: int) -> ArrayRows:
+    if library_of(x) is None:
+        raise TypeError(
+            f"{name} must be a path, an array of a known library or batches of them, got {type(x).__name__}"
+        )
+    return ArrayRows(name, x, axes)
 
 
 def _is_batches(x: Any) -> bool:
@@ -240,15 +311,41 @@ def _is_path(x: Any) -> bool:
 
 
 def _logits(name: str, x: Any) -> Rows:
-    return open_logits(x) if _is_path(x) else logits_rows(name, x)
+    return open_logits(x) if _is_path(x) else _array_of_logits(name, x)
 
 
 def _labels(name: str, x: Any) -> Rows:
-    return open_labels(x) if _is_path(x) else label_rows(name, x)
+    return open_labels(x) if _is_path(x) else _array_of_labels(name, x)
 
 
 def _mask(name: str, x: Any) -> Rows:
-    return open_mask(x) if _is_path(x) else mask_rows(name, x)
+    return open_mask(x) if _is_path(x) else _array_of_mask(name, x)
+
+
+def _array_of_logits(name: str, x: Any) -> ArrayRows:
+    """Checks an array of logits [..., C]; TypeError or ValueError where it is none."""
+    found = _of_array(name, x, 1)
+    if found.dtype not in _LOGITS:
+        raise TypeError(f"{name} must be floating logits, got {found.dtype}")
+    if len(found.shape) < 2:
+        raise ValueError(f"{name} must have shape [samples, classes] or more axes, got {list(found.shape)}")
+    return found
+
+
+def _array_of_labels(name: str, x: Any) -> ArrayRows:
+    """Checks an array of labels [...]; TypeError where it is none."""
+    found = _of_array(name, x, 0)
+    if not found.dtype.startswith(("int", "uint")):
+        raise TypeError(f"{name} must be integer labels, got {found.dtype}")
+    return found
+
+
+def _array_of_mask(name: str, x: Any) -> ArrayRows:
+    """Checks an array that masks samples [...]; TypeError where it is none."""
+    found = _of_array(name, x, 0)
+    if not found.dtype.startswith(("bool", "int", "uint")):
+        raise TypeError(f"{name} must be booleans, or integers 0 and 1, got {found.dtype}")
+    return found
 
 
 def _carried(rows: tuple[Rows, ...]) -> Rows | None:
@@ -272,13 +369,6 @@ def _carried(rows: tuple[Rows, ...]) -> Rows | None:
 
 def _computed_in(*rows: Rows) -> str:
     return "float64" if any(x.dtype == "float64" for x in rows) else "float32"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    found = 1
-    for size in shape:
-        found *= size
-    return found
 
 
 def _kind(x: Any) -> str:

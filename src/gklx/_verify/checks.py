@@ -1,4 +1,4 @@
-"""Runs the cases in every execution, and compares the results with the definitions and with each other.
+"""`gklx verify`: compares the results of every execution with the definitions, and with each other.
 
 The bounds, in units in the last place (ulp), follow from how the package computes; its tests hold the same ones.
 
@@ -13,23 +13,22 @@ Where the softmax of a row is so peaked that its normaliser rounds to 1, the err
 small the loss is. So for logits of scale 30 the unit of a value is at least the unit of 1.
 """
 
-import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..transforms import grad, value_and_grad
-from .agreement import told
-from .calls import Arguments, Results
-from .cases import Case, cases, equivalents
-from .definitions import Exact, exact
-from .executions import Execution, pairs
-from .ulps import DTYPES, farthest, units
+from ..transforms import value_and_grad
+from .cases import Problem, equivalents, problems
+from .definitions import exact
+from .executions import Execution, executions, pairs
+from .places import Arguments, places, raised
+from .ulps import DTYPES, HALVES, Expected, compared, units
 
-_HALVES = ("float16", "bfloat16")
 EQUIVALENT_IN = ("float32", "float64")
 _BOUND, _BOUND_OF_HALF_GRADIENTS, _BOUND_OF_EQUIVALENCE = 32.0, 1.0, 16.0
 
@@ -54,161 +53,158 @@ class Check(NamedTuple):
         """Whether the distance is above the bound."""
         return not self.ulps <= self.bound
 
-
-class _Expected(NamedTuple):
-    """An array that a call must return."""
-
-    name: str
-    what: str
-    array: Any
-    dtype: str
-    unit: Any
-
     @property
-    def bound(self) -> float:
-        return _BOUND_OF_HALF_GRADIENTS if self.dtype in _HALVES else _BOUND
+    def share(self) -> float:
+        """The distance as a share of the bound."""
+        return self.ulps / self.bound
 
 
-class _Subject(NamedTuple):
-    """What is compared: the first fields of a `Check`."""
+@dataclass(frozen=True)
+class Report:
+    """The findings."""
 
-    kind: str
-    places: tuple[str, ...]
-    dtype: str
-    case: str
+    executions: list[Execution]
+    absent: dict[str, str]
+    """Why a library or a device is not here."""
+    checks: list[Check]
+    seconds: float
 
-    def compared(self, each: _Expected, x: Any, y: Any, bound: float) -> Check:
-        """Compares two arrays, in units of the expected one."""
-        distance = farthest(x, y, each.unit, each.dtype)
-        broken = not distance.ulps <= bound
-        words = f"{each.name}{told(distance, each.dtype)}, allowed {bound:g}" if broken else ""
-        return Check(*self, each.what, distance.ulps, bound, words)
+    @cached_property
+    def broken(self) -> list[Check]:
+        """The checks whose bound is broken."""
+        return [check for check in self.checks if check.broken]
 
-    def failed(self, each: _Expected, bound: float, why: str) -> Check:
-        """The check of a call that returned no arrays to compare."""
-        return Check(*self, each.what, math.inf, bound, why)
+    @cached_property
+    def farthest(self) -> dict[tuple[str, tuple[str, ...], str, str], Check]:
+        """For each kind, places, dtype and quantity the check that is nearest to its bound, or farthest beyond it."""
+        found: dict[tuple[str, tuple[str, ...], str, str], Check] = {}
+        for check in self.checks:
+            key = (check.kind, check.places, check.dtype, check.what)
+            found[key] = max(found.get(key, check), check, key=lambda each: each.share)
+        return found
 
 
-def run(executions: Sequence[Execution]) -> list[Check]:
-    """All checks."""
-    found: list[Check] = []
+def verify(names: Sequence[str] | None) -> Report:
+    """Checks the libraries and devices of these names, or all that are here; ValueError where one is not."""
+    start = time.monotonic()
+    with places(names) as (here, absent):
+        found = executions(here)
+        return Report(found, absent, run(found), time.monotonic() - start)
+
+
+def run(found: Sequence[Execution]) -> list[Check]:
+    """All checks of these executions."""
+    checks: list[Check] = []
     for dtype in DTYPES:
-        able = [each for each in executions if each.takes(dtype)]
-        for case in cases():
-            if case.halves or dtype not in _HALVES:
-                found += _of_case(able, case, dtype)
+        able = [each for each in found if each.takes(dtype)]
+        for problem in problems():
+            if problem.halves or dtype not in HALVES:
+                checks += _of_problem(able, problem, dtype)
         for kl, dkl in equivalents() if dtype in EQUIVALENT_IN else ():
-            found += _of_equivalents(able, kl, dkl, dtype)
-    return found
+            checks += _of_equivalents(able, kl, dkl, dtype)
+    return checks
 
 
-def _of_case(executions: Sequence[Execution], case: Case, dtype: str) -> Iterator[Check]:
+def _of_problem(able: Sequence[Execution], problem: Problem, dtype: str) -> Iterator[Check]:
     """Compares every execution with the definition, and some with each other."""
-    given = Arguments((case.student, case.teacher), case.arrays).rounded(dtype)
-    of_call, of_autodiff = _expected(case, given, dtype)
-    found: dict[str, list[tuple[_Expected, Any]]] = {each.name: [] for each in executions}
-    for execution in executions:
-        subject = _Subject("definition", (execution.name,), dtype, case.name)
-        ways = [(of_call, partial(execution.call, dtype, _everything(case), given))]
-        if case.full and execution.differentiates:
-            ways.append((of_autodiff, partial(execution.autodiff, dtype, case.call(), given)))
-        for expected, way in ways:
-            got = _attempted(way, expected)
-            if isinstance(got, str):
-                yield subject.failed(expected[-1], expected[-1].bound, got)
-                continue
-            for each, x in zip(expected, got, strict=True):
-                yield subject.compared(each, x, each.array, each.bound)
-            found[execution.name] += zip(expected, got, strict=True)
-    for one, other in pairs(executions):
-        subject = _Subject("pair", (one.name, other.name), dtype, case.name)
-        for (each, x), (same, y) in itertools.product(found[one.name], found[other.name]):
-            if each is same:
-                yield subject.compared(each, x, y, 2 * each.bound)
+    given = _given(problem, dtype)
+    expected = _expected(problem, given, dtype)
+    found = {each.name: _returned(each, problem, given, dtype, expected) for each in able}
+    for name, returned in found.items():
+        for at, x in returned.items():
+            yield _check("definition", (name,), dtype, problem, x, expected[at])
+    for one, other in pairs(able):
+        for at, x in found[one.name].items():
+            y, each = found[other.name].get(at, ""), expected[at]
+            if not isinstance(x, str) and not isinstance(y, str):
+                either = each._replace(array=y, bound=2 * each.bound)
+                yield _check("pair", (one.name, other.name), dtype, problem, x, either)
 
 
-def _of_equivalents(executions: Sequence[Execution], kl: Case, dkl: Case, dtype: str) -> Iterator[Check]:
+def _of_equivalents(able: Sequence[Execution], kl: Problem, dkl: Problem, dtype: str) -> Iterator[Check]:
     """Compares the gradients of DKL with those of KL: by the definitions, then in every execution."""
-    given = Arguments((kl.student, kl.teacher), kl.arrays).rounded(dtype)
-    of_kl, of_dkl = (_defined(case, given) for case in (kl, dkl))
-    if dtype == "float64":
-        subject = _Subject("equivalence", ("definition",), dtype, kl.name)
-        for each, x in zip(_gradients("gradient", of_kl, dtype), (of_dkl.to_student, of_dkl.to_teacher), strict=True):
-            yield subject.compared(each, x, each.array, _BOUND_OF_EQUIVALENCE)
-    for execution in executions:
-        subject = _Subject("equivalence", (execution.name,), dtype, kl.name)
-        ways = {"gradient": partial(execution.call, dtype, _gradients_of(kl, dkl), given)}
-        if execution.differentiates:
-            ways["autodiff"] = partial(_autodiff_of, execution, dtype, (kl, dkl), given)
-        for what, way in ways.items():
-            expected = _gradients(what, of_kl, dtype)
-            got = _attempted(way, 2 * expected)
-            if isinstance(got, str):
-                yield subject.failed(expected[-1], _BOUND_OF_EQUIVALENCE, got)
-                continue
-            for each, x, y in zip(expected, got[2:], got[:2], strict=True):
-                yield subject.compared(each, x, y, _BOUND_OF_EQUIVALENCE)
-                if what == "gradient":
-                    yield subject.compared(each._replace(what="definition"), x, each.array, each.bound)
+    given = _given(kl, dtype)
+    expected, of_definition = (_expected(each, given, dtype) for each in (kl, dkl))
+    for each, other in zip(expected, of_definition, strict=True):
+        if dtype == "float64" and each.what == "gradient":
+            same = each._replace(bound=_BOUND_OF_EQUIVALENCE)
+            yield _check("equivalence", ("definition",), dtype, kl, other.array, same)
+    for execution in able:
+        of_kl, of_dkl = (_returned(execution, each, given, dtype, expected) for each in (kl, dkl))
+        for at, x in of_dkl.items():
+            each = expected[at]
+            if each.what != "value" and at in of_kl:
+                same = each._replace(array=of_kl[at], bound=_BOUND_OF_EQUIVALENCE)
+                yield _check("equivalence", (execution.name,), dtype, kl, x, same)
+                if each.what == "gradient":
+                    own = each._replace(what="definition")
+                    yield _check("equivalence", (execution.name,), dtype, kl, x, own)
 
 
-# --- one call ---------------------------------------------------------------------------------------------------------
+def _check(kind: str, names: tuple[str, ...], dtype: str, problem: Problem, x: Any, expected: Expected) -> Check:
+    """Compares two arrays; a sentence instead of an array says why there is none."""
+    ulps, told = math.inf, next((each for each in (x, expected.array) if isinstance(each, str)), "")
+    if not told:
+        ulps, told = compared(x, expected)
+    return Check(kind, names, dtype, problem.name, expected.what, ulps, expected.bound, told)
 
 
-def _everything(case: Case) -> Callable[..., Any]:
-    """A function that returns the mean with its gradients, the losses of the samples, and their sum."""
-    others = ("none", "sum") if case.full else ("none",)
-
-    def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
-        mean, gradients = value_and_grad(case.call(), (0, 1))(*logits, **arrays)
-        return mean, *gradients, *(case.call(reduction=each)(*logits, **arrays) for each in others)
-
-    return of
+# --- calls of one problem ---------------------------------------------------------------------------------------------
 
 
-def _gradients_of(*cases_: Case) -> Callable[..., Any]:
-    def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
-        return tuple(x for case in cases_ for x in grad(case.call(), (0, 1))(*logits, **arrays))
-
-    return of
+def _given(problem: Problem, dtype: str) -> Arguments:
+    return Arguments((problem.student, problem.teacher), problem.arrays).rounded(dtype)
 
 
-def _autodiff_of(execution: Execution, dtype: str, cases_: Sequence[Case], given: Arguments) -> Results:
-    found = [execution.autodiff(dtype, case.call(), given) for case in cases_]
-    return Results([x for each in found for x in each.arrays], [name for each in found for name in each.dtypes])
-
-
-def _expected(case: Case, given: Arguments, dtype: str) -> tuple[list[_Expected], list[_Expected]]:
-    """The expected results of `_everything` and of autodiff."""
-    defined = _defined(case, given)
-    wide = "float32" if dtype in _HALVES else dtype
-    mean, none, total = (
-        _Expected(name, "value", x, wide, units(x, wide, "entry", float(case.confident)))
-        for name, x in (("mean", defined.mean), ("losses", defined.none), ("sum", defined.sum))
-    )
-    gradients, of_autodiff = (_gradients(what, defined, dtype) for what in ("gradient", "autodiff"))
-    return [mean, *gradients, none, *([total] if case.full else [])], of_autodiff
-
-
-def _defined(case: Case, given: Arguments) -> Exact:
+def _expected(problem: Problem, given: Arguments, dtype: str) -> list[Expected]:
+    """The results of `_everything`, then those of autodiff."""
+    case, wide = problem.case, "float32" if dtype in HALVES else dtype
     with np.errstate(all="ignore"):
-        return exact(case.loss, given.positional[0], given.positional[1], case.settings, given.named)
+        found = exact(case.loss, given.positional[0], given.positional[1], case.settings, given.named)
+
+    def value(name: str, x: Any) -> Expected:
+        return Expected(name, x, wide, units(x, wide, "entry", float(problem.confident)), _BOUND, "value")
+
+    def gradient(name: str, x: Any, what: str) -> Expected:
+        bound = _BOUND_OF_HALF_GRADIENTS if dtype in HALVES else _BOUND
+        return Expected(f"gradient to the {name}", x, dtype, units(x, dtype, "row"), bound, what)
+
+    def gradients(what: str) -> list[Expected]:
+        return [gradient("student", found.to_student, what), gradient("teacher", found.to_teacher, what)]
+
+    others = {"none": value("losses", found.none), "sum": value("sum", found.sum)}
+    of_call = [value("mean", found.mean), *gradients("gradient"), *(others[each] for each in problem.reductions)]
+    return [*of_call, *(gradients("autodiff") if problem.autodiff else ())]
 
 
-def _gradients(what: str, defined: Exact, dtype: str) -> list[_Expected]:
-    return [
-        _Expected(f"gradient to the {name}", what, x, dtype, units(x, dtype, "row"))
-        for name, x in (("student", defined.to_student), ("teacher", defined.to_teacher))
-    ]
+def _everything(problem: Problem) -> Callable[..., Any]:
+    """A function that returns the mean with its gradients, and the loss under the other reductions."""
+    call = problem.case.call
+
+    def of(*logits: Any, **arrays: Any) -> tuple[Any, ...]:
+        mean, gradients = value_and_grad(call(), (0, 1))(*logits, **arrays)
+        return mean, *gradients, *(call(reduction=each)(*logits, **arrays) for each in problem.reductions)
+
+    return of
 
 
-def _attempted(way: Callable[[], Results], expected: Sequence[_Expected]) -> list[Any] | str:
-    """The arrays that a call returns, or why they cannot be compared: it raises, or their shape or dtype is wrong."""
-    try:
-        got = way()
-    except Exception as error:  # an error of a library is a finding, and the other checks go on
-        return f"raised {type(error).__name__}: {' '.join(str(error).split())}"
-    for x, dtype, each in zip(got.arrays, got.dtypes, expected, strict=True):
-        if (dtype, x.shape) != (each.dtype, each.array.shape):
-            return f"{each.name} is {dtype} {list(x.shape)}, expected {each.dtype} {list(each.array.shape)}"
-    return got.arrays
+def _returned(
+    execution: Execution, problem: Problem, given: Arguments, dtype: str, expected: Sequence[Expected]
+) -> dict[int, Any]:
+    """The arrays of both calls by their places in `expected`.
+
+    Where a call raises, or returns another shape or dtype, a sentence says so in place of its last array.
+    """
+    found: dict[int, Any] = {}
+    calls: list[tuple[Callable[..., Any], tuple[int, ...] | None]] = [(_everything(problem), None)]
+    if problem.autodiff and execution.place.library.differentiates:
+        calls.append((problem.case.call(), (0, 1)))
+    for f, argnums in calls:
+        places = [at for at, each in enumerate(expected) if (each.what == "autodiff") == (argnums is not None)]
+        try:
+            got = execution.call(dtype, f, given, argnums)
+            why = got.mismatch([expected[at] for at in places])
+        except Exception as error:  # an error of a library is a finding, and the other checks go on
+            why = raised(error)
+        found |= {places[-1]: why} if why else zip(places, got.arrays, strict=True)
+    return found

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .calls import Arguments
+from .places import Arguments
 
 _LEVELS = 18
 _ENOUGH = 2.0**-36  # relative to the largest derivative

@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 
 from .._run import cpu, dispatch
 from ..losses import call_builder, kl
-from .calls import Arguments, Results, autodiff, call
-from .places import Place
+from .places import Arguments, Place, Results, call
 from .ulps import DTYPES
 
 
@@ -31,27 +30,16 @@ class Execution:
     dtypes: tuple[str, ...] = DTYPES
     """The dtypes in which it is tried, if the library has them."""
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether the library has autodiff."""
-        return self.place.library.differentiates
-
     def takes(self, dtype: str) -> bool:
         """Whether it is tried in this dtype."""
         return dtype in self.dtypes and dtype in self.place.library.dtypes
 
-    def call(self, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
-        """The results of a function."""
-        with self._running():
-            return call(self.place, dtype, self.compiled(f), arguments)
-
-    def autodiff(self, dtype: str, f: Callable[..., Any], arguments: Arguments) -> Results:
-        """The gradients to student and teacher of a function that returns one number, by the library's own autodiff."""
-        with self._running():
-            return autodiff(self.place, dtype, self.compiled(f), arguments, (0, 1))
-
-    def _running(self) -> AbstractContextManager[None]:
-        return _formulas_alone() if self.kernel is None else nullcontext()
+    def call(
+        self, dtype: str, f: Callable[..., Any], arguments: Arguments, argnums: Sequence[int] | None = None
+    ) -> Results:
+        """The results of a function, or by autodiff its gradients by the arguments `argnums`."""
+        with _formulas_alone() if self.kernel is None else nullcontext():
+            return call(self.place, dtype, self.compiled(f), arguments, argnums)
 
 
 def executions(places: Sequence[Place]) -> list[Execution]:
@@ -61,31 +49,25 @@ def executions(places: Sequence[Place]) -> list[Execution]:
 
 def pairs(found: Sequence[Execution]) -> list[tuple[Execution, Execution]]:
     """The pairs that are compared: kernel and formulas of a place, and the formulas of any two places."""
-    return [(one, other) for one, other in itertools.combinations(found, 2) if _is_compared(one, other)]
-
-
-def _is_compared(one: Execution, other: Execution) -> bool:
-    formulas = (one.kernel, other.kernel).count(None)
-    return formulas == (1 if one.place is other.place else 2)
+    return [
+        (one, other)
+        for one, other in itertools.combinations(found, 2)
+        if (one.kernel, other.kernel).count(None) == (1 if one.place is other.place else 2)
+    ]
 
 
 def _at(place: Place) -> Iterator[Execution]:
-    backend, on_cpu = place.library.backend, None if place.on_gpu else cpu.instruction_set()
-    kernel = _kernel(place)
+    logits = place.array(np.zeros((1, 2)), "float32")
+    kernel = dispatch.kernel_of(call_builder(kl)(logits, logits))
+    on_cpu = None if place.backend.on_gpu else cpu.instruction_set()
     if kernel is not None:
         yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
-    if backend == "torch" and on_cpu is not None:
+    if place.library.backend == "torch" and on_cpu is not None:
         # The compiler takes a second for each program, so only one dtype is tried.
         yield Execution(f"torch.compile (kernel: {on_cpu})", place, on_cpu, _torch_compiled, ("float32",))
-    if backend == "jax" and kernel is not None:
+    if place.library.backend == "jax" and kernel is not None:
         yield Execution(f"jax.jit (kernel: {kernel})", place, kernel, sys.modules["jax"].jit)
     yield Execution(f"{place.name} (formulas)", place, None)
-
-
-def _kernel(place: Place) -> str | None:
-    """The execution of an eager call at a place."""
-    logits = place.array(np.zeros((1, 2)), "float32")
-    return dispatch.kernel_of(call_builder(kl)(logits, logits))
 
 
 @contextmanager
