@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -216,6 +217,7 @@ class MutantRunner:
 
     @staticmethod
     def _first_failure(session: pytest.Session, apply: Callable[[], None]) -> int:
+        warnings.simplefilter("ignore")  # the marks of tests that ignore one are not applied here
         try:
             apply()
             for item, after in zip(session.items, [*session.items[1:], None], strict=True):

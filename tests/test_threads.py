@@ -138,7 +138,8 @@ def test_results_do_not_depend_on_the_number_of_threads(threads_of_calls, monkey
 
 def on_threads_of_pytorch(count):
     """The bytes of value and gradients of a batch that is large enough for so many threads."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     s, t = np.random.default_rng(0).standard_normal((2, 4001, 100))
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -151,8 +152,10 @@ def on_threads_of_pytorch(count):
 
 def test_pytorch_runs_the_kernel_on_its_own_threads(monkeypatch):
     """Bit for bit as on one thread."""
+    backends.needs("torch")
     backends.run_on("kernel", "torch", monkeypatch)
-    torch = pytest.importorskip("torch")
+    import torch
+
     loops, run = [], cpu.run
     monkeypatch.setattr(cpu, "run", lambda request: loops.append(bool(request.parallel_for)) or run(request))
     of_one, of_two, of_three = map(on_threads_of_pytorch, (1, 2, 3))
@@ -163,6 +166,7 @@ def test_pytorch_runs_the_kernel_on_its_own_threads(monkeypatch):
 
 def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
     """A loop that fails has done nothing."""
+    backends.needs("torch")
     backends.run_on("kernel", "torch", monkeypatch)
     expected, asked = on_threads_of_pytorch(1), []
 
@@ -180,6 +184,7 @@ def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_fork_of_pytorch_computes_on_threads_of_its_own(monkeypatch):
     """PyTorch's own loop would wait forever for the threads of the parent."""
+    backends.needs("torch")
     backends.run_on("kernel", "torch", monkeypatch)
     program = """
 import os
