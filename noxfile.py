@@ -31,9 +31,9 @@ LIBRARIES = {
 }
 # The libraries whose sessions measure coverage, as `together` does. In the others it costs minutes for a few lines.
 MEASURED = ("numpy", "torch", "jax")
-# Of a parametrised test's cases NumPy's session runs all, the other sessions one in three; `exhaustive` runs all of
-# them, every night.
-SAMPLED = {"GKLX_SAMPLE": "3"}
+# NumPy's session on the first of these Pythons runs all cases of a parametrised test. The sessions of other Pythons and
+# libraries, and `oldest`, run one in so many; `exhaustive` runs all cases of the other libraries, every night.
+ONE_IN = "3"
 # Which tests the session of a library runs, by their marks.
 OF_ONE_LIBRARY = "not cuda_kernels and not evidence and not side_by_side"
 NOT_NUMPYS = "not library_independent and not numpy_alone"
@@ -124,7 +124,9 @@ def _pytest(
     measured_as: str = "",
 ) -> None:
     # The wheel has the row kernel: a test that needs it fails without it.
-    environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1", **(SAMPLED if sampled else {})}
+    environment = {"GKLX_BACKENDS": backends, "GKLX_KERNEL_REQUIRED": "1"}
+    if sampled and not session.posargs:  # they may name a case that is not in the sample
+        environment["GKLX_SAMPLE"] = ONE_IN
     if "jax" in backends and not optimized:
         environment |= _unoptimized(session.bin)
     # Two processes, several sessions and the next run share what JAX has compiled.
