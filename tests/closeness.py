@@ -25,8 +25,8 @@ def assert_near(actual, expected, dtype, *, ulps, by="row", scale=0.0):
     actual, expected = np.asarray(actual), np.asarray(expected, dtype="float64")
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     wanted = Expected("the result", expected, dtype, units(expected, dtype, by, scale), ulps)
-    _, told = compared(actual, wanted, may_flush=False)
-    assert not told, f"{told}, in units in the last place of {dtype}"
+    _, message = compared(actual, wanted, may_flush=False)
+    assert not message, f"{message}, in units in the last place of {dtype}"
 
 
 def ulps_of(dtype):

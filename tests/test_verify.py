@@ -99,7 +99,7 @@ def quick_names(here):
 
 
 def test_numpy_and_pytorch_are_within_every_bound(report, here):
-    assert [check.told for check in report.broken] == []
+    assert [check.message for check in report.broken] == []
     assert [each.name for each in report.executions] == quick_names(here)
     seen = {(check.kind, check.places, check.dtype, check.what) for check in report.checks}
     for each in report.executions:
@@ -116,7 +116,7 @@ def test_numpy_and_pytorch_are_within_every_bound(report, here):
 
 def test_a_library_is_within_its_bounds(other, few):
     found = verify(["numpy", other])
-    assert [check.told for check in found.broken] == []
+    assert [check.message for check in found.broken] == []
     assert [each.name for each in found.executions] == names_of("numpy") + names_of(other)
     for kind in ("definition", "equivalence"):
         assert {check.places[0] for check in found.checks if check.kind == kind} >= {
@@ -156,7 +156,7 @@ def test_definitions_against_those_of_the_tests(problem):
 
 def test_definitions_do_where_no_float_is_wider_than_64_bits(monkeypatch):
     monkeypatch.setattr(definitions, "_WIDE", np.float64)
-    assert [check.told for check in verify(["numpy"]).broken] == []
+    assert [check.message for check in verify(["numpy"]).broken] == []
 
 
 def test_cases_cover_the_settings_of_gkl():
@@ -323,7 +323,7 @@ def test_a_sign_in_the_gradient_of_one_library(few, monkeypatch, of):
     broken = [check for check in found.broken if check.kind == "definition"]
     names = names_of("torch") if of == "analytic" else [name for name in names_of("torch") if "compile" not in name]
     assert {(*check.places, check.what) for check in broken} == {(name, what) for name in names}
-    assert all("gradient to the teacher" in check.told for check in broken)
+    assert all("gradient to the teacher" in check.message for check in broken)
 
 
 def test_a_library_that_raises_is_a_broken_case_and_not_the_end(other, few, monkeypatch):
@@ -334,7 +334,7 @@ def test_a_library_that_raises_is_a_broken_case_and_not_the_end(other, few, monk
     found = verify(["numpy", other])
     # The kernel needs no sum; the derivative of a program of JAX may.
     assert {f"{other} (formulas)"} <= blamed(found) <= set(names_of(other))
-    assert {check.told for check in found.broken} == {"raised RuntimeError: no \x1b[31msums"}
+    assert {check.message for check in found.broken} == {"raised RuntimeError: no \x1b[31msums"}
     assert any(check.places == ("numpy (formulas)",) for check in found.checks)
     failures = ET.fromstring(as_junit(found).encode()).iter("failure")
     assert all("raised RuntimeError: no [31msums" in each.get("message") for each in failures)
@@ -348,8 +348,8 @@ def test_another_dtype_is_a_fault(few, monkeypatch):
 
     true = gklx._autodiff.value
     monkeypatch.setattr(gklx._autodiff, "value", lambda problem: true(problem).astype("float64"))
-    told = {check.told for check in verify(["numpy"]).broken}
-    assert told == {"losses is of float64, expected float32"}
+    messages = {check.message for check in verify(["numpy"]).broken}
+    assert messages == {"losses is of float64, expected float32"}
 
 
 def test_gradients_of_dkl_that_are_not_those_of_kl(few, monkeypatch):

@@ -90,7 +90,7 @@ def assert_backends_agree(
     """
     arguments = _arguments(arrays, kwargs)
     _check_options(dtypes, ulps, per)
-    held = Agreement("NumPy in float64", ulps=ulps, per=per)
+    agreement = Agreement("NumPy in float64", ulps=ulps, per=per)
     tried = 0
     with places(backends) as (here, _):
         for dtype in dtypes:
@@ -100,10 +100,12 @@ def assert_backends_agree(
             for place in here:
                 if dtype in place.library.dtypes:
                     tried += 1
-                    own = held.hold(place, dtype, "the result", partial(call, place, dtype, fn, given), expected, own)
+                    own = agreement.compare(
+                        place, dtype, "the result", partial(call, place, dtype, fn, given), expected, own
+                    )
     if not tried:
         raise ValueError(f"dtypes must be some that the backends support, got {', '.join(dtypes)}")
-    held.settle()
+    agreement.raise_problems()
 
 
 def assert_gradients_match(
@@ -165,15 +167,15 @@ def assert_gradients_match(
     _check_options(dtypes, ulps, per)
     numbers = _argnums(argnums, arrays)
     _check_grad(fn, grad, arguments, numbers, stops_gradients)
-    held = Agreement("central differences" if grad is None else "grad on NumPy in float64", ulps=ulps, per=per)
+    agreement = Agreement("central differences" if grad is None else "grad on NumPy in float64", ulps=ulps, per=per)
     if grad is not None and not stops_gradients:
         given = arguments.rounded("float64")
-        slopes = _differences(fn, given, numbers, held, ulps, per)
+        slopes = _differences(fn, given, numbers, agreement, ulps, per)
         for at, x, slope in zip(numbers, _gradients(grad, given, numbers), slopes, strict=True):
             name, slope = f"NumPy in float64: grad by argument {at}", np.where(np.isnan(slope), x, slope)
             unit, source = units(x, "float32", per), "central differences of fn"
-            _, told = compared(x, Expected(name, slope, "float64", unit, ulps, source=source))
-            held.problems += [f"{told} of float32"] if told else []
+            _, message = compared(x, Expected(name, slope, "float64", unit, ulps, source=source))
+            agreement.problems += [f"{message} of float32"] if message else []
     tried = 0
     with places(backends) as (here, _):
         for dtype in dtypes:
@@ -181,7 +183,9 @@ def assert_gradients_match(
             if not able:
                 continue
             tried, given = tried + 1, arguments.rounded(dtype)
-            expected = _gradients(grad, given, numbers) if grad else _differences(fn, given, numbers, held, ulps, per)
+            expected = (
+                _gradients(grad, given, numbers) if grad else _differences(fn, given, numbers, agreement, ulps, per)
+            )
             unit_of = "float32" if grad is None and dtype == "float64" else dtype
             for place in able:
                 ways = {"grad": partial(call, place, dtype, grad, given)} if grad else {}
@@ -189,15 +193,15 @@ def assert_gradients_match(
                     ways["autodiff"] = partial(call, place, dtype, fn, given, numbers)
                 for what, way in ways.items():
                     f = way if grad else partial(_where_known, way, expected)
-                    held.hold(place, dtype, what, f, expected, [dtype] * len(numbers), unit_of)
+                    agreement.compare(place, dtype, what, f, expected, [dtype] * len(numbers), unit_of)
     if not tried:
         raise ValueError(
             "grad must be given where no backend differentiates: torch or jax, "
             f"got {'neither' if backends is None else ', '.join(backends)} in {', '.join(dtypes)}"
         )
     if grad is None:
-        held.hold_pairs()
-    held.settle("" if stops_gradients else _HINT)
+        agreement.compare_pairs()
+    agreement.raise_problems("" if stops_gradients else _HINT)
 
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def _gradients(grad: Callable[..., Any], given: Arguments, numbers: Sequence[int
 
 
 def _differences(
-    fn: Callable[..., Any], given: Arguments, numbers: Sequence[int], held: Agreement, ulps: float, per: Per
+    fn: Callable[..., Any], given: Arguments, numbers: Sequence[int], agreement: Agreement, ulps: float, per: Per
 ) -> list[Any]:
     """Central differences, NaN where an entry has none. Differences that do not converge are recorded as a problem."""
     found = []
@@ -237,7 +241,7 @@ def _differences(
         slopes, error = differences(lambda moved: float(_on_numpy("fn", fn, moved)[0]), given, at)
         rough = np.nan_to_num(error / units(slopes, "float32", per), nan=0.0) > ulps
         for index in np.argwhere(rough)[:1]:
-            held.problems.append(
+            agreement.problems.append(
                 f"NumPy in float64: central differences of fn by argument {at} do not settle at element "
                 f"{index.tolist()}, where fn has a kink or is not finite"
             )

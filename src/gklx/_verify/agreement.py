@@ -8,7 +8,7 @@ from .places import Place, Results, raised
 from .ulps import Expected, Per, compared, units
 
 
-class _Held(NamedTuple):
+class _Compared(NamedTuple):
     place: str
     dtype: str
     what: str
@@ -22,10 +22,10 @@ class Agreement:
     def __init__(self, reference: str, *, ulps: float, per: Per) -> None:
         self.problems: list[str] = []
         self._reference, self._ulps, self._per = reference, ulps, per
-        self._held: list[_Held] = []
+        self._compared: list[_Compared] = []
         self._cause: Exception | None = None
 
-    def hold(
+    def compare(
         self,
         place: Place,
         dtype: str,
@@ -58,21 +58,21 @@ class Agreement:
             self.problems.append(mismatch)
             return dtypes
         found = [compared(x, each) for x, each in zip(got.arrays, wanted, strict=True)]
-        self.problems += [told for _, told in found if told]
-        self._held.append(_Held(place.name, dtype, what, got, max((ulps for ulps, _ in found), default=0.0)))
+        self.problems += [message for _, message in found if message]
+        self._compared.append(_Compared(place.name, dtype, what, got, max((ulps for ulps, _ in found), default=0.0)))
         return dtypes
 
-    def hold_pairs(self) -> None:
+    def compare_pairs(self) -> None:
         """Compares the results with each other; they may be twice as far apart."""
-        self.problems += [told for _, found in self._pairs() for _, told in found if told]
+        self.problems += [message for _, found in self._pairs() for _, message in found if message]
 
-    def settle(self, hint: str = "") -> None:
+    def raise_problems(self, hint: str = "") -> None:
         """AssertionError if there are problems: a line for each, then all distances, the farthest pair and a hint."""
         if not self.problems:
             return
         lines = list(self.problems)
-        for dtype, what in dict.fromkeys((held.dtype, held.what) for held in self._held):
-            of = [f"{x.place} {x.ulps:.3g}" for x in self._held if (x.dtype, x.what) == (dtype, what)]
+        for dtype, what in dict.fromkeys((each.dtype, each.what) for each in self._compared):
+            of = [f"{x.place} {x.ulps:.3g}" for x in self._compared if (x.dtype, x.what) == (dtype, what)]
             lines.append(f"{what} in {dtype}, ulp from {self._reference}: {', '.join(of)}")
         apart = [(max((ulps for ulps, _ in found), default=0.0), names) for names, found in self._pairs()]
         if apart:
@@ -83,7 +83,7 @@ class Agreement:
 
     def _pairs(self) -> Iterator[tuple[str, list[tuple[float, str]]]]:
         """The names of both places, and their distance in each result with what there is to say about it."""
-        for one, other in itertools.combinations(self._held, 2):
+        for one, other in itertools.combinations(self._compared, 2):
             if (one.dtype, one.what) == (other.dtype, other.what):
                 where, source = f"{one.place} and {other.place} in {one.dtype}", f"that of {other.place}"
                 names = _names(f"{where}: {one.what}", one.got.arrays)

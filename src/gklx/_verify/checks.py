@@ -45,7 +45,7 @@ class Check(NamedTuple):
     """ "value", "gradient" (analytic), "autodiff", or "definition": the gradient of DKL from the definition of KL."""
     ulps: float
     bound: float
-    told: str
+    message: str
     """A description of the results, where they break the bound."""
 
     @property
@@ -143,10 +143,10 @@ def _of_equivalents(able: Sequence[Execution], kl: Problem, dkl: Problem, dtype:
 
 def _check(kind: str, names: tuple[str, ...], dtype: str, problem: Problem, x: Any, expected: Expected) -> Check:
     """Compares two arrays; a sentence instead of an array says why there is none."""
-    ulps, told = math.inf, next((each for each in (x, expected.array) if isinstance(each, str)), "")
-    if not told:
-        ulps, told = compared(x, expected)
-    return Check(kind, names, dtype, problem.name, expected.what, ulps, expected.bound, told)
+    ulps, message = math.inf, next((each for each in (x, expected.array) if isinstance(each, str)), "")
+    if not message:
+        ulps, message = compared(x, expected)
+    return Check(kind, names, dtype, problem.name, expected.what, ulps, expected.bound, message)
 
 
 # --- calls of one problem ---------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _everything(problem: Problem) -> Callable[..., Any]:
 def _returned(
     execution: Execution, problem: Problem, given: Arguments, dtype: str, expected: Sequence[Expected]
 ) -> dict[int, Any]:
-    """The arrays of both calls by their places in `expected`.
+    """The arrays of both calls by their indices in `expected`.
 
     Where a call raises, or returns another shape or dtype, a sentence says so in place of its last array.
     """
@@ -200,11 +200,11 @@ def _returned(
     if problem.autodiff and execution.place.library.differentiates:
         calls.append((problem.case.call(), (0, 1)))
     for f, argnums in calls:
-        places = [at for at, each in enumerate(expected) if (each.what == "autodiff") == (argnums is not None)]
+        indices = [at for at, each in enumerate(expected) if (each.what == "autodiff") == (argnums is not None)]
         try:
             got = execution.call(dtype, f, given, argnums)
-            why = got.mismatch([expected[at] for at in places])
+            why = got.mismatch([expected[at] for at in indices])
         except Exception as error:  # an error of a library is a finding, and the other checks go on
             why = raised(error)
-        found |= {places[-1]: why} if why else zip(places, got.arrays, strict=True)
+        found |= {indices[-1]: why} if why else zip(indices, got.arrays, strict=True)
     return found

@@ -202,8 +202,10 @@ def call(
         arrays = list(returned) if isinstance(returned, (tuple, list)) else [returned]
         for x in arrays:
             if not place.library.recognises(x):
-                kind = f"{place.library.name} or a tuple of them, got {type(x).__module__}.{type(x).__qualname__}"
-                raise TypeError(f"the function must return an array of {kind}")
+                kind = f"{type(x).__module__}.{type(x).__qualname__}"
+                raise TypeError(
+                    f"the function must return an array of {place.library.name} or a tuple of them, got {kind}"
+                )
             device = place.library.device(x)
             if None not in (device, place.home) and device != place.home:
                 raise TypeError(f"the function must return an array on {place.home}, got one on {device}")

@@ -78,7 +78,7 @@ def as_json(report: Report) -> str:
         "checks": len(report.checks),
         "kl_equals_dkl": not any(check.kind == "equivalence" for check in report.broken),
         "farthest": [_json(check) for check in report.farthest.values()],
-        "broken": [{**_json(check), "found": check.told} for check in report.broken],
+        "broken": [{**_json(check), "found": check.message} for check in report.broken],
     }
     return json.dumps(found, indent=2, allow_nan=False) + "\n"
 
@@ -120,7 +120,7 @@ def as_junit(report: Report) -> str:
 
 
 def _grids(report: Report) -> Iterator[_Grid]:
-    one = [(each.name,) for each in report.executions]
+    alone = [(each.name,) for each in report.executions]
 
     def nearest(kind: str, of: tuple[str, ...], dtype: str, *whats: str) -> Check | None:
         found = (report.farthest.get((kind, of, dtype, what)) for what in whats)
@@ -136,17 +136,18 @@ def _grids(report: Report) -> Iterator[_Grid]:
     here += [(name, _NONE, _NONE, why) for name, why in report.absent.items()]
     yield "Backends", ("backend", "version", "device", ""), [[Text(each) for each in row] for row in here]
     whats, rows = ("value", "gradient", "autodiff"), []
-    for of in one:
+    for of in alone:
         for dtype in DTYPES:
             worst = nearest("definition", of, dtype, *whats)
             if worst is not None:
                 cells = (cell("definition", of, dtype, (what,)) for what in whats)
                 rows.append([Text(*of), Text(dtype), *cells, Text(worst.case)])
     yield "Farthest from the definitions", ("backend", "dtype", *whats, "nearest to its bound"), rows
-    two, both = [(one.name, other.name) for one, other in pairs(report.executions)], ("gradient", "autodiff")
+    in_pairs = [(one.name, other.name) for one, other in pairs(report.executions)]
+    gradients = ("gradient", "autodiff")
     for title, kind, places, dtypes, *groups in (
-        ("Farthest from each other: value, gradient", "pair", two, DTYPES, ("value",), both),
-        (_OF_DKL, "equivalence", [("definition",), *one], EQUIVALENT_IN, both, ("definition",)),
+        ("Farthest from each other: value, gradient", "pair", in_pairs, DTYPES, ("value",), gradients),
+        (_OF_DKL, "equivalence", [("definition",), *alone], EQUIVALENT_IN, gradients, ("definition",)),
     ):
         rows = [[Text(", ".join(of)), *(cell(kind, of, dtype, *groups) for dtype in dtypes)] for of in places]
         if rows:
@@ -170,7 +171,7 @@ def _verdict(report: Report, bullet: str = "") -> list[str]:
 def _line(check: Check) -> str:
     """Which comparison it is, and what was found."""
     kind = "KL = DKL, " if check.kind == "equivalence" else ""
-    return f"{kind}{' and '.join(check.places)}, {check.dtype}, {check.case}, {check.what}: {check.told}"
+    return f"{kind}{' and '.join(check.places)}, {check.dtype}, {check.case}, {check.what}: {check.message}"
 
 
 def _json(check: Check) -> dict[str, Any]:
