@@ -79,7 +79,7 @@ def torch_pairs(student: Any, teacher: Any, numbers: Numbers) -> Result:
 _ROWS = 64
 
 
-def on_host(result: Sequence[Any]) -> list[np.ndarray]:
+def some_rows_on_host(result: Sequence[Any]) -> list[np.ndarray]:
     """Value and gradients as NumPy's float64; of a large batch, evenly spaced rows."""
     return [_to_numpy(x[:: max(1, x.shape[0] // _ROWS)] if x.ndim else x) for x in result]
 
