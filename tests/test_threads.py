@@ -182,42 +182,34 @@ def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_a_fork_of_pytorch_computes_on_threads_of_its_own(monkeypatch):
-    """PyTorch's own loop would wait forever for the threads of the parent."""
-    backends.needs("torch")
-    backends.run_on("kernel", "torch", monkeypatch)
-    program = """
-import os
-import torch
-import gklx
-torch.set_num_threads(2)
-s, t = torch.randn(2, 4000, 100)
-own = gklx.grad(gklx.gkl)(s, t)
-child = os.fork()
-if child == 0:
-    found = gklx.grad(gklx.gkl)(s, t)
-    os._exit(0 if found.numpy().tobytes() == own.numpy().tobytes() else 1)
-print(os.waitpid(child, 0)[1])
-"""
-    assert run_alone(program) == ["0"]
+@pytest.mark.parametrize(
+    ("library", "arrays"),
+    [
+        ("numpy", "cpu._cores = lambda: 4; s, t = np.random.default_rng(0).standard_normal((2, 4000, 100))"),
+        ("torch", "import torch; torch.set_num_threads(2); s, t = torch.randn(2, 4000, 100)"),
+    ],
+    ids=["numpy", "torch"],
+)
+def test_forked_process_starts_its_own_threads(monkeypatch, library, arrays):
+    """A fork, such as a worker of PyTorch's data loader, does not inherit the threads of its parent.
 
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_process_starts_its_own_threads(monkeypatch):
-    """A fork, such as a worker of PyTorch's data loader, does not inherit the threads of its parent."""
-    backends.run_on("kernel", "numpy", monkeypatch)
-    program = """
+    PyTorch's own loop would wait for them forever.
+    """
+    if library == "torch":
+        backends.needs("torch")
+    backends.run_on("kernel", library, monkeypatch)
+    program = f"""
 import os
 import numpy as np
 import gklx
 from gklx._run import cpu
-cpu._cores = lambda: 4
-s, t = np.random.default_rng(0).standard_normal((2, 4000, 100))
+{arrays}
 own = gklx.value_and_grad(gklx.gkl)(s, t)
 child = os.fork()
 if child == 0:
     found = gklx.value_and_grad(gklx.gkl)(s, t)
-    os._exit(0 if found[0] == own[0] and (found[1] == own[1]).all() else 1)
+    same = all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(found, own, strict=True))
+    os._exit(0 if same else 1)
 print(os.waitpid(child, 0)[1])
 """
     assert run_alone(program) == ["0"]
