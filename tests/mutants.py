@@ -217,7 +217,7 @@ class MutantRunner:
 
     @staticmethod
     def _first_failure(session: pytest.Session, apply: Callable[[], None]) -> int:
-        warnings.simplefilter("ignore")  # the marks of tests that ignore one are not applied here
+        warnings.simplefilter("ignore")  # `runtestprotocol` does not apply the filters in the tests' marks
         try:
             apply()
             for item, after in zip(session.items, [*session.items[1:], None], strict=True):

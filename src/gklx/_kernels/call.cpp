@@ -88,9 +88,9 @@ struct Free {
   void operator()(void *memory) const { std::free(memory); }
 };
 
-// `work(begin, end, scratch)` for all of [0, n), in pieces that whichever thread is free takes. The threads are those of
-// the caller's library, which after its own work keep their cores busy for a while as they wait for more; or they are
-// started for the call, and none is left behind that a fork would lose.
+// `work(begin, end, scratch)` for all of [0, n), in pieces that whichever thread is free takes. Where the caller's library
+// has threads, these are used: they wait for work in a busy loop, and other threads would have to share the cores with
+// them. Otherwise threads are started for the call: none is left behind that a fork would lose.
 template <class Work> void in_parallel(const gklx_call &call, int64_t n, Work work) {
   int64_t threads = n * call.classes / ELEMENTS_A_THREAD;
   threads = threads > call.threads ? call.threads : threads;

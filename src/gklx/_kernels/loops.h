@@ -305,7 +305,7 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       }
       largest = seen.largest * per_base;
     } else {
-      // Two short loops: in one, a processor would wait for each logarithm's exponential.
+      // Two short loops: in one, each exponential would have to wait for its logarithm.
       SIMD()
       for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_base, gamma);
       SIMD(reduction(+ : a) reduction(max : largest))

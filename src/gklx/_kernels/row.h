@@ -187,7 +187,7 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// gamma log(x), whose exponential is x^gamma, for 0 <= x < 2 and gamma > 0.
+// gamma log(x), whose exponential is x^gamma, for 0 <= x < 2 and gamma > 0; -inf for 0, NaN for NaN.
 template <class R> GKLX_BOTH R log_power(R x, R gamma) { return x > R(0) ? gamma * logarithm(x) : x - Real<R>::inf; }
 
 // --- one class -------------------------------------------------------------------------------------------------------
