@@ -4,31 +4,68 @@
 
 #include "cuda.cu"
 
+template <class T, class Merge> const T &all_merged(T *x, int n, Merge merge) {
+  for (int half = n / 2; half; half /= 2)
+    for (int lane = 0; lane < half; ++lane) x[lane] = merge(x[lane], x[lane + half]);
+  return x[0];
+}
+
+template <bool Careful> Partial partial_of(const Given &g, int64_t row) {
+  Origin origins[GROUP];
+  Partial partials[GROUP];
+  for (int lane = 0; lane < GROUP; ++lane) origins[lane] = thread_origin<Careful>(g, row, lane);
+  const Origin origin = all_merged(origins, GROUP, [](const Origin &a, const Origin &b) { return merged(a, b); });
+  for (int lane = 0; lane < GROUP; ++lane) partials[lane] = thread_statistics<Careful>(g, row, lane, origin);
+  return all_merged(partials, GROUP, [&](const Partial &a, const Partial &b) { return merged<Careful>(g, a, b); });
+}
+
 extern "C" int bytes_of_row() { return sizeof(RowStatistics); }
 
-extern "C" void statistics(GIVEN, RowStatistics *found, REAL *weight, REAL *mass, REAL *base) {
+extern "C" void statistics(GIVEN, RowStatistics *found) {
   const Given g = GATHERED;
   for (int64_t row = 0; row < rows; ++row) {
-    Partial partials[GROUP];
-    for (int lane = 0; lane < GROUP; ++lane) partials[lane] = thread_statistics(g, row, lane);
-    for (int half = GROUP / 2; half; half /= 2)
-      for (int lane = 0; lane < half; ++lane) partials[lane] = merged(g, partials[lane], partials[lane + half]);
-    const RowStatistics r = finished(g, row, partials[0]);
-    found[row] = r;
-    weight[row] = sample_weight(g, row, r);
-    mass[row] = r.mass;
-    base[row] = r.base;
+    if (is_ordinary(g)) {
+      const Partial x = partial_of<false>(g, row);
+      if (needs_no_care(x)) {
+        found[row] = finished<false>(g, row, x);
+        continue;
+      }
+    }
+    found[row] = finished<true>(g, row, partial_of<true>(g, row));
   }
+}
+
+extern "C" void batch(const RowStatistics *found, int64_t rows, int64_t squares, REAL gamma, REAL *largest_weight,
+                      REAL *largest_base, REAL *weight, REAL *squared_mass) {
+  Totals<REAL> maxima[BLOCK];
+  BatchSums sums[BLOCK];
+  for (int lane = 0; lane < BLOCK; ++lane) maxima[lane] = thread_maxima(found, rows, squares != 0, lane);
+  Totals<REAL> scales =
+      all_merged(maxima, BLOCK, [](const Totals<REAL> &a, const Totals<REAL> &b) { return merged(a, b); });
+  scales.largest_weight = power_of_two_below(scales.largest_weight);
+  scales.largest_base = squares ? power_of_two_below(scales.largest_base) : REAL(1);
+  for (int lane = 0; lane < BLOCK; ++lane) sums[lane] = thread_sums(found, rows, squares != 0, gamma, scales, lane);
+  const BatchSums all =
+      all_merged(sums, BLOCK, [](const BatchSums &a, const BatchSums &b) { return merged(a, b); });
+  *largest_weight = scales.largest_weight;
+  *largest_base = scales.largest_base;
+  *weight = value_of(all.weight);
+  *squared_mass = value_of(all.squared_mass);
 }
 
 extern "C" void gradients(GIVEN, const RowStatistics *found, ASKED) {
   const Given g = GATHERED;
-  const Asked a = {ce_factor, energy_factor, to_student, to_teacher, kl, ce, energy, symmetric != 0};
+  const Asked a = ASKED_FOR;
   for (int64_t row = 0; row < rows; ++row) {
-    Sums sums[GROUP];
-    for (int lane = 0; lane < GROUP; ++lane) sums[lane] = thread_gradients(g, a, found[row], row, lane);
-    for (int half = GROUP / 2; half; half /= 2)
-      for (int lane = 0; lane < half; ++lane) sums[lane] = added(sums[lane], sums[lane + half]);
-    finish_values(g, a, found[row], row, sums[0]);
+    RowStatistics r = found[row];
+    if (needs_sums(a, r)) {
+      Sums sums[GROUP];
+      for (int lane = 0; lane < GROUP; ++lane)
+        sums[lane] = thread_sums(g, r, row, lane);
+      settle(r, all_merged(sums, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); }));
+    }
+    write_losses(g, a, r, row);
+    const Factors f = with_upstream(a, factors_of(g, a, r), row);
+    for (int lane = 0; lane < GROUP; ++lane) thread_gradients(g, a, found[row], f, row, lane);
   }
 }

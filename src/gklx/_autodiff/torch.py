@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .._core.batch import Batch
 from .._core.call import Arrays, Call, Result
-from .._run.dispatch import evaluate
+from .._run.dispatch import evaluate, kernel_of
 
 _NOT_ARRAYS = 1  # arguments of the functions before the arrays: the plan
 
@@ -127,13 +127,16 @@ class _TransformableLoss(_Loss):
 class _EagerLoss(torch.autograd.Function):
     """The older form, which need not return what it keeps: lower dispatch overhead.
 
-    It keeps its inputs and, for each differentiated input of the dtype computed in, its gradient.
+    It keeps its inputs and, for each differentiated input of the dtype computed in, its gradient. On the CUDA kernels
+    it keeps what they found of each row instead: making a gradient is then no more work than multiplying it.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *arrays: Any) -> Any:
-        found = evaluate(plan.on(arrays), value=True, student=plan.student_ahead, teacher=plan.teacher_ahead)
-        ctx.plan, ctx.batch = plan, found.batch
+        call = plan.on(arrays)
+        ahead = kernel_of(call) != "cuda"
+        found = evaluate(call, value=True, student=ahead and plan.student_ahead, teacher=ahead and plan.teacher_ahead)
+        ctx.plan, ctx.batch, ctx.statistics = plan, found.batch, found.statistics
         ctx.set_materialize_grads(False)
         # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
         ctx.inference = tuple(x if x is not None and x.is_inference() else None for x in arrays)
@@ -147,11 +150,16 @@ class _EagerLoss(torch.autograd.Function):
             return (None,) * (_NOT_ARRAYS + len(Arrays._fields))
         *saved, student, teacher = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
         arrays = tuple(x if own is None else own for x, own in zip(saved, ctx.inference, strict=True))
-        return _backward(ctx, arrays, ctx.batch, (student, teacher), upstream)
+        return _backward(ctx, arrays, ctx.batch, (student, teacher), upstream, ctx.statistics)
 
 
 def _backward(
-    ctx: Any, arrays: tuple[Any, ...], batch: Any, ahead: tuple[Any, ...], upstream: torch.Tensor
+    ctx: Any,
+    arrays: tuple[Any, ...],
+    batch: Any,
+    ahead: tuple[Any, ...],
+    upstream: torch.Tensor,
+    statistics: Any = None,
 ) -> tuple[Any, ...]:
     """What a backward pass returns: the gradients made ahead, or else made now, times the upstream one."""
     plan, wanted = ctx.plan, ctx.needs_input_grad[1:3]
@@ -164,7 +172,7 @@ def _backward(
     elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
         given = _scaled(ahead, upstream.unsqueeze(-1) if plan.call.reduction == "none" else upstream)
     else:
-        given = _gradients(plan.on(arrays), batch, wanted, upstream)
+        given = _gradients(plan.on(arrays), batch, wanted, upstream, statistics)
     return None, *given, None, None, None, None
 
 
@@ -188,9 +196,11 @@ def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
     return [None if x is None else x * upstream for x in gradients]
 
 
-def _gradients(call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None) -> list[Any]:
+def _gradients(
+    call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None, statistics: Any = None
+) -> list[Any]:
     """The gradients that are asked for, in their logits' dtypes."""
-    found = evaluate(call, batch, student=wanted[0], teacher=wanted[1], upstream=upstream)
+    found = evaluate(call, batch, student=wanted[0], teacher=wanted[1], upstream=upstream, statistics=statistics)
     return [found.student, found.teacher]
 
 

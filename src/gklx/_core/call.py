@@ -103,3 +103,5 @@ class Result(NamedTuple):
     """The gradient with respect to the teacher's logits, in their dtype."""
     batch: Any = None
     """What the samples of the batch share (`Batch`), None where they share nothing or the kernel keeps it."""
+    statistics: Array | None = None
+    """What the CUDA kernels found of each row: gradients of the same call need not find it again."""

@@ -155,14 +155,14 @@ double base_power(const gklx_call &c, double base) {
   return power_of_base(base, in_double(c) ? c.gamma : double(float(c.gamma)));
 }
 
-Totals totals_of(const gklx_call &c, const std::vector<Row> &rows) {
+Totals<double> totals_of(const gklx_call &c, const std::vector<Row> &rows) {
   double largest_weight = 0, largest_base = 0;
   for (const Row &row : rows) {
     if (row.weight > largest_weight) largest_weight = row.weight;
     if (row.weight != 0 && row.base > largest_base) largest_base = row.base;
   }
   const bool squares = needs_squared_mass(c);
-  Totals totals = {power_of_two(c, largest_weight), squares ? power_of_two(c, largest_base) : 1, 0, 0};
+  Totals<double> totals = {power_of_two(c, largest_weight), squares ? power_of_two(c, largest_base) : 1, 0, 0};
   for (const Row &row : rows) {
     if (row.weight == 0) continue;
     const double v = row.weight / totals.largest_weight;
@@ -174,10 +174,10 @@ Totals totals_of(const gklx_call &c, const std::vector<Row> &rows) {
   return totals;
 }
 
-bool same(const Totals &a, const Totals &b) { return std::memcmp(&a, &b, sizeof a) == 0; }
+bool same(const Totals<double> &a, const Totals<double> &b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 // A row's loss, not yet multiplied by its share.
-double loss_of(const gklx_call &c, const Row &row, const Totals &totals) {
+double loss_of(const gklx_call &c, const Row &row, const Totals<double> &totals) {
   if (!c.decomposed) return row.loss_kl;
   double loss = 0;
   if (c.mse_weight != 0) {
@@ -189,7 +189,7 @@ double loss_of(const gklx_call &c, const Row &row, const Totals &totals) {
   return loss;
 }
 
-void write_value(const gklx_call &c, const std::vector<Row> &rows, const Totals &totals) {
+void write_value(const gklx_call &c, const std::vector<Row> &rows, const Totals<double> &totals) {
   double value = 0;
   for (int64_t i = 0; i < c.rows; ++i) {
     const double share = share_of(rows[i].weight, c.reduction == MEAN, c.ranks, totals);
@@ -283,7 +283,7 @@ void run_call(const gklx_call &c) {
   else pass.weights = c.gamma == 1 && temperature == weight_temperature ? PROBABILITIES : TEACHER_POWER;
 
   const bool squares = needs_squared_mass(c);
-  Totals totals = {1, 1, 0, 0};
+  Totals<double> totals = {1, 1, 0, 0};
   if (c.totals) totals = {c.totals[0], c.totals[1], c.totals[2], c.totals[3]};
   const bool presumes = gradients && !c.totals && (c.reduction == MEAN || squares);
   // W is 1 where the weights are probabilities; otherwise it may depend on masks or on the teacher's logits.
@@ -312,7 +312,7 @@ void run_call(const gklx_call &c) {
   pass.to_teacher = c.to_teacher != nullptr;
   run_pass(pass);
   if (!c.totals) {
-    const Totals found = totals_of(c, rows);
+    const Totals<double> found = totals_of(c, rows);
     const bool wrong = presumes && !same(found, totals);
     totals = found;
     if (wrong) run_pass(pass);

@@ -371,7 +371,7 @@ template <class R> struct Rower {
   }
 
   Rates<R> rates_of(int64_t row, const Row &found, double per_total) const {
-    const Totals &totals = *pass.totals;
+    const Totals<double> &totals = *pass.totals;
     double share = share_of(found.weight, call.reduction == MEAN, call.ranks, totals);
     if (call.upstream) share *= double(((const R *)call.upstream)[call.upstream_per_row ? row : 0]);
     const double per_square = 1 / (double(temperature) * double(temperature));

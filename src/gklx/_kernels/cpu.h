@@ -60,7 +60,7 @@ GKLX_PUBLIC const char *gklx_instruction_set(void);
 // --- within the library ----------------------------------------------------------------------------------------------
 
 struct Row;
-struct Totals;
+template <class R> struct Totals;
 
 // Where the class weights of a row come from.
 enum Weights {
@@ -85,7 +85,7 @@ struct Pass {
   Weights weights;
   bool kl, mse, ce, reverse;   // values
   bool to_student, to_teacher;
-  const Totals *totals;        // of the batch, for the gradients
+  const Totals<double> *totals;        // of the batch, for the gradients
   const RaisedPrior *raised;   // or null
   bool masses_known;           // `rows` holds each W already
   Row *rows;                   // what was found

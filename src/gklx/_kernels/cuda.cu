@@ -1,21 +1,22 @@
-// The loops of a GPU over the classes of a row, in two kernels that each read the logits once.
+// The loops of a GPU over the classes of a row, in two kernels that each read the logits once, and one over the samples.
 //
-// `statistics` finds what a row must know of itself: maxima, normalisers, W, the mean of d. `gradients` then has every
-// class's share of the values and both gradients. The formulas, and what becomes of infinities and NaN, are those of
-// _core/formulas.py.
+// `statistics` finds what a row must know of itself: maxima, normalisers, W, the mean of d, and its losses as far as their
+// sums keep their digits. `batch` adds up what the samples share. `gradients` then has the values and both gradients.
+// The formulas, and what becomes of infinities and NaN, are those of _core/formulas.py.
 //
 // A row belongs to a group of GROUP threads; BLOCK / GROUP rows share a block. What a thread does, how the results of two
 // threads merge and how a row ends are plain functions, so that the tests can run them on a CPU, thread by thread.
 //
 // All is computed in REAL: most GPUs do 32 or 64 times as much in float as in double. Sums therefore keep what their
-// additions round off. As in cpu.cpp, d is taken from that of a reference, the class that weighs most.
+// additions round off. As in cpu.cpp, d is taken from that of a reference, a class that weighs about most, and functions
+// with `Careful` take masks, infinities, NaN and huge logits, which most rows do not have.
 //
 // Compiled with: REAL (float or double), STUDENT and TEACHER (types of the logits: float, double, Half or Brain), WEIGHTS
-// (where the class weights come from), VECTOR (how many logits one load takes), GROUP, BLOCK.
+// (where the class weights come from), DECOMPOSED (wMSE and CE are the losses, else KL), VECTOR (how many logits one load
+// takes), GROUP, BLOCK.
 
 #include "row.h"
 
-#define UNWEIGHTED 0     // no class weights are needed
 #define PROBABILITIES 1  // p itself: the teacher's softmax at T, to the power 1
 #define TEACHER_POWER 2  // softmax(t / weight_temperature)^gamma
 #define PRIOR_POWER 3    // prior^gamma
@@ -23,26 +24,48 @@
 struct Half { uint16_t bits; };
 struct Brain { uint16_t bits; };  // bfloat16
 
+#if defined(__CUDACC_RTC__)
+#define GKLX_APART static __device__ __noinline__  // what few rows need takes no registers of the others
+GKLX_BOTH float power_of_2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+GKLX_BOTH double power_of_2(double x) { return exp2(x); }
+GKLX_BOTH float widened_half(uint16_t x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+GKLX_BOTH uint16_t narrowed_half(float x) { uint16_t y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else
+#define GKLX_APART static
+GKLX_BOTH float power_of_2(float x) { return exp2f(x); }
+GKLX_BOTH double power_of_2(double x) { return exp2(x); }
+GKLX_BOTH float widened_half(uint16_t x) { return float_of_half(x); }
+GKLX_BOTH uint16_t narrowed_half(float x) { return half_of_float(x); }
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+GKLX_BOTH uint16_t narrowed_brain(float x) { uint16_t y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+#else
+GKLX_BOTH uint16_t narrowed_brain(float x) { return brain_of_float(x); }
+#endif
+
 GKLX_BOTH REAL widened(float x) { return x; }
 GKLX_BOTH REAL widened(double x) { return REAL(x); }
-GKLX_BOTH REAL widened(Half x) { return float_of_half(x.bits); }
+GKLX_BOTH REAL widened(Half x) { return widened_half(x.bits); }
 GKLX_BOTH REAL widened(Brain x) { return real_of(uint32_t(x.bits) << 16); }
 
 GKLX_BOTH float to_be_rounded(float x) { return x; }
 GKLX_BOTH float to_be_rounded(double x) { return rounded_to_odd(x); }
 GKLX_BOTH void narrow(REAL x, float &to) { to = float(x); }
 GKLX_BOTH void narrow(REAL x, double &to) { to = x; }
-GKLX_BOTH void narrow(REAL x, Half &to) { to.bits = half_of_float(to_be_rounded(x)); }
-GKLX_BOTH void narrow(REAL x, Brain &to) { to.bits = brain_of_float(to_be_rounded(x)); }
+GKLX_BOTH void narrow(REAL x, Half &to) { to.bits = narrowed_half(to_be_rounded(x)); }
+GKLX_BOTH void narrow(REAL x, Brain &to) { to.bits = narrowed_brain(to_be_rounded(x)); }
 
 GKLX_BOTH float logarithm_of_1_plus(float x) { return log1pf(x); }
 GKLX_BOTH double logarithm_of_1_plus(double x) { return log1p(x); }
 GKLX_BOTH float product_and_sum(float a, float b, float c) { return fmaf(a, b, c); }  // rounded once
 GKLX_BOTH double product_and_sum(double a, double b, double c) { return fma(a, b, c); }
+GKLX_BOTH float magnitude(float x) { return fabsf(x); }
+GKLX_BOTH double magnitude(double x) { return fabs(x); }
+GKLX_BOTH float larger(float a, float b) { return fmaxf(a, b); }  // leaves NaN out
+GKLX_BOTH double larger(double a, double b) { return fmax(a, b); }
 
 constexpr REAL INF = Real<REAL>::inf;
 
-GKLX_BOTH REAL larger(REAL a, REAL b) { return a > b ? a : b; }
 GKLX_BOTH bool is_finite(REAL x) { return x - x == REAL(0); }
 
 // A sum, and what its additions rounded off.
@@ -68,16 +91,52 @@ GKLX_BOTH void multiply(Sum &x, REAL by) {
 
 GKLX_BOTH REAL value_of(const Sum &x) { return is_finite(x.high) ? x.high + x.low : x.high; }
 
-// A factor of exponents, and what its rounding left.
+// A sum of numbers from 0 to AHEAD, which it is ahead of itself: whatever is added is smaller, and what that rounds off is
+// found in half as many steps.
+struct Total {
+  REAL high, low;
+};
+
+constexpr REAL AHEAD = 4;
+
+GKLX_BOTH Sum sum_of(const Total &x) { return {x.high - AHEAD, x.low}; }
+GKLX_BOTH Total total_of(const Sum &x) {
+  const REAL high = x.high + AHEAD;
+  return {high, x.low + (x.high - (high - AHEAD))};
+}
+
+GKLX_BOTH void add(Total &x, REAL y) {
+  const REAL sum = x.high + y;
+  x.low += y - (sum - x.high);
+  x.high = sum;
+}
+
+GKLX_BOTH void add(Total &x, const Total &y) {
+  Sum sum = {x.high, x.low};
+  add(sum, sum_of(y));
+  x = {sum.high, sum.low};
+}
+
+GKLX_BOTH void multiply(Total &x, REAL by) {
+  Sum sum = sum_of(x);
+  multiply(sum, by);
+  x = total_of(sum);
+}
+
+GKLX_BOTH REAL value_of(const Total &x) { return value_of(sum_of(x)); }
+
+// A factor of exponents of 2, and what its rounding left.
 struct Rate {
   REAL high, low;
 };
 
-// exp(x * rate) for x <= 0. An exponent of -40 is rounded by as much as 40 units in the last place of the result.
-GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
-  const REAL product = x * rate.high, y = exponential(product);
-  const REAL rounding = product_and_sum(x, rate.high, -product) + x * rate.low;
-  return y == REAL(0) ? y : y + y * rounding;
+// 2^(x * rate). An exponent of -40 is rounded by as much as 40 units in the last place of the result. Where not Careful, the
+// exponent is finite.
+template <bool Careful> GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
+  const REAL exponent = x * rate.high, y = power_of_2(exponent);
+  const REAL rounding = product_and_sum(x, rate.low, product_and_sum(x, rate.high, -exponent));
+  if (Careful && y == REAL(0)) return y;
+  return product_and_sum(y * rounding, REAL(0.69314718055994530942), y);
 }
 
 // --- what is given ---------------------------------------------------------------------------------------------------
@@ -91,9 +150,9 @@ struct Given {
   const REAL *sample_weight;  // [rows]
   const uint8_t *where;       // with the two strides below, 0 where broadcast
   int64_t rows, classes, where_row_stride, where_class_stride;
-  Rate per_temperature, per_weight_temperature;
-  Rate weighing;  // gamma / weight_temperature
-  REAL gamma;
+  Rate per_temperature, per_weight_temperature;  // times log2(e), as is the next
+  Rate weighing;                                 // gamma / weight_temperature
+  REAL inverse_temperature, gamma;
 };
 
 GKLX_BOTH bool is_valid(const Given &g, int64_t row, int64_t j, REAL s, REAL t) {
@@ -112,166 +171,304 @@ GKLX_BOTH const REAL *prior_of(const Given &g, int64_t row) {
   return g.prior + (has_label(g, row) ? g.labels[row] * g.classes : 0);
 }
 
-// softmax^gamma of the teacher, relative to that of its largest logit, which t is so much below; 0^0 = 1.
-GKLX_BOTH REAL teacher_weight(const Given &g, REAL below_top) {
-  if (WEIGHTS == PROBABILITIES) return exponential_of(below_top, g.per_temperature);
-  constexpr REAL lowest = -Real<REAL>::largest / 2;
-  return exponential_of(below_top < lowest ? lowest : below_top, g.weighing);
+// Whether rows of moderate logits need no care: their exponents are finite.
+GKLX_BOTH bool is_ordinary(const Given &g) {
+  constexpr REAL limit = Real<REAL>::moderate * 256;
+  return !g.where && g.per_temperature.high < limit && g.per_weight_temperature.high < limit && g.weighing.high < limit;
 }
 
-// (x / base)^gamma for x up to base.
-GKLX_BOTH REAL prior_weight(const Given &g, REAL x, REAL base) {
+// softmax^gamma of the teacher, relative to that of a class that t is so much below; 0^0 = 1.
+template <bool Careful> GKLX_BOTH REAL teacher_weight(const Given &g, REAL below) {
+  if (WEIGHTS == PROBABILITIES) return exponential_of<Careful>(below, g.per_temperature);
+  constexpr REAL lowest = -Real<REAL>::largest / 2;
+  return exponential_of<Careful>(Careful && below < lowest ? lowest : below, g.weighing);
+}
+
+// What a prior is divided by: an entry of it, or the smallest normal number, whose inverse is finite.
+GKLX_BOTH REAL divisor_of(REAL base) { return larger(base, Real<REAL>::smallest_normal); }
+
+// (x / divisor)^gamma.
+GKLX_BOTH REAL prior_weight(const Given &g, REAL x, REAL per_divisor) {
   if (g.gamma == REAL(0)) return REAL(1);
-  REAL relative = base == REAL(0) ? x : x / base;
+  const REAL relative = x * per_divisor;
   return g.gamma == REAL(1) ? relative : exponential(log_power(relative, g.gamma));
 }
 
-// --- statistics ------------------------------------------------------------------------------------------------------
+// --- classes ---------------------------------------------------------------------------------------------------------
 
-// What a thread knows of the classes it has seen. Sums of exponentials and of weights are relative to the largest so far.
-struct Partial {
-  REAL s_top, t_top;        // the largest logits; NaN is left out
-  REAL base;                // the largest prior
-  Sum s_total, t_total;     // of the exponentials at T
-  Sum tau_total;            // of the teacher's at the weights' temperature
-  Sum mass, moment;         // of the weights w, and of w times what d is larger than at the reference
-  Difference<REAL> reference;
-  REAL peak;                // how much the reference weighs: its logit of the teacher, or prior
-  REAL above, below;        // of the classes with d = +inf, and -inf: the largest of the same; NONE where there is none
-  bool has_valid, student_nan, teacher_nan, student_rules_out, prior_nan;
+template <class T> struct alignas(VECTOR * sizeof(T) < 16 ? VECTOR * sizeof(T) : 16) Pack {
+  T x[VECTOR];
 };
+
+// As many as one load takes.
+struct Classes {
+  REAL s[VECTOR], t[VECTOR], prior[VECTOR];
+  bool valid[VECTOR];
+};
+
+// How much a class weighs, as far as comparing two of them goes.
+GKLX_BOTH REAL height_of(const Classes &c, int k) { return WEIGHTS == PRIOR_POWER ? c.prior[k] : c.t[k]; }
 
 constexpr REAL NONE = WEIGHTS == PRIOR_POWER ? REAL(-1) : -INF;
 
-GKLX_BOTH Partial no_classes() {
-  return {-INF, -INF, 0, {0, 0}, {0, 0}, {0, 0}, {0, 0}, {0, 0}, {0, 0}, NONE, NONE, NONE, false, false, false, false, false};
+// What a row's sums are relative to: about the largest logits and prior, and d of a class that weighs about most.
+struct Origin {
+  REAL s_top, t_top, base;
+  REAL peak;  // the height of the reference
+  Difference<REAL> reference;
+};
+
+GKLX_BOTH Origin nowhere() { return {-INF, -INF, 0, NONE, {0, 0}}; }
+
+template <bool Careful> GKLX_BOTH Origin origin_of(const Classes &c) {
+  Origin o = nowhere();
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k) {
+    if (Careful && !c.valid[k]) continue;
+    o.s_top = larger(c.s[k], o.s_top);
+    o.t_top = larger(c.t[k], o.t_top);
+    if (WEIGHTS == PRIOR_POWER) o.base = larger(c.prior[k], o.base);
+    const bool finite = !Careful || (is_finite(c.s[k]) && is_finite(c.t[k]));
+    if (finite && height_of(c, k) > o.peak) {
+      o.peak = height_of(c, k);
+      o.reference = difference_at<REAL, Careful>(c.t[k], c.s[k]);
+    }
+  }
+  return o;
 }
 
-GKLX_BOTH const Sum &mass_of(const Partial &x) { return WEIGHTS == PROBABILITIES ? x.t_total : x.mass; }
-
-// The sums relative to larger maxima.
-GKLX_BOTH void raise(const Given &g, Partial &x, REAL s_top, REAL t_top, REAL base) {
-  if (s_top > x.s_top) {
-    if (x.s_top != -INF) multiply(x.s_total, exponential_of(x.s_top - s_top, g.per_temperature));
-    x.s_top = s_top;
-  }
-  if (t_top > x.t_top) {
-    if (x.t_top != -INF) {
-      REAL by = x.t_top - t_top;
-      multiply(x.t_total, exponential_of(by, g.per_temperature));
-      if (WEIGHTS == TEACHER_POWER) {
-        multiply(x.tau_total, exponential_of(by, g.per_weight_temperature));
-        multiply(x.mass, teacher_weight(g, by));
-      }
-      if (WEIGHTS == PROBABILITIES || WEIGHTS == TEACHER_POWER) multiply(x.moment, teacher_weight(g, by));
-    }
-    x.t_top = t_top;
-  }
-  if (WEIGHTS == PRIOR_POWER && base > x.base) {
-    REAL by = prior_weight(g, x.base, base);
-    multiply(x.mass, by);
-    multiply(x.moment, by);
-    x.base = base;
-  }
+GKLX_BOTH Origin merged(const Origin &a, const Origin &b) {
+  const bool first = a.peak >= b.peak;
+  return {larger(a.s_top, b.s_top), larger(a.t_top, b.t_top), larger(a.base, b.base), first ? a.peak : b.peak,
+          first ? a.reference : b.reference};
 }
 
 GKLX_BOTH REAL deviation(const Difference<REAL> &d, const Difference<REAL> &reference) {
   return (d.high - reference.high) + (d.low - reference.low);
 }
 
-GKLX_BOTH void move_reference(Partial &x, const Difference<REAL> &to) {
-  REAL by = deviation(to, x.reference);
-  Sum mass = mass_of(x);
-  add(x.moment, -(mass.high * by));
-  x.moment.low -= mass.low * by;
-  x.reference = to;
-}
+// --- statistics ------------------------------------------------------------------------------------------------------
 
-GKLX_BOTH void collect_one(const Given &g, REAL s, REAL t, REAL prior, Partial &x) {
-  REAL of_s = s == -INF ? REAL(0) : exponential_of(s - x.s_top, g.per_temperature);
-  REAL below_top = t == -INF ? -INF : t - x.t_top;
-  REAL of_t = exponential_of(below_top, g.per_temperature);
-  if (WEIGHTS != UNWEIGHTED) {
-    REAL height = WEIGHTS == PRIOR_POWER ? prior : t;
-    REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, prior, x.base)
-           : WEIGHTS == PROBABILITIES ? of_t : teacher_weight(g, below_top);
-    if (is_finite(s) && is_finite(t)) {
-      Difference<REAL> d = difference_at<REAL, true>(t, s);
-      if (height > x.peak) {
-        move_reference(x, d);
-        x.peak = height;
-      }
-      add(x.moment, w * deviation(d, x.reference));
-    } else if (s == -INF) {
-      x.above = larger(height, x.above);
-    } else if (t == -INF) {
-      x.below = larger(WEIGHTS == PRIOR_POWER ? prior : REAL(0), x.below);
-    }
-    if (WEIGHTS == TEACHER_POWER) add(x.tau_total, exponential_of(below_top, g.per_weight_temperature));
-    if (WEIGHTS != PROBABILITIES) add(x.mass, w);
-  }
-  add(x.s_total, of_s);
-  add(x.t_total, of_t);
-}
-
-template <class T> struct alignas(VECTOR * sizeof(T)) Pack {
-  T x[VECTOR];
+// What a thread knows of the classes it has seen.
+struct Partial {
+  Origin origin;
+  REAL s_top, t_top;        // the largest logits; NaN is left out
+  REAL size;                // the largest absolute value of a logit, where not Careful
+  Total s_total, t_total;   // of the exponentials at T
+  Sum tau_total;            // of the teacher's at the weights' temperature
+  Sum mass;                 // of the weights w
+  Sum moment, squares;      // of w times what d is larger than at the reference, and times the square of that
+  Sum mean_logit;           // of the teacher's exponentials times what s is above the origin
+  REAL above, below;        // of the classes with d = +inf, and -inf: the largest height; NONE where there is none
+  bool has_valid, student_nan, teacher_nan, student_rules_out, prior_nan;
 };
 
-GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane) {
-  Partial x = no_classes();
-  if (given_weight(g, row) == REAL(0)) return x;
-  const Pack<STUDENT> *student = (const Pack<STUDENT> *)(g.student + row * g.classes);
-  const Pack<TEACHER> *teacher = (const Pack<TEACHER> *)(g.teacher + row * g.classes);
-  const REAL *prior = WEIGHTS == PRIOR_POWER ? prior_of(g, row) : nullptr;
-  for (int64_t i = lane; i < g.classes / VECTOR; i += GROUP) {
-    const Pack<STUDENT> of_s = student[i];
-    const Pack<TEACHER> of_t = teacher[i];
-    REAL s[VECTOR], t[VECTOR], weight[VECTOR];
-    bool valid[VECTOR];
-    REAL s_top = x.s_top, t_top = x.t_top, base = x.base;
+GKLX_BOTH Partial no_classes(const Origin &origin) {
+  const Sum zero = {0, 0};
+  const Total none = {AHEAD, 0};
+  return {origin, -INF, -INF, 0, none, none, zero, zero, zero, zero, zero, NONE, NONE, false, false, false, false, false};
+}
+
+GKLX_BOTH Sum mass_of(const Partial &x) { return WEIGHTS == PROBABILITIES ? sum_of(x.t_total) : x.mass; }
+
+// The sums relative to larger maxima and to a heavier reference.
+template <bool Careful> GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
+  Origin &from = x.origin;
+  if (to.s_top > from.s_top) {
+    if (from.s_top != -INF) {
+      const REAL by = from.s_top - to.s_top;
+      multiply(x.s_total, exponential_of<Careful>(by, g.per_temperature));
+      if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * by);
+    }
+    from.s_top = to.s_top;
+  }
+  if (to.t_top > from.t_top) {
+    if (from.t_top != -INF) {
+      const REAL below = from.t_top - to.t_top, by = exponential_of<Careful>(below, g.per_temperature);
+      multiply(x.t_total, by);
+      if (DECOMPOSED) multiply(x.mean_logit, by);
+      if (WEIGHTS != PRIOR_POWER) {
+        const REAL by_weight = teacher_weight<Careful>(g, below);
+        multiply(x.moment, by_weight);
+        if (DECOMPOSED) multiply(x.squares, by_weight);
+        if (WEIGHTS == TEACHER_POWER) {
+          multiply(x.mass, by_weight);
+          multiply(x.tau_total, exponential_of<Careful>(below, g.per_weight_temperature));
+        }
+      }
+    }
+    from.t_top = to.t_top;
+  }
+  if (WEIGHTS == PRIOR_POWER && to.base > from.base) {
+    const REAL by_weight = prior_weight(g, divisor_of(from.base), REAL(1) / divisor_of(to.base));
+    multiply(x.mass, by_weight);
+    multiply(x.moment, by_weight);
+    multiply(x.squares, by_weight);
+    from.base = to.base;
+  }
+  if (to.peak > from.peak) {
+    const REAL by = deviation(to.reference, from.reference);
+    const Sum mass = mass_of(x);
+    if (DECOMPOSED) add(x.squares, by * (mass.high * by - REAL(2) * x.moment.high));
+    add(x.moment, -(mass.high * by));
+    x.moment.low -= mass.low * by;
+    from.peak = to.peak;
+    from.reference = to.reference;
+  }
+}
+
+// Adds some classes to a thread's sums.
+template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c, Partial &x) {
+  const Origin &o = x.origin;
+  const REAL per_divisor = WEIGHTS == PRIOR_POWER ? REAL(1) / divisor_of(o.base) : REAL(0);
+  REAL tau_total = 0, mass = 0, moment = 0, squares = 0, mean_logit = 0;
 #pragma unroll
-    for (int k = 0; k < VECTOR; ++k) {
-      const int64_t j = i * VECTOR + k;
-      s[k] = widened(of_s.x[k]);
-      t[k] = widened(of_t.x[k]);
-      weight[k] = WEIGHTS == PRIOR_POWER ? prior[j] : REAL(0);
-      valid[k] = is_valid(g, row, j, s[k], t[k]);
-      if (!valid[k]) continue;
+  for (int k = 0; k < VECTOR; ++k) {
+    if (Careful && !c.valid[k]) continue;
+    const REAL s = c.s[k], t = c.t[k], z_s = s - o.s_top;
+    const REAL below = Careful && t == -INF ? -INF : t - o.t_top;
+    const REAL of_s = Careful && s == -INF ? REAL(0) : exponential_of<Careful>(z_s, g.per_temperature);
+    const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
+    const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, c.prior[k], per_divisor)
+                 : WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+    if (!Careful || (is_finite(s) && is_finite(t))) {
+      const REAL away = deviation(difference_at<REAL, Careful>(t, s), o.reference);
+      moment += w * away;
+      if (DECOMPOSED) squares += (w * away) * away;
+    } else if (s == -INF) {
+      x.above = larger(height_of(c, k), x.above);
+    } else if (t == -INF) {
+      x.below = larger(WEIGHTS == PRIOR_POWER ? c.prior[k] : REAL(0), x.below);
+    }
+    if (DECOMPOSED && (!Careful || z_s != -INF)) mean_logit += of_t * z_s;
+    if (WEIGHTS == TEACHER_POWER) tau_total += exponential_of<Careful>(below, g.per_weight_temperature);
+    if (WEIGHTS != PROBABILITIES) mass += w;
+    add(x.s_total, of_s);
+    add(x.t_total, of_t);
+  }
+  add(x.moment, moment);
+  if (DECOMPOSED) add(x.squares, squares);
+  if (DECOMPOSED) add(x.mean_logit, mean_logit);
+  if (WEIGHTS == TEACHER_POWER) add(x.tau_total, tau_total);
+  if (WEIGHTS != PROBABILITIES) add(x.mass, mass);
+}
+
+// The rows of one sample.
+struct Lines {
+  const Pack<STUDENT> *student;
+  const Pack<TEACHER> *teacher;
+  const Pack<REAL> *prior;
+  int packs;
+};
+
+GKLX_BOTH Lines lines_of(const Given &g, int64_t row) {
+  return {(const Pack<STUDENT> *)(g.student + row * g.classes), (const Pack<TEACHER> *)(g.teacher + row * g.classes),
+          (const Pack<REAL> *)(WEIGHTS == PRIOR_POWER ? prior_of(g, row) : nullptr), int(g.classes / VECTOR)};
+}
+
+// The classes of one load, the i-th of the row.
+template <bool Careful>
+GKLX_BOTH Classes classes_of(const Given &g, int64_t row, const Lines &lines, int i, const Pack<STUDENT> &student,
+                             const Pack<TEACHER> &teacher) {
+  Classes c;
+  Pack<REAL> prior;
+  if (WEIGHTS == PRIOR_POWER) prior = lines.prior[i];
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k) {
+    c.s[k] = widened(student.x[k]);
+    c.t[k] = widened(teacher.x[k]);
+    c.prior[k] = WEIGHTS == PRIOR_POWER ? prior.x[k] : REAL(0);
+    c.valid[k] = !Careful || is_valid(g, row, int64_t(i) * VECTOR + k, c.s[k], c.t[k]);
+  }
+  return c;
+}
+
+// Where the sums of a row begin: what is found by its threads' first loads.
+template <bool Careful> GKLX_BOTH Origin thread_origin(const Given &g, int64_t row, int lane) {
+  const Lines lines = lines_of(g, row);
+  if (lane >= lines.packs || given_weight(g, row) == REAL(0)) return nowhere();
+  return origin_of<Careful>(classes_of<Careful>(g, row, lines, lane, lines.student[lane], lines.teacher[lane]));
+}
+
+// How far above the origin a class may be before the sums are moved to it: no exponential is above 2.
+struct Margins {
+  REAL student, teacher;
+};
+
+GKLX_BOTH Margins margins_of(const Given &g) {
+  REAL rate = g.per_temperature.high;
+  if (WEIGHTS == TEACHER_POWER) rate = larger(rate, larger(g.per_weight_temperature.high, g.weighing.high));
+  return {REAL(1) / g.per_temperature.high, REAL(1) / rate};
+}
+
+template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, const Margins &margins, Partial &x) {
+  REAL s_top = -INF, t_top = -INF, base = 0;
+#pragma unroll
+  for (int k = 0; k < VECTOR; ++k) {
+    if (Careful) {
+      if (!c.valid[k]) continue;
       x.has_valid = true;
-      x.student_nan |= is_nan(s[k]);
-      x.teacher_nan |= is_nan(t[k]);
-      x.student_rules_out |= s[k] == -INF;
-      x.prior_nan |= !(weight[k] >= REAL(0));
-      s_top = larger(s[k], s_top);
-      t_top = larger(t[k], t_top);
-      base = larger(weight[k], base);
+      x.student_nan |= is_nan(c.s[k]);
+      x.teacher_nan |= is_nan(c.t[k]);
+      x.student_rules_out |= c.s[k] == -INF;
+    } else {
+      x.size = larger(larger(magnitude(c.s[k]), magnitude(c.t[k])), x.size);
     }
-    raise(g, x, s_top, t_top, base);
-#pragma unroll
-    for (int k = 0; k < VECTOR; ++k) {
-      if (valid[k]) collect_one(g, s[k], t[k], weight[k], x);
-    }
+    s_top = larger(c.s[k], s_top);
+    t_top = larger(c.t[k], t_top);
+    if (WEIGHTS == PRIOR_POWER) x.prior_nan |= !(c.prior[k] >= REAL(0));
+    if (WEIGHTS == PRIOR_POWER) base = larger(c.prior[k], base);
+  }
+  x.s_top = larger(s_top, x.s_top);
+  x.t_top = larger(t_top, x.t_top);
+  const Origin &o = x.origin;
+  bool far = s_top > o.s_top + margins.student || t_top > o.t_top + margins.teacher;
+  if (WEIGHTS == PRIOR_POWER) far |= base > REAL(2) * o.base;
+  if (Careful) {
+    const REAL peak = origin_of<Careful>(c).peak;
+    far |= peak > (WEIGHTS == PRIOR_POWER ? REAL(2) * o.peak : o.peak + margins.teacher);
+  }
+  if (far) move_origin<Careful>(g, x, origin_of<Careful>(c));
+  collect<Careful>(g, c, x);
+}
+
+template <bool Careful>
+GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
+  Partial x = no_classes(origin);
+  if (given_weight(g, row) == REAL(0)) return x;
+  const Lines lines = lines_of(g, row);
+  const Margins margins = margins_of(g);
+  x.has_valid = !Careful;
+  for (int i = lane; i < lines.packs; i += 2 * GROUP) {  // two loads at a time
+    const bool second = i + GROUP < lines.packs;
+    const Pack<STUDENT> s = lines.student[i], next_s = lines.student[second ? i + GROUP : i];
+    const Pack<TEACHER> t = lines.teacher[i], next_t = lines.teacher[second ? i + GROUP : i];
+    visit<Careful>(g, classes_of<Careful>(g, row, lines, i, s, t), margins, x);
+    if (second) visit<Careful>(g, classes_of<Careful>(g, row, lines, i + GROUP, next_s, next_t), margins, x);
   }
   return x;
 }
 
-GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
-  const REAL s_top = larger(a.s_top, b.s_top), t_top = larger(a.t_top, b.t_top), base = larger(a.base, b.base);
-  raise(g, a, s_top, t_top, base);
-  raise(g, b, s_top, t_top, base);
-  if (WEIGHTS != UNWEIGHTED) {
-    if (a.peak >= b.peak) move_reference(b, a.reference);
-    else move_reference(a, b.reference);
-    a.peak = larger(a.peak, b.peak);
-    a.above = larger(a.above, b.above);
-    a.below = larger(a.below, b.below);
-    add(a.tau_total, b.tau_total);
-    add(a.mass, b.mass);
-    add(a.moment, b.moment);
-  }
+GKLX_APART Partial careful_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
+  return thread_statistics<true>(g, row, lane, origin);
+}
+
+template <bool Careful> GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
+  const Origin origin = merged(a.origin, b.origin);
+  move_origin<Careful>(g, a, origin);
+  move_origin<Careful>(g, b, origin);
+  a.s_top = larger(a.s_top, b.s_top);
+  a.t_top = larger(a.t_top, b.t_top);
+  a.size = larger(a.size, b.size);
+  a.above = larger(a.above, b.above);
+  a.below = larger(a.below, b.below);
   add(a.s_total, b.s_total);
   add(a.t_total, b.t_total);
+  add(a.tau_total, b.tau_total);
+  add(a.mass, b.mass);
+  add(a.moment, b.moment);
+  add(a.squares, b.squares);
+  add(a.mean_logit, b.mean_logit);
   a.has_valid |= b.has_valid;
   a.student_nan |= b.student_nan;
   a.teacher_nan |= b.teacher_nan;
@@ -280,154 +477,324 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// What `gradients` is told of a row: REALs alone, so that it lies in an array of them.
+// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of them.
+GKLX_BOTH bool needs_no_care(const Partial &x) {
+  return x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
+}
+
+// What is known of a row. REALs alone, so that it lies in an array of them.
 struct RowStatistics {
-  REAL s_top, t_top;
+  REAL weight, mass, base;        // v, 0 where no class is valid, NaN where negative; W = mass * base^gamma
+  REAL kl, ce, energy;            // the sample's losses; wMSE = W^2 * energy
+  REAL student_peak, teacher_peak;  // the largest probabilities
+  REAL has_valid, undefined;      // 0 or 1, as are all below, as in _core/formulas.py
+  REAL unreachable, infinite;
+  REAL careful;                   // how the row is to be worked on, and what the reference and the mean are multiplied by
+  REAL knows_kl, knows_energy;    // the sums of the statistics gave these losses with all their digits
+  REAL s_top, t_top;              // of the origin, as is the reference
   REAL per_s_total, per_t_total;  // of the sums of exponentials
   REAL gap_of_student;            // q - p is this times the student's exponential, and the difference of both / t_total
-  REAL log_s_total, log_ratio;    // log s_total, log (t_total / s_total)
-  REAL base, mass;                // W = mass * base^gamma
+  REAL log_ratio;                 // log (t_total / s_total)
   Difference<REAL> reference;
   REAL mean;                      // of what d is larger than at the reference
   REAL others;                    // d less its mean in the classes where d is finite, of a row where some d is infinite
-  REAL has_valid, undefined, unreachable, infinite;  // 0 or 1, as in _core/formulas.py
 };
 
-GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) {
-  RowStatistics r = {0, 0, 1, 1, 0, 0, 0, WEIGHTS == PRIOR_POWER ? REAL(0) : REAL(1), 0, {0, 0}, 0, 0, 0, 0, 0, 0};
+// A sample's losses where they are not numbers.
+GKLX_BOTH void settle(RowStatistics &r) {
+  if (r.infinite) r.energy = INF;
+  if (r.unreachable) r.kl = r.ce = INF;
+  if (r.undefined) r.kl = r.ce = r.energy = nan_of<REAL>();
+  if (is_nan(r.mass)) r.energy = r.mass;
+}
+
+// p L summed over the classes is the mean of d / T but for what d / T is at the origins, less the logarithm of the ratio of
+// the normalisers: exact where these do not cancel each other.
+template <bool Careful> GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
+  constexpr REAL scale = difference_scale<Careful>;
+  const Origin &o = x.origin;
+  const Sum s_total = sum_of(x.s_total);
+  const REAL log_s_total = logarithm(s_total.high) + s_total.low / s_total.high;
+  if (DECOMPOSED) r.ce = log_s_total - value_of(x.mean_logit) * r.per_t_total * g.inverse_temperature;
+  if (Careful) return;
+  const REAL squares = value_of(x.squares) / r.mass, square = r.mean * r.mean;
+  r.energy = r.mass == REAL(0) ? REAL(0) : REAL(0.5) * scale * scale * (squares - square);
+  r.knows_energy = r.mass == REAL(0) || squares - square >= squares * REAL(0.25);
+  if (WEIGHTS != PROBABILITIES) return;
+  const Difference<REAL> top = difference_at<REAL, Careful>(o.t_top, o.s_top);
+  const REAL difference = (deviation(o.reference, top) + r.mean) * scale * g.inverse_temperature;
+  r.kl = difference - r.log_ratio;
+  r.knows_kl = r.kl >= REAL(0.25) * larger(size_of(difference), size_of(r.log_ratio));
+}
+
+template <bool Careful> GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) {
+  RowStatistics r = {};
+  r.base = r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = 1;
+  r.careful = Careful || !x.has_valid;
+  r.knows_kl = r.knows_energy = !x.has_valid;
   if (!x.has_valid) return r;
+  const Origin &o = x.origin;
   const bool teacher_undefined = x.teacher_nan || !is_finite(x.t_top);
+  const REAL v = given_weight(g, row);
+  r.weight = v >= REAL(0) ? v : nan_of<REAL>();
   r.has_valid = 1;
   r.undefined = teacher_undefined || x.student_nan || !is_finite(x.s_top);
   r.unreachable = x.student_rules_out && !r.undefined;
-  r.s_top = x.s_top;
-  r.t_top = x.t_top;
+  r.s_top = o.s_top;
+  r.t_top = o.t_top;
   const REAL s_total = value_of(x.s_total), t_total = value_of(x.t_total);
   const REAL difference = (x.t_total.high - x.s_total.high) + (x.t_total.low - x.s_total.low);
   r.per_s_total = REAL(1) / s_total;
   r.per_t_total = REAL(1) / t_total;
   r.gap_of_student = difference / (s_total * t_total);
-  r.log_s_total = logarithm(x.s_total.high) + x.s_total.low / x.s_total.high;
   r.log_ratio = logarithm_of_1_plus(difference / s_total);
-  if (r.undefined) r.per_s_total = r.per_t_total = nan_of<REAL>();
-  if (WEIGHTS == UNWEIGHTED) return r;
+  r.student_peak = r.per_s_total * exponential_of<true>(x.s_top - o.s_top, g.per_temperature);
+  r.teacher_peak = r.per_t_total * exponential_of<true>(x.t_top - o.t_top, g.per_temperature);
+  if (r.undefined) r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = nan_of<REAL>();
   const bool unknown = WEIGHTS == PRIOR_POWER ? x.prior_nan || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));
-  r.base = WEIGHTS == PRIOR_POWER ? x.base : REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
-  r.reference = x.reference;
+  r.base = WEIGHTS == PRIOR_POWER ? divisor_of(o.base) : REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
+  r.reference = o.reference;
   r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / r.mass;
   bool above, below;  // of weight
   if (WEIGHTS == PRIOR_POWER) {
-    above = x.above != NONE && prior_weight(g, x.above, x.base) != REAL(0);
-    below = x.below != NONE && prior_weight(g, x.below, x.base) != REAL(0);
+    const REAL per_divisor = REAL(1) / r.base;
+    above = x.above != NONE && prior_weight(g, x.above, per_divisor) != REAL(0);
+    below = x.below != NONE && prior_weight(g, x.below, per_divisor) != REAL(0);
   } else {
-    above = x.above != NONE && teacher_weight(g, x.above - x.t_top) != REAL(0);
-    below = x.below != NONE && teacher_weight(g, -INF) != REAL(0);
+    above = x.above != NONE && teacher_weight<true>(g, x.above - o.t_top) != REAL(0);
+    below = x.below != NONE && teacher_weight<true>(g, -INF) != REAL(0);
   }
   r.infinite = above || below;
   r.others = above && below ? nan_of<REAL>() : above ? -INF : INF;  // there is no mean between opposite infinities
+  find_losses<Careful>(g, x, r);
+  settle(r);
   return r;
 }
 
-// The sample's weight: 0 where no class is valid, NaN where negative.
-GKLX_BOTH REAL sample_weight(const Given &g, int64_t row, const RowStatistics &r) {
-  const REAL v = given_weight(g, row);
-  return !r.has_valid ? REAL(0) : v >= REAL(0) ? v : nan_of<REAL>();
+// --- the batch -------------------------------------------------------------------------------------------------------
+
+// A thread's part of the maxima V and P, not rounded to powers of two; the sums are 0.
+GKLX_BOTH Totals<REAL> thread_maxima(const RowStatistics *found, int64_t rows, bool squares, int lane) {
+  Totals<REAL> x = {0, 0, 0, 0};
+  for (int64_t row = lane; row < rows; row += BLOCK) {
+    const REAL v = found[row].weight;
+    x.largest_weight = larger(v, x.largest_weight);
+    if (squares && v != REAL(0)) x.largest_base = larger(found[row].base, x.largest_base);
+  }
+  return x;
+}
+
+GKLX_BOTH Totals<REAL> merged(const Totals<REAL> &a, const Totals<REAL> &b) {
+  return {larger(a.largest_weight, b.largest_weight), larger(a.largest_base, b.largest_base), 0, 0};
+}
+
+// The largest power of two that is not above x, as far as it and its reciprocal are normal.
+GKLX_BOTH REAL power_of_two_below(REAL x) {
+  using Word = Real<REAL>::Word;
+  constexpr REAL smallest = Real<REAL>::smallest_normal;
+  x = x < smallest ? smallest : x > 1 / smallest ? 1 / smallest : x;
+  return real_of(Word(bits_of(x) >> Real<REAL>::fraction << Real<REAL>::fraction));
+}
+
+struct BatchSums {
+  Sum weight, squared_mass;
+};
+
+GKLX_BOTH BatchSums thread_sums(const RowStatistics *found, int64_t rows, bool squares, REAL gamma, const Totals<REAL> &scales,
+                                int lane) {
+  BatchSums x = {{0, 0}, {0, 0}};
+  for (int64_t row = lane; row < rows; row += BLOCK) {
+    const REAL v = found[row].weight / scales.largest_weight;
+    add(x.weight, v);
+    if (!squares || v == REAL(0)) continue;
+    const REAL mass = found[row].mass * power_of_base(found[row].base / scales.largest_base, gamma);
+    add(x.squared_mass, v * (mass * mass));
+  }
+  return x;
+}
+
+GKLX_BOTH BatchSums merged(BatchSums a, const BatchSums &b) {
+  add(a.weight, b.weight);
+  add(a.squared_mass, b.squared_mass);
+  return a;
 }
 
 // --- values and gradients --------------------------------------------------------------------------------------------
 
 // What is asked for; null where it is not.
 struct Asked {
-  const REAL *ce_factor;      // [rows], as `Factors` in _core/formulas.py
-  const REAL *energy_factor;  // [rows]
-  STUDENT *to_student;        // [rows, classes]
+  Totals<REAL> totals;
+  bool mean, tempered, symmetric, batch_normalized;
+  REAL mse_weight, ce_weight, ranks;
+  const REAL *upstream;  // [rows], or one number
+  bool upstream_per_row;
+  REAL *value, *kl, *ce, *energy;  // [rows]
+  STUDENT *to_student;             // [rows, classes]
   TEACHER *to_teacher;
-  REAL *kl, *ce, *energy;     // [rows]
-  bool symmetric;
 };
 
+// What a sample's CE (or KL) and energy are multiplied by in the value, as `factors_of` in _core/batch.py.
+struct Factors {
+  REAL ce, energy;
+};
+
+GKLX_BOTH Factors factors_of(const Given &g, const Asked &a, const RowStatistics &r) {
+  const REAL share = share_of(r.weight, a.mean, a.ranks, a.totals);
+  Factors f = {a.ce_weight * share, a.mse_weight * share};
+  if (r.weight == REAL(0) || a.mse_weight == REAL(0)) return {f.ce, REAL(0)};
+  if (a.tempered) f.energy *= g.inverse_temperature * g.inverse_temperature;
+  if (DECOMPOSED) {
+    const REAL base = a.batch_normalized ? r.base / a.totals.largest_base : r.base;
+    f.energy *= mass_factor(r.mass, power_of_base(base, g.gamma), a.batch_normalized, a.totals);
+  }
+  return f;
+}
+
+// Factor * x, but 0 where one of the two is 0 though the other be infinite or NaN.
+GKLX_BOTH REAL scaled(REAL factor, REAL x) {
+  if (factor == REAL(0) || (x == REAL(0) && is_infinite(factor))) return REAL(0);
+  return factor * x;
+}
+
+GKLX_BOTH void write_losses(const Given &g, const Asked &a, const RowStatistics &r, int64_t row) {
+  if (a.kl) a.kl[row] = r.kl;
+  if (a.ce) a.ce[row] = r.ce;
+  if (a.energy) a.energy[row] = r.energy;
+  if (!a.value) return;
+  const Factors f = factors_of(g, a, r);
+  REAL value = scaled(f.ce, DECOMPOSED ? r.ce : r.kl);
+  if (DECOMPOSED && a.mse_weight != REAL(0)) value += scaled(f.energy, r.energy);
+  a.value[row] = value;
+}
+
+// Losses whose digits cancel in the sums of the statistics.
 struct Sums {
-  Sum kl, mean_logit, squares;
+  Sum kl, squares;
 };
 
-GKLX_BOTH Sums nothing() { return {{0, 0}, {0, 0}, {0, 0}}; }
+GKLX_BOTH bool needs_sums(const Asked &a, const RowStatistics &r) {
+  const bool kl = a.kl || (a.value && !DECOMPOSED), energy = a.energy || (a.value && DECOMPOSED);
+  return (kl && !r.knows_kl) || (energy && !r.knows_energy);
+}
 
-GKLX_BOTH Sums added(Sums a, const Sums &b) {
+GKLX_BOTH Sums merged(Sums a, const Sums &b) {
   add(a.kl, b.kl);
-  add(a.mean_logit, b.mean_logit);
   add(a.squares, b.squares);
   return a;
 }
 
-// A factor of 0 keeps what it multiplies out, be it infinite.
-GKLX_BOTH REAL scaled(REAL factor, REAL x) { return factor == REAL(0) ? REAL(0) : factor * x; }
+template <bool Careful> GKLX_BOTH REAL centred(const RowStatistics &r, const Difference<REAL> &d, REAL w) {
+  const REAL c = deviation(d, r.reference) - r.mean;
+  if (!Careful) return c;
+  if (w == REAL(0)) return REAL(0);
+  if (r.undefined) return nan_of<REAL>();
+  return !r.infinite ? c : is_infinite(d.high) ? d.high : r.others;
+}
 
-GKLX_BOTH Sums thread_gradients(const Given &g, const Asked &a, const RowStatistics &r, int64_t row, int lane) {
-  Sums sums = nothing();
-  const Pack<STUDENT> *student = (const Pack<STUDENT> *)(g.student + row * g.classes);
-  const Pack<TEACHER> *teacher = (const Pack<TEACHER> *)(g.teacher + row * g.classes);
-  const REAL *prior = WEIGHTS == PRIOR_POWER ? prior_of(g, row) : nullptr;
-  const Difference<REAL> top = difference_at<REAL, true>(r.t_top, r.s_top);
-  const bool weighs = WEIGHTS != UNWEIGHTED && (a.energy_factor || a.energy);
-  const REAL gap_rate = a.ce_factor ? a.ce_factor[row] * g.per_temperature.high : REAL(0);
-  const REAL energy_rate = a.energy_factor ? a.energy_factor[row] : REAL(0);
-  const REAL scale = REAL(4) / (r.mass == REAL(0) ? REAL(1) : r.mass);  // d is in quarters
-  for (int64_t i = lane; i < g.classes / VECTOR; i += GROUP) {
-    Pack<STUDENT> of_s = student[i];
-    Pack<TEACHER> of_t = teacher[i];
+template <bool Careful> GKLX_BOTH REAL weight_of(const Given &g, const RowStatistics &r, REAL below, REAL of_t, REAL prior, REAL per_divisor) {
+  if (WEIGHTS == PRIOR_POWER) return prior_weight(g, prior, per_divisor);
+  return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+}
+
+template <bool Careful>
+GKLX_BOTH Sums thread_sums(const Given &g, const RowStatistics &r, int64_t row, int lane) {
+  Sums sums = {{0, 0}, {0, 0}};
+  if (!r.has_valid) return sums;
+  const Lines lines = lines_of(g, row);
+  const REAL per_divisor = REAL(1) / r.base;
+  const Difference<REAL> top = difference_at<REAL, Careful>(r.t_top, r.s_top);
+  // In two factors: of the smallest temperature, four times the inverse is infinite.
+  constexpr REAL half_scale = difference_scale<Careful> / 2;
+  const REAL doubled = REAL(2) * g.inverse_temperature;
+  for (int i = lane; i < lines.packs; i += GROUP) {
+    const Classes c = classes_of<Careful>(g, row, lines, i, lines.student[i], lines.teacher[i]);
+    REAL kl = 0, squares = 0;
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
-      const int64_t j = i * VECTOR + k;
-      const REAL s = widened(of_s.x[k]), t = widened(of_t.x[k]);
-      REAL to_student = 0, to_teacher = 0;
-      if (r.has_valid && is_valid(g, row, j, s, t)) {
-        const Difference<REAL> d = difference_at<REAL, true>(t, s);
-        const bool infinite = is_infinite(d.high);
-        const REAL z_s = s - r.s_top, z_t = t - r.t_top;
-        const REAL es = exponential_of(z_s, g.per_temperature), et = exponential_of(z_t, g.per_temperature);
-        if (weighs) {
-          const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, prior[j], r.base)
-                       : WEIGHTS == PROBABILITIES ? et : teacher_weight(g, z_t);
-          REAL c = deviation(d, r.reference) - r.mean;
-          if (r.infinite) c = infinite ? d.high : r.others;
-          if (r.undefined) c = nan_of<REAL>();
-          if (w == REAL(0)) c = 0;
-          to_teacher = scaled(energy_rate, scale * (w * c));
-          add(sums.squares, (w * c) * c);
-        }
-        if (a.to_student) {
-          const REAL gap = es * r.gap_of_student + (es - et) * r.per_t_total;
-          to_student = scaled(gap_rate, r.undefined ? nan_of<REAL>() : gap);
-          if (a.symmetric) to_student -= to_teacher;
-        }
-        if (a.ce && z_s != -INF) add(sums.mean_logit, et * z_s);
-        if (a.kl) {
-          const REAL p = et * r.per_t_total, q = es * r.per_s_total;
-          const REAL ratio = deviation(d, top) * (REAL(4) * g.per_temperature.high) - r.log_ratio;
-          add(sums.kl, infinite || p == REAL(0) ? q : divergence(p, q, ratio));
-        }
-      }
-      narrow(to_student, of_s.x[k]);
-      narrow(to_teacher, of_t.x[k]);
+      if (Careful && !c.valid[k]) continue;
+      const Difference<REAL> d = difference_at<REAL, Careful>(c.t[k], c.s[k]);
+      const REAL below = c.t[k] - r.t_top;
+      const REAL of_s = exponential_of<Careful>(c.s[k] - r.s_top, g.per_temperature);
+      const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
+      const REAL w = weight_of<Careful>(g, r, below, of_t, c.prior[k], per_divisor);
+      const REAL away = centred<Careful>(r, d, w);
+      squares += (w * away) * away;
+      const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
+      const REAL ratio = (deviation(d, top) * half_scale) * doubled - r.log_ratio;
+      kl += Careful && (is_infinite(d.high) || p == REAL(0)) ? q : divergence(p, q, ratio);
     }
-    if (a.to_student) ((Pack<STUDENT> *)(a.to_student + row * g.classes))[i] = of_s;
-    if (a.to_teacher) ((Pack<TEACHER> *)(a.to_teacher + row * g.classes))[i] = of_t;
+    add(sums.kl, kl);
+    add(sums.squares, squares);
   }
   return sums;
 }
 
-GKLX_BOTH void finish_values(const Given &g, const Asked &a, const RowStatistics &r, int64_t row, const Sums &sums) {
-  REAL kl = value_of(sums.kl);
-  REAL ce = r.log_s_total - value_of(sums.mean_logit) * r.per_t_total * g.per_temperature.high;
-  REAL energy = REAL(8) * value_of(sums.squares) / (r.mass == REAL(0) ? REAL(1) : r.mass);  // 16 quarters of quarters
-  if (r.infinite) energy = INF;
-  if (r.unreachable) kl = ce = INF;
-  if (r.undefined) kl = ce = energy = nan_of<REAL>();
-  if (is_nan(r.mass)) energy = r.mass;
-  if (a.kl) a.kl[row] = kl;
-  if (a.ce) a.ce[row] = ce;
-  if (a.energy) a.energy[row] = energy;
+GKLX_APART Sums thread_sums(const Given &g, const RowStatistics &r, int64_t row, int lane) {
+  return r.careful ? thread_sums<true>(g, r, row, lane) : thread_sums<false>(g, r, row, lane);
+}
+
+GKLX_BOTH void settle(RowStatistics &r, const Sums &sums) {
+  const REAL scale = r.careful ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
+  if (!r.knows_kl) r.kl = value_of(sums.kl);
+  if (!r.knows_energy) r.energy = r.mass == REAL(0) ? REAL(0) : scale * value_of(sums.squares) / r.mass;
+  settle(r);
+}
+
+// Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients.
+template <bool Careful, bool Spread>
+GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+                                int lane) {
+  const Lines lines = lines_of(g, row);
+  const REAL per_divisor = REAL(1) / r.base;
+  const REAL gap_rate = f.ce * g.inverse_temperature;
+  const REAL scale = difference_scale<Careful> / (r.mass == REAL(0) ? REAL(1) : r.mass);
+  const REAL of_student = gap_rate * r.gap_of_student, of_both = gap_rate * r.per_t_total, of_spread = f.energy * scale;
+  Pack<STUDENT> *to_student = (Pack<STUDENT> *)(a.to_student + row * g.classes);
+  Pack<TEACHER> *to_teacher = (Pack<TEACHER> *)(a.to_teacher + row * g.classes);
+  for (int i = lane; i < lines.packs; i += GROUP) {
+    Pack<STUDENT> s_pack = lines.student[i];
+    Pack<TEACHER> t_pack = lines.teacher[i];
+    const Classes c = classes_of<Careful>(g, row, lines, i, s_pack, t_pack);
+#pragma unroll
+    for (int k = 0; k < VECTOR; ++k) {
+      REAL gap = 0, spread = 0;
+      if (!Careful || (r.has_valid && c.valid[k])) {
+        const REAL below = c.t[k] - r.t_top;
+        const REAL of_s = exponential_of<Careful>(c.s[k] - r.s_top, g.per_temperature);
+        const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
+        if (Careful) {
+          gap = of_s * r.gap_of_student + (of_s - of_t) * r.per_t_total;
+          gap = scaled(gap_rate, r.undefined ? nan_of<REAL>() : gap);
+        } else {
+          gap = of_s * of_student + (of_s - of_t) * of_both;
+        }
+        if (Spread) {
+          const REAL w = weight_of<Careful>(g, r, below, of_t, c.prior[k], per_divisor);
+          const REAL away = centred<Careful>(r, difference_at<REAL, Careful>(c.t[k], c.s[k]), w);
+          spread = Careful ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
+          if (a.symmetric) gap -= spread;
+        }
+      }
+      if (a.to_student) narrow(gap, s_pack.x[k]);
+      if (a.to_teacher) narrow(spread, t_pack.x[k]);
+    }
+    if (a.to_student) to_student[i] = s_pack;
+    if (a.to_teacher) to_teacher[i] = t_pack;
+  }
+}
+
+GKLX_APART void careful_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+                                  int lane) {
+  thread_gradients<true, true>(g, a, r, f, row, lane);
+}
+
+GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+                                int lane) {
+  if (!a.to_student && !a.to_teacher) return;
+  if (r.careful) return careful_gradients(g, a, r, f, row, lane);
+  if (a.mse_weight != REAL(0) && (a.to_teacher || a.symmetric)) thread_gradients<false, true>(g, a, r, f, row, lane);
+  else thread_gradients<false, false>(g, a, r, f, row, lane);
 }
 
 // --- the kernels -----------------------------------------------------------------------------------------------------
@@ -436,52 +803,123 @@ GKLX_BOTH void finish_values(const Given &g, const Asked &a, const RowStatistics
   const STUDENT *student, const TEACHER *teacher, const REAL *prior, const int64_t *labels,                      \
       const REAL *given_weights, const uint8_t *where, int64_t rows, int64_t classes, int64_t where_row_stride,  \
       int64_t where_class_stride, REAL per_temperature, REAL per_temperature_low, REAL per_weight_temperature,   \
-      REAL per_weight_temperature_low, REAL weighing, REAL weighing_low, REAL gamma
+      REAL per_weight_temperature_low, REAL weighing, REAL weighing_low, REAL inverse_temperature, REAL gamma
 
 #define GATHERED                                                                                                 \
   {student, teacher, prior, labels, given_weights, where, rows, classes, where_row_stride, where_class_stride,   \
    {per_temperature, per_temperature_low}, {per_weight_temperature, per_weight_temperature_low},                 \
-   {weighing, weighing_low}, gamma}
+   {weighing, weighing_low}, inverse_temperature, gamma}
 
-#define ASKED                                                                                                     \
-  const REAL *ce_factor, const REAL *energy_factor, STUDENT *to_student, TEACHER *to_teacher, REAL *kl, REAL *ce, \
-      REAL *energy, int64_t symmetric
+// The four numbers of a batch are null where the samples share nothing.
+#define ASKED                                                                                                       \
+  const REAL *largest_weight, const REAL *largest_base, const REAL *total_weight, const REAL *squared_mass,         \
+      int64_t mean, int64_t tempered, int64_t symmetric, int64_t batch_normalized,                                  \
+      REAL mse_weight, REAL ce_weight, REAL ranks, const REAL *upstream, int64_t upstream_per_row, REAL *value,      \
+      REAL *kl, REAL *ce, REAL *energy, STUDENT *to_student, TEACHER *to_teacher
+
+#define TOTALS                                                                                                      \
+  {largest_weight ? *largest_weight : REAL(1), largest_base ? *largest_base : REAL(1),                              \
+   total_weight ? *total_weight : REAL(0), squared_mass ? *squared_mass : REAL(0)}
+
+#define ASKED_FOR                                                                                                    \
+  {TOTALS, mean != 0, tempered != 0, symmetric != 0, batch_normalized != 0, mse_weight, ce_weight,  \
+   ranks, upstream, upstream_per_row != 0, value, kl, ce, energy, to_student, to_teacher}
+
+GKLX_BOTH Factors with_upstream(const Asked &a, Factors f, int64_t row) {
+  if (!a.upstream) return f;
+  const REAL by = a.upstream[a.upstream_per_row ? row : 0];
+  return {f.ce * by, f.energy * by};
+}
 
 #ifdef __CUDACC_RTC__
 
-extern "C" __global__ void __launch_bounds__(BLOCK)
-statistics(GIVEN, RowStatistics *found, REAL *weight, REAL *mass, REAL *base) {
-  __shared__ Partial partials[BLOCK];
-  const Given g = GATHERED;
-  const int at = threadIdx.x, lane = at % GROUP;
-  const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + at / GROUP;
-  partials[at] = row < rows ? thread_statistics(g, row, lane) : no_classes();
-  for (int half = GROUP / 2; half; half /= 2) {
+// What the threads of a group have, merged. `store` is shared memory for half a block, which every thread has to pass.
+template <class T, class Merge>
+__device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge &merge) {
+  const int lane = threadIdx.x % group;
+  store += threadIdx.x / group * (group / 2);
+  for (int half = group / 2; half; half /= 2) {
+    if (lane >= half && lane < 2 * half) store[lane - half] = own;
     __syncthreads();
-    if (lane < half) partials[at] = merged(g, partials[at], partials[at + half]);
+    if (lane < half) own = merge(own, store[lane]);
+    __syncthreads();
   }
-  if (lane == 0 && row < rows) {
-    const RowStatistics r = finished(g, row, partials[at]);
-    found[row] = r;
-    weight[row] = sample_weight(g, row, r);
-    mass[row] = r.mass;
-    base[row] = r.base;
-  }
+  if (lane == 0) store[0] = own;
+  __syncthreads();
+  own = store[0];
+  __syncthreads();
+  return own;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) gradients(GIVEN, const RowStatistics *found, ASKED) {
-  __shared__ Sums sums[BLOCK];
+// Blocks that a multiprocessor shall hold: a thread then has 64 registers, or 128 for double.
+#define BLOCKS (sizeof(REAL) == 4 ? 4 : 2)
+
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) statistics(GIVEN, RowStatistics *found) {
+  __shared__ Partial store[BLOCK / 2];
   const Given g = GATHERED;
-  const Asked a = {ce_factor, energy_factor, to_student, to_teacher, kl, ce, energy, symmetric != 0};
+  const int lane = threadIdx.x % GROUP;
+  const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + threadIdx.x / GROUP;
+  const bool in = row < rows;
+  const auto farther = [](const Origin &a, const Origin &b) { return merged(a, b); };
+  Partial x = no_classes(nowhere());
+  bool careful = in;
+  if (is_ordinary(g)) {
+    const Origin own = in ? thread_origin<false>(g, row, lane) : nowhere();
+    const Origin origin = all_merged(own, (Origin *)store, GROUP, farther);
+    if (in) x = thread_statistics<false>(g, row, lane, origin);
+    x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged<false>(g, a, b); });
+    careful = in && !needs_no_care(x);
+  }
+  if (__syncthreads_or(careful)) {
+    const Origin own = careful ? thread_origin<true>(g, row, lane) : nowhere();
+    const Origin origin = all_merged(own, (Origin *)store, GROUP, farther);
+    const Partial mine = careful ? careful_statistics(g, row, lane, origin) : no_classes(nowhere());
+    const Partial all =
+        all_merged(mine, store, GROUP, [&](const Partial &a, const Partial &b) { return merged<true>(g, a, b); });
+    if (careful) x = all;
+  }
+  if (in && lane == 0) found[row] = careful ? finished<true>(g, row, x) : finished<false>(g, row, x);
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+batch(const RowStatistics *found, int64_t rows, int64_t squares, REAL gamma, REAL *largest_weight, REAL *largest_base,
+      REAL *weight, REAL *squared_mass) {
+  __shared__ BatchSums store[BLOCK / 2];
+  const int at = threadIdx.x;
+  Totals<REAL> scales = all_merged(thread_maxima(found, rows, squares != 0, at), (Totals<REAL> *)store, BLOCK,
+                                   [](const Totals<REAL> &a, const Totals<REAL> &b) { return merged(a, b); });
+  scales.largest_weight = power_of_two_below(scales.largest_weight);
+  scales.largest_base = squares ? power_of_two_below(scales.largest_base) : REAL(1);
+  const BatchSums sums = all_merged(thread_sums(found, rows, squares != 0, gamma, scales, at), store, BLOCK,
+                                    [](const BatchSums &a, const BatchSums &b) { return merged(a, b); });
+  if (at != 0) return;
+  *largest_weight = scales.largest_weight;
+  *largest_base = scales.largest_base;
+  *weight = value_of(sums.weight);
+  *squared_mass = value_of(sums.squared_mass);
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, const RowStatistics *found, ASKED) {
+  __shared__ Sums store[BLOCK / 2];
+  __shared__ Factors factors[BLOCK / GROUP];
+  const Given g = GATHERED;
+  const Asked a = ASKED_FOR;
   const int at = threadIdx.x, lane = at % GROUP;
   const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + at / GROUP;
-  sums[at] = row < rows ? thread_gradients(g, a, found[row], row, lane) : nothing();
-  if (!kl && !ce && !energy) return;
-  for (int half = GROUP / 2; half; half /= 2) {
-    __syncthreads();
-    if (lane < half) sums[at] = added(sums[at], sums[at + half]);
+  const bool in = row < rows;
+  RowStatistics r = found[in ? row : 0];
+  const bool again = in && needs_sums(a, r);
+  if (__syncthreads_or(again)) {
+    const Sums own = again ? thread_sums(g, r, row, lane) : Sums{{0, 0}, {0, 0}};
+    const Sums sums = all_merged(own, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
+    if (again) settle(r, sums);
   }
-  if (lane == 0 && row < rows) finish_values(g, a, found[row], row, sums[at]);
+  if (in && lane == 0) {
+    write_losses(g, a, r, row);
+    factors[at / GROUP] = with_upstream(a, factors_of(g, a, r), row);
+  }
+  __syncthreads();
+  if (in) thread_gradients(g, a, r, factors[at / GROUP], row, lane);
 }
 
 #endif

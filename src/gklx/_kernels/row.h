@@ -240,27 +240,27 @@ struct Row {
 };
 
 // The sums that a batch shares, made of numbers between 0 and 1 so that no scale of the weights overflows.
-struct Totals {
-  double largest_weight, largest_base;  // V and P: the largest sample weight and base, rounded down to powers of two
-  double weight;                        // sum of v/V
-  double squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
+template <class R> struct Totals {
+  R largest_weight, largest_base;  // V and P: the largest sample weight and base, rounded down to powers of two
+  R weight;                        // sum of v/V
+  R squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
 };
 
 // base^gamma, where base may itself be relative to that of a batch.
-GKLX_BOTH double power_of_base(double base, double gamma) {
-  return gamma == 1 ? base : gamma == 0 ? 1 : std::pow(base, gamma);
+template <class R> GKLX_BOTH R power_of_base(R base, R gamma) {
+  return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);
 }
 
 // What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
-GKLX_BOTH double share_of(double weight, bool mean, double ranks, const Totals &totals) {
+template <class R> GKLX_BOTH R share_of(R weight, bool mean, R ranks, const Totals<R> &totals) {
   if (!mean) return weight;
-  return totals.weight == 0 ? 0 : ranks * (weight / totals.largest_weight / totals.weight);
+  return totals.weight == R(0) ? R(0) : ranks * (weight / totals.largest_weight / totals.weight);
 }
 
 // What a wMSE with W = 1 is multiplied by: W^2, or R^2 over its mean over the batch. `base_power` is base^gamma, and
 // (base/P)^gamma for a batch.
-GKLX_BOTH double mass_factor(double mass, double base_power, bool batch, const Totals &totals) {
-  double w = mass * base_power;
-  if (!batch || totals.squared_mass == 0) return w * w;
+template <class R> GKLX_BOTH R mass_factor(R mass, R base_power, bool batch, const Totals<R> &totals) {
+  R w = mass * base_power;
+  if (!batch || totals.squared_mass == R(0)) return w * w;
   return w * w * (totals.weight / totals.squared_mass);
 }

@@ -1,18 +1,18 @@
 """A call on the CUDA kernels, `_kernels/cuda.cu`, for CuPy's arrays and PyTorch's on an NVIDIA GPU.
 
-An execution of the formulas in `_core/formulas.py`, held to them by the tests. The kernels do what takes a pass over
-the logits; what the samples of a batch share is left to `_core/batch.py`.
+An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 """
 
 import math
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .._core import batch as batches
-from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result, are_static
 from .._core.libraries import dtype_name, library_of
@@ -22,13 +22,15 @@ from .cuda_launch import THREADS, Device, Options
 _TYPES = {"float16": "Half", "bfloat16": "Brain", "float32": "float", "float64": "double"}
 _SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
-_ROW = 17  # numbers of `RowStatistics` in cuda.cu
-_PER_STUDENT_TOTAL, _PER_TEACHER_TOTAL, _HAS_VALID, _UNDEFINED = 2, 3, 13, 14  # of them
+_ROW = 25  # numbers of `RowStatistics` in cuda.cu, and where some of them are
+_MASS, _BASE, _STUDENT_PEAK, _TEACHER_PEAK, _HAS_VALID, _UNDEFINED = 1, 2, 6, 7, 8, 9
 
 _LOADS = 4
 """How many vector loads of a row a thread makes before the row is given to more threads."""
 
-_Weights = Literal["UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
+_LOG2_E = Fraction("1.44269504088896340735992468100189213742664595415298593413544940693")
+
+_Weights = Literal["PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 
 
 def serves(call: Call) -> bool:
@@ -52,43 +54,24 @@ def evaluate(
     student: bool = False,
     teacher: bool = False,
     upstream: Array | None = None,
+    statistics: Array | None = None,
     device: Device | None = None,
 ) -> Result:
-    """As `dispatch.evaluate`."""
-    arrays, formula = call.arrays, call.formula
+    """As `dispatch.evaluate`. `statistics` are those of the same call, where an earlier evaluation found them."""
+    arrays = call.arrays
     device = cuda_launch.device_of(arrays.student) if device is None else device
-    uses_energy = formulas.uses_energy(call, value=value, student=student, teacher=teacher)
-    makes_batch = shared is None and batches.uses_batch(call)
-    weighs = uses_energy or (makes_batch and batches.uses_batch_mass(call))
-    run = _statistics(call, device, weighs)
-    if makes_batch:
-        mass = run.weights if batches.uses_batch_mass(call) else None
-        shared = batches.over_ranks(call, batches.batch_of(call, run.v, mass))
-
-    of_energy = run.weights if uses_energy else None
+    run = _Run(call, device)
+    if statistics is None:
+        statistics = run.statistics()
+    if shared is None and batches.uses_batch(call):
+        shared = batches.over_ranks(call, run.batch(statistics))
+    loss = device.empty(arrays.student.shape[:-1], call.dtype) if value else None
     to_student = device.empty(arrays.student.shape, arrays.student.dtype) if student else None
     to_teacher = device.empty(arrays.teacher.shape, arrays.teacher.dtype) if teacher else None
-    factors = batches.factors_of(call, run.v, of_energy, shared, upstream) if student or teacher else None
-    kl, ce, energy = (
-        device.empty(arrays.student.shape[:-1], call.dtype) if value and there else None
-        for there in (not formula.decomposed, formula.decomposed, formula.decomposed and uses_energy)
-    )
-    run.gradients(
-        ce_factor=None if factors is None or not student else device.contiguous(factors.ce, call.dtype),
-        energy_factor=None if factors is None or not uses_energy else device.contiguous(factors.energy, call.dtype),
-        to_student=to_student,
-        to_teacher=to_teacher,
-        kl=kl,
-        ce=ce,
-        energy=energy,
-        symmetric=int(formula.symmetric),
-    )
-    loss = None
-    if value:
-        if factors is None or upstream is not None:
-            factors = batches.factors_of(call, run.v, of_energy, shared)
-        loss = formulas.value_of(call, formulas.Samples(kl, ce, energy), factors)
-    return Result(loss, to_student, to_teacher, shared)
+    run.results(statistics, shared, upstream, loss=loss, to_student=to_student, to_teacher=to_teacher)
+    if loss is not None and call.reduction != "none":
+        loss = call.xp.sum(loss)
+    return Result(loss, to_student, to_teacher, shared, statistics)
 
 
 def samples(call: Call, names: Sequence[str], device: Device | None = None) -> dict[str, Array]:
@@ -96,30 +79,29 @@ def samples(call: Call, names: Sequence[str], device: Device | None = None) -> d
     xp, temperature = call.xp, call.numbers.temperature
     device = cuda_launch.device_of(call.arrays.student) if device is None else device
     batch = call.arrays.student.shape[:-1]
-    run = _statistics(call, device, weighs=True)
+    run = _Run(call, device)
+    found = run.statistics()
     kl, ce, energy = (device.empty(batch, call.dtype) for _ in range(3))
-    run.gradients(
-        ce_factor=None, energy_factor=None, to_student=None, to_teacher=None, kl=kl, ce=ce, energy=energy, symmetric=0
-    )
-    if call.formula.tempered:
-        energy = energy / temperature / temperature
-    mass = run.weights.total * run.weights.base**call.numbers.gamma
+    decomposed = {"ce": ce, "energy": energy} if call.formula.decomposed else {}
+    run.results(found, None, None, kl=kl, **decomposed)
 
     def column(number: int) -> Array:
-        return xp.reshape(run.found[:, number], batch)
+        return xp.reshape(found[:, number], batch)
 
-    return {
+    made = {
         "kl": kl,
-        "ce": ce,
-        "mse": mass * mass * energy,
-        "mass": mass,
-        "student_peak": column(_PER_STUDENT_TOTAL),  # the largest logit is 0 by now
-        "teacher_peak": column(_PER_TEACHER_TOTAL),
+        "student_peak": column(_STUDENT_PEAK),
+        "teacher_peak": column(_TEACHER_PEAK),
         "student_class": xp.argmax(call.arrays.student, axis=-1),
         "teacher_class": xp.argmax(call.arrays.teacher, axis=-1),
         "has_valid": column(_HAS_VALID) != 0,
         "undefined": column(_UNDEFINED) != 0,
     }
+    if call.formula.decomposed:
+        mass = column(_MASS) * column(_BASE) ** call.numbers.gamma
+        energy = energy / temperature / temperature if call.formula.tempered else energy
+        made |= {"ce": ce, "mse": mass * mass * energy, "mass": mass}
+    return made
 
 
 # --- the plan: no GPU is needed to make it ----------------------------------------------------------------------------
@@ -134,6 +116,8 @@ class Plan(NamedTuple):
     teacher: str
     weights: _Weights
     """Where the class weights come from."""
+    decomposed: bool
+    """Whether the losses are wMSE and CE, else KL."""
     vector: int
     """Logits a load: 16 bytes of the wider type, where rows and arrays begin at multiples of that."""
     group: int
@@ -148,14 +132,15 @@ class Plan(NamedTuple):
             ("STUDENT", self.student),
             ("TEACHER", self.teacher),
             ("WEIGHTS", self.weights),
+            ("DECOMPOSED", str(int(self.decomposed))),
             ("VECTOR", str(self.vector)),
             ("GROUP", str(self.group)),
             ("BLOCK", str(THREADS)),
         )
 
 
-def plan_of(call: Call, addresses: tuple[int, ...], weighs: bool) -> Plan:
-    """The plan of a call whose logits, contiguous, begin at the addresses given."""
+def plan_of(call: Call, addresses: tuple[int, ...]) -> Plan:
+    """The plan of a call whose logits and prior, contiguous, begin at the addresses given."""
     arrays = call.arrays
     student, teacher = dtype_name(arrays.student.dtype), dtype_name(arrays.teacher.dtype)
     *batch, classes = arrays.student.shape
@@ -168,11 +153,13 @@ def plan_of(call: Call, addresses: tuple[int, ...], weighs: bool) -> Plan:
         group *= 2
     real = "double" if "float64" in (student, teacher) else "float"
     blocks = -(-math.prod(batch) // (THREADS // group))
-    weights = _weights_of(call) if weighs else "UNWEIGHTED"
-    return Plan(real, _TYPES[student], _TYPES[teacher], weights, vector, group, blocks)
+    decomposed = call.formula.decomposed
+    return Plan(real, _TYPES[student], _TYPES[teacher], _weights_of(call), decomposed, vector, group, blocks)
 
 
 def _weights_of(call: Call) -> _Weights:
+    if not call.formula.decomposed:
+        return "PROBABILITIES"
     if call.arrays.prior is not None:
         return "PRIOR_POWER"
     numbers = call.numbers
@@ -180,61 +167,100 @@ def _weights_of(call: Call) -> _Weights:
     return "PROBABILITIES" if own else "TEACHER_POWER"
 
 
-# --- the two kernels --------------------------------------------------------------------------------------------------
+# --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-class _Run(NamedTuple):
-    """What the first kernel found, and what the second is given beside that."""
+class _Run:
+    """The kernels of a call, and what all of them are given."""
 
-    device: Device
-    plan: Plan
-    given: tuple[Any, ...]
-    found: Array
-    """[rows, _ROW], `RowStatistics` of each row."""
-    v: Array
-    """The sample weights, [...]."""
-    weights: formulas.ClassWeights
-    """Without the weights of single classes."""
+    def __init__(self, call: Call, device: Device) -> None:
+        arrays, numbers, contiguous = call.arrays, call.numbers, device.contiguous
+        shape = arrays.student.shape
+        logits = contiguous(arrays.student, None), contiguous(arrays.teacher, None)
+        weighs = call.formula.decomposed and arrays.prior is not None
+        prior = contiguous(arrays.prior, call.dtype) if weighs else None
+        self.call, self.device, self.rows = call, device, math.prod(shape[:-1])
+        self.plan = plan = plan_of(call, tuple(device.address(x) for x in (*logits, prior) if x is not None))
+        where, where_row, where_class = None, 0, 0
+        if arrays.where is not None:
+            mask, where_row, where_class = rows.mask_layout(call)
+            where = contiguous(mask, None)
+        self.real = _REALS[plan.real]
+        self.given = (
+            *logits,
+            prior,
+            contiguous(arrays.labels, call.xp.int64) if weighs and arrays.labels is not None else None,
+            None if arrays.sample_weight is None else contiguous(arrays.sample_weight, call.dtype),
+            where,
+            self.rows,
+            shape[-1],
+            where_row,
+            where_class,
+            *_rate(plan.real, 1.0, numbers.temperature),
+            *_rate(plan.real, 1.0, numbers.weight_temperature),
+            *_rate(plan.real, numbers.gamma, numbers.weight_temperature),
+            self.real(1.0 / numbers.temperature),
+            self.real(numbers.gamma),
+        )
 
-    def gradients(self, **asked: Any) -> None:
-        """Starts the second kernel; `asked` in the order of its arguments."""
-        self.device.start(self.plan.options, self.plan.blocks, "gradients", (*self.given, self.found, *asked.values()))
+    def statistics(self) -> Array:
+        """[rows, _ROW], `RowStatistics` of each row."""
+        found = self.device.empty((self.rows, _ROW), self.call.dtype)
+        self.device.start(self.plan.options, self.plan.blocks, "statistics", (*self.given, found))
+        return found
+
+    def batch(self, statistics: Array) -> Batch:
+        """What the samples share, on this rank alone."""
+        made = self.device.empty((len(Batch._fields),), self.call.dtype)
+        found = Batch(*(made[i, ...] for i in range(len(Batch._fields))))
+        squares, gamma = int(batches.uses_batch_mass(self.call)), self.real(self.call.numbers.gamma)
+        self.device.start(self.plan.options, 1, "batch", (statistics, self.rows, squares, gamma, *found))
+        return found
+
+    def results(
+        self,
+        statistics: Array,
+        shared: Batch | None,
+        upstream: Array | None,
+        *,
+        loss: Array | None = None,
+        kl: Array | None = None,
+        ce: Array | None = None,
+        energy: Array | None = None,
+        to_student: Array | None = None,
+        to_teacher: Array | None = None,
+    ) -> None:
+        """Fill the arrays that are given: losses of the samples and gradients."""
+        call = self.call
+        formula, numbers = call.formula, call.numbers
+        asked = (
+            *(shared or [None] * len(Batch._fields)),
+            int(call.reduction == "mean"),
+            int(formula.tempered),
+            int(formula.symmetric),
+            int(batches.uses_batch_mass(call)),
+            self.real(numbers.mse_weight),
+            self.real(numbers.ce_weight),
+            self.real(1.0 if call.ranks is None else call.ranks.size),
+            None if upstream is None else self.device.contiguous(upstream, call.dtype),
+            int(call.reduction == "none"),
+            loss,
+            kl,
+            ce,
+            energy,
+            to_student,
+            to_teacher,
+        )
+        self.device.start(self.plan.options, self.plan.blocks, "gradients", (*self.given, statistics, *asked))
 
 
-def _statistics(call: Call, device: Device, weighs: bool) -> _Run:
-    xp, arrays, numbers, contiguous = call.xp, call.arrays, call.numbers, device.contiguous
-    shape = arrays.student.shape
-    logits = contiguous(arrays.student, None), contiguous(arrays.teacher, None)
-    plan = plan_of(call, tuple(device.address(x) for x in logits), weighs)
-    where, where_row, where_class = None, 0, 0
-    if arrays.where is not None:
-        mask, where_row, where_class = rows.mask_layout(call)
-        where = contiguous(mask, None)
-    given = (
-        *logits,
-        None if arrays.prior is None else contiguous(arrays.prior, call.dtype),
-        None if arrays.labels is None else contiguous(arrays.labels, xp.int64),
-        None if arrays.sample_weight is None else contiguous(arrays.sample_weight, call.dtype),
-        where,
-        math.prod(shape[:-1]),
-        shape[-1],
-        where_row,
-        where_class,
-        *_split(plan, 1.0 / numbers.temperature),
-        *_split(plan, 1.0 / numbers.weight_temperature),
-        *_split(plan, numbers.gamma / numbers.weight_temperature),
-        _REALS[plan.real](numbers.gamma),
-    )
-    v, mass, base = (device.empty(shape[:-1], call.dtype) for _ in range(3))
-    found = device.empty((math.prod(shape[:-1]), _ROW), call.dtype)
-    device.start(plan.options, plan.blocks, "statistics", (*given, found, v, mass, base))
-    return _Run(device, plan, given, found, v, formulas.ClassWeights(None, mass, base))
-
-
-def _split(plan: Plan, x: float) -> tuple[Any, Any]:
-    """A number in what is computed in, and what its rounding left."""
-    real = _REALS[plan.real]
-    return real(x), real(x - float(real(x)))
+@lru_cache(maxsize=64)
+def _rate(real: str, numerator: float, denominator: float) -> tuple[Any, Any]:
+    """The quotient times log2(e) in what is computed in, and what its rounding left."""
+    exact = Fraction(numerator) / Fraction(denominator) * _LOG2_E
+    largest = np.finfo(_REALS[real]).max
+    high = _REALS[real](float(min(Fraction(float(largest)), exact)))
+    return high, _REALS[real](0.0 if high == largest else float(exact - Fraction(float(high))))
 
 
 def _on_nvidia(x: Any) -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -78,6 +78,7 @@ def _launcher(device: int, candidates: tuple[_Launcher, ...]) -> _Launcher | Non
         ("STUDENT", "float"),
         ("TEACHER", "float"),
         ("WEIGHTS", "PROBABILITIES"),
+        ("DECOMPOSED", "0"),
         ("VECTOR", "4"),
         ("GROUP", str(THREADS)),
         ("BLOCK", str(THREADS)),
@@ -188,27 +189,39 @@ def _core_module(options: Options, device: int) -> Any:
     return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}")
 
 
-class _Stream(NamedTuple):
-    """PyTorch's current stream, as cuda-core asks for one."""
+@cache
+def _cupy_stream(device: int, handle: int) -> Any:
+    """PyTorch's stream as CuPy asks for one. PyTorch ends none of its streams before the process ends."""
+    import cupy
 
-    handle: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+    return cupy.cuda.ExternalStream(handle, device)
 
 
 def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
-    import cupy
-
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+    with sys.modules["torch"].cuda.device(device), _cupy_stream(device, stream):
         kernel((blocks,), (THREADS,), tuple(given))
 
 
+@cache
+def _core_stream(device: int, handle: int) -> Any:
+    """PyTorch's stream as cuda-core asks for one."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+@lru_cache(maxsize=256)
+def _core_config(blocks: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=blocks, block=THREADS)
+
+
 def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
-    from cuda.core import LaunchConfig, launch
+    from cuda.core import launch
 
     with sys.modules["torch"].cuda.device(device):
-        launch(_Stream(stream), LaunchConfig(grid=blocks, block=THREADS), kernel, *given)
+        launch(_core_stream(device, stream), _core_config(blocks), kernel, *given)
 
 
 _LAUNCHERS = (

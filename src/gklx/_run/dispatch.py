@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._core import formulas
 from .._core.batch import Batch
@@ -31,14 +31,20 @@ def evaluate(
     student: bool = False,
     teacher: bool = False,
     upstream: Array | None = None,
+    statistics: Array | None = None,
 ) -> Result:
     """Value and gradients of a call, as asked for.
 
-    `shared` is what the samples of the batch share, where an earlier evaluation found it. The gradients are those of
-    each sample's own entry under the reduction "none", times `upstream`, of the value's shape, where it is given.
+    `shared` is what the samples of the batch share, and `statistics` what the CUDA kernels found of each row, where an
+    earlier evaluation of the same call returned them. The gradients are those of each sample's own entry under the
+    reduction "none", times `upstream`, of the value's shape, where it is given.
     """
-    run = rows.evaluate if rows.serves(call) else cuda.evaluate if cuda.serves(call) else blocks.evaluate
-    return run(call, shared, value=value, student=student, teacher=teacher, upstream=upstream)
+    asked: dict[str, Any] = {"value": value, "student": student, "teacher": teacher, "upstream": upstream}
+    if rows.serves(call):
+        return rows.evaluate(call, shared, **asked)
+    if cuda.serves(call):
+        return cuda.evaluate(call, shared, statistics=statistics, **asked)
+    return blocks.evaluate(call, shared, **asked)
 
 
 class SampleLosses(NamedTuple):
