@@ -13,6 +13,7 @@ on the formulas. Without the kernel the former skip, or fail where `GKLX_KERNEL_
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -197,8 +198,10 @@ def _torch_without_waiting(f: Callable[..., Any]) -> Callable[..., Any]:
     def never_waiting(*args: Any, **kwargs: Any) -> Any:
         import torch
 
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():  # PyTorch says once a process that the mode is a prototype
+                warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+                torch.cuda.set_sync_debug_mode("error")
             return f(*args, **kwargs)
         finally:
             torch.cuda.set_sync_debug_mode("default")

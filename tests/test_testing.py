@@ -13,7 +13,7 @@ import backends
 import gklx
 from gklx._core.libraries import LIBRARIES
 from gklx._verify.differences import differences
-from gklx._verify.places import Arguments
+from gklx._verify.places import Arguments, places
 from gklx._verify.ulps import farthest, units
 from gklx.testing import assert_backends_agree, assert_gradients_match
 
@@ -53,6 +53,12 @@ def other(request):
 def differentiating(request):
     backends.needs(request.param)
     return request.param
+
+
+def one_place(backend):
+    """One place of a library, as messages name it: with the device where that is a GPU, which is preferred."""
+    with places([backend]) as (here, _):
+        return here[-1].name
 
 
 def namespace(backend):
@@ -137,23 +143,23 @@ def test_halves(dtype):
 
 
 def test_a_fault_in_one_backend_is_told(other, monkeypatch):
-    module = namespace(other)
+    place, module = one_place(other), namespace(other)
     true_exp = module.exp
     monkeypatch.setattr(module, "exp", lambda x: true_exp(x * (1 + 1e-4)))
     x = np.zeros((3, 4))
     x[1, 2] = 2.0
     exact = np.log(3 + np.exp(2.0))
     with pytest.raises(AssertionError) as excinfo:
-        assert_backends_agree(log_sum_exp, x, backends=["numpy", other])
+        assert_backends_agree(log_sum_exp, x, backends=["numpy", place])
     first, *_ = lines = message(excinfo)
-    assert first.startswith(f"{other} in float32: the result element [1] is 2.34")
+    assert first.startswith(f"{place} in float32: the result element [1] is 2.34")
     assert f", expected {exact:.9g}, " in first
     off = np.log(3 + np.exp(2.0002)) - exact
     told = float(re.search(r", ([\d.]+) ulp off, allowed 32$", first)[1])
     assert told == pytest.approx(off / 2.0**-22, abs=2)
     assert not [line for line in lines if line.startswith("numpy in")]
-    assert any(re.search(rf"float32, ulp from NumPy in float64: numpy 0\.\d+, {other} \d+", line) for line in lines)
-    assert lines[-1].startswith(f"farthest pair: numpy and {other} in float64, ")
+    assert any(re.search(rf"float32, ulp from NumPy in float64: numpy 0\.\d+, {place} \d+", line) for line in lines)
+    assert lines[-1].startswith(f"farthest pair: numpy and {place} in float64, ")
 
 
 def test_the_bound_is_the_one_that_is_given(monkeypatch):
@@ -177,11 +183,12 @@ def test_a_backend_that_raises_is_told_and_does_not_hide_the_others(other, monke
     def broken(x):
         raise RuntimeError("no exponentials today")
 
+    place = one_place(other)
     monkeypatch.setattr(namespace(other), "exp", broken)
     with pytest.raises(AssertionError) as excinfo:
-        assert_backends_agree(log_sum_exp, X, backends=["numpy", other])
+        assert_backends_agree(log_sum_exp, X, backends=["numpy", place])
     lines = message(excinfo)
-    assert lines[0] == f"{other} in float32: the result raised RuntimeError: no exponentials today"
+    assert lines[0] == f"{place} in float32: the result raised RuntimeError: no exponentials today"
     assert lines[2].startswith("the result in float32, ulp from NumPy in float64: numpy ")
     assert isinstance(excinfo.value.__cause__, RuntimeError)
 
@@ -206,7 +213,7 @@ def test_results_of_another_library_shape_number_or_dtype(other):
     def only_there(there, here):
         return lambda x: (there if backends.BY_BACKEND[other].recognises(x) else here)(x)
 
-    xp = namespace(other)
+    place, xp = one_place(other), namespace(other)
     for fn, told in (
         (into_numpy, f"raised TypeError: the function must return an array of {backends.BY_BACKEND[other].name}"),
         (only_there(lambda x: x[0, :], lambda x: x), "has shape [4], expected [3, 4]"),
@@ -214,8 +221,8 @@ def test_results_of_another_library_shape_number_or_dtype(other):
         (only_there(lambda x: xp.astype(x, xp.float64), lambda x: x), "is of float64, expected float32"),
     ):
         with pytest.raises(AssertionError) as excinfo:
-            assert_backends_agree(fn, X, backends=["numpy", other], dtypes=["float32"])
-        assert message(excinfo)[0].startswith(f"{other} in float32: the result {told}")
+            assert_backends_agree(fn, X, backends=["numpy", place], dtypes=["float32"])
+        assert message(excinfo)[0].startswith(f"{place} in float32: the result {told}")
 
 
 def test_a_reference_that_raises():
@@ -339,6 +346,7 @@ def test_masked_entries_that_are_not_finite_are_left_to_grad(differentiating):
 
 
 def test_a_wrong_gradient_of_one_library_is_told(differentiating):
+    place = one_place(differentiating)
     constant = backends.BY_BACKEND[differentiating].constant
 
     def half_frozen(x):
@@ -346,10 +354,10 @@ def test_a_wrong_gradient_of_one_library_is_told(differentiating):
 
     for grad in (None, lambda x: x / 6):
         with pytest.raises(AssertionError) as excinfo:
-            assert_gradients_match(half_frozen, X, grad=grad, backends=["numpy", differentiating])
+            assert_gradients_match(half_frozen, X, grad=grad, backends=["numpy", place])
         first = message(excinfo)[0]
         at, found, exact = re.match(
-            rf"{differentiating} in float32: autodiff element (\[\d, \d\]) is (\S+), expected (\S+), \S+ ulp off", first
+            rf"{place} in float32: autodiff element (\[\d, \d\]) is (\S+), expected (\S+), \S+ ulp off", first
         ).groups()
         at = tuple(map(int, re.findall(r"\d", at)))
         assert float(exact) == pytest.approx(X[at] / 6, rel=1e-6)

@@ -39,7 +39,7 @@ def batch_of(call: Call, v: Array, weights: ClassWeights | None) -> Batch:
     """What samples of weight v share, on this rank alone; `weights` where the loss is normalised by the batch."""
     xp = call.xp
     weight_scale = _power_of_two(call, _largest(call, v))
-    v = v / weight_scale
+    v = _relative(v, weight_scale)
     if weights is None:
         one = xp.ones_like(weight_scale)
         return Batch(weight_scale, one, xp.sum(v), xp.zeros_like(weight_scale))
@@ -86,7 +86,7 @@ def factors_of(
     share = v
     if call.reduction == "mean":
         assert batch is not None
-        share = (v / batch.weight_scale) / _or_one(call, batch.weight)
+        share = _relative(v, batch.weight_scale) / _or_one(call, batch.weight)
         if call.ranks is not None:
             share = call.ranks.size * share
     if upstream is not None:
@@ -105,6 +105,14 @@ def factors_of(
             of_energy = of_energy * mass * mass
         of_energy = xp.where(v == 0, 0.0, of_energy)
     return Factors(of_ce, of_energy)
+
+
+def _relative(v: Array, weight_scale: Array) -> Array:
+    """The weights in units of the scale, exactly, since it is a power of two.
+
+    By its reciprocal: XLA would turn (v / scale) / sum into v / (scale * sum), where the product overflows.
+    """
+    return v * (1.0 / weight_scale)
 
 
 def _mass(call: Call, weights: ClassWeights, base_scale: Array) -> Array:

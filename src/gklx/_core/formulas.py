@@ -59,6 +59,7 @@ class ClassWeights(NamedTuple):
     relative: Array  # [..., C], at most 1
     total: Array  # [...], their sum; NaN where the label names no class
     base: Array  # [...], the row's largest weight before gamma
+    heaviest: Array = None  # [..., C], boolean: the classes of the largest weight; the kernels have no use for it
 
 
 class Deviations(NamedTuple):
@@ -137,16 +138,17 @@ def class_weights(call: Call, rows: Rows) -> ClassWeights:
         lowest = 0.5 * float(xp.finfo(call.dtype).min)
         exponent = numbers.gamma * xp.where(z < lowest, lowest, z)  # gamma * -inf would be NaN at gamma = 0
         relative, base = xp.exp(exponent), 1.0 / total
-        known = rows.has_valid
+        known, heaviest = rows.has_valid, rows.teacher.z == 0
     else:
         prior, known = _prior_rows(call, rows)
         prior = xp.where(valid, xp.where(prior >= 0, prior, xp.nan), 0.0)
         base = xp.max(prior, axis=-1)
+        heaviest = valid & (prior == base[..., None])
         relative = (prior / xp.where(base == 0, 1.0, base)[..., None]) ** numbers.gamma
         relative = xp.where(xp.isnan(prior), xp.nan, relative)  # NaN^0 would be 1
     relative = xp.where(valid, relative, 0.0)
     total = xp.sum(relative, axis=-1)
-    return ClassWeights(relative, xp.where(known | ~rows.has_valid, total, xp.nan), base)
+    return ClassWeights(relative, xp.where(known | ~rows.has_valid, total, xp.nan), base, heaviest)
 
 
 def _prior_rows(call: Call, rows: Rows) -> tuple[Array, Array]:
@@ -177,12 +179,12 @@ def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     downwards = xp.any(infinite & (d < 0), axis=-1, keepdims=True)
     summed = weighs & ~infinite
 
-    def less_mean(x: Array) -> Array:
-        return xp.where(summed, x - xp.sum(u * x, axis=-1, keepdims=True), 0.0)
-
-    # The mean in two steps: where nearly all weight is on one class, what the first step rounds off that class's d is
-    # as large as the differences that matter.
-    centred = less_mean(less_mean(xp.where(summed, d, 0.0)))
+    # Nearly all weight may be on one class. What a sum rounds off its d is then as large as the differences that
+    # matter, so all are first taken from the d of such a class. A first mean would do instead only if it were the same
+    # number wherever it is used: XLA on a GPU computes it anew in several places, and rounds it differently.
+    reference = xp.max(xp.where(summed & weights.heaviest, d, -xp.inf), axis=-1, keepdims=True)
+    centred = xp.where(summed, d - xp.where(reference == -xp.inf, 0.0, reference), 0.0)
+    centred = xp.where(summed, centred - xp.sum(u * centred, axis=-1, keepdims=True), 0.0)
     shift = xp.where(downwards, xp.inf, xp.zeros_like(upwards, dtype=call.dtype))
     shift = xp.where(upwards, -xp.inf, shift)
     shift = xp.where(upwards & downwards, xp.nan, shift)  # between opposite infinities there is no mean
