@@ -16,7 +16,7 @@ template <bool Careful> Partial partial_of(const Given &g, int64_t row) {
   for (int lane = 0; lane < GROUP; ++lane) origins[lane] = thread_origin<Careful>(g, row, lane);
   const Origin origin = all_merged(origins, GROUP, [](const Origin &a, const Origin &b) { return merged(a, b); });
   for (int lane = 0; lane < GROUP; ++lane) partials[lane] = thread_statistics<Careful>(g, row, lane, origin);
-  return all_merged(partials, GROUP, [&](const Partial &a, const Partial &b) { return merged<Careful>(g, a, b); });
+  return all_merged(partials, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
 }
 
 extern "C" int bytes_of_row() { return sizeof(RowStatistics); }
@@ -27,11 +27,11 @@ extern "C" void statistics(GIVEN, RowStatistics *found) {
     if (is_ordinary(g)) {
       const Partial x = partial_of<false>(g, row);
       if (needs_no_care(x)) {
-        found[row] = finished<false>(g, row, x);
+        found[row] = finished(g, row, x, false);
         continue;
       }
     }
-    found[row] = finished<true>(g, row, partial_of<true>(g, row));
+    found[row] = finished(g, row, partial_of<true>(g, row), true);
   }
 }
 
@@ -57,15 +57,12 @@ extern "C" void gradients(GIVEN, const RowStatistics *found, ASKED) {
   const Given g = GATHERED;
   const Asked a = ASKED_FOR;
   for (int64_t row = 0; row < rows; ++row) {
-    RowStatistics r = found[row];
-    if (needs_sums(a, r)) {
-      Sums sums[GROUP];
-      for (int lane = 0; lane < GROUP; ++lane)
-        sums[lane] = thread_sums(g, r, row, lane);
-      settle(r, all_merged(sums, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); }));
-    }
-    write_losses(g, a, r, row);
+    const RowStatistics r = found[row];
     const Factors f = with_upstream(a, factors_of(g, a, r), row);
-    for (int lane = 0; lane < GROUP; ++lane) thread_gradients(g, a, found[row], f, row, lane);
+    const bool summed = needs_sums(a, r);
+    Sums sums[GROUP];
+    for (int lane = 0; lane < GROUP; ++lane) sums[lane] = thread_results(g, a, r, f, summed, row, lane);
+    const Sums all = all_merged(sums, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
+    write_losses(g, a, summed ? settled(r, all) : r, row);
   }
 }

@@ -75,7 +75,7 @@ def on_cpu(tmp_path_factory):
 
 
 def device_with(start):
-    return cuda_launch.Device(np.ascontiguousarray, lambda x: x.ctypes.data, poisoned, start)
+    return cuda_launch.Device(np.ascontiguousarray, lambda x: x.ctypes.data, poisoned, lambda x: x, start)
 
 
 @pytest.fixture
@@ -445,16 +445,16 @@ MUTATIONS = [
     ("gkl-tau", "of_s * of_student", "of_t * of_student"),
     ("gkl-tau", "gap -= spread", "gap += spread"),
     ("gkl-tau", "deviation(d, r.reference) - r.mean", "deviation(d, r.reference)"),
-    ("gkl-tau", "scale * scale * (squares - square)", "scale * scale * squares"),
+    ("gkl-tau", "REAL(0.5) * (squares - square)", "REAL(0.5) * squares"),
     ("gkl-tau", "log_s_total - value_of(x.mean_logit)", "log_s_total + value_of(x.mean_logit)"),
     ("gkl-tau", "    add(a.mass, b.mass);\n".replace("    ", "  "), ""),
-    ("gkl-tau", "multiply(x.s_total, exponential_of<Careful>(by, g.per_temperature))", ""),
+    ("gkl-tau", "multiply(x.s_total, exponential_of<true>(by, g.per_temperature))", ""),
     ("gkl-tau", "          multiply(x.mass, by_weight);\n          multiply", "          multiply"),
-    ("ikl-tau", "tau_total += exponential_of<Careful>(below, g.per_weight_", "tau_total += exponential_of<Careful>(below, g.per_"),
+    ("ikl-tau", "of<Careful>(below, g.per_weight_temperature);\n", "of<Careful>(below, g.per_temperature);\n"),
     ("gkl-tau", "add(x.moment, -(mass.high * by))", "add(x.moment, mass.high * by)"),
     ("gkl-tau", "(mass.high * by - REAL(2) * x.moment.high)", "(mass.high * by)"),
     ("gkl-tau", "add(x.mean_logit, value_of(x.t_total) * by)", ""),
-    ("gkl-tau", "add(x.squared_mass, v * (mass * mass))", "add(x.squared_mass, v * mass)"),
+    ("gkl-tau", "REAL(0) : v * (mass * mass)", "REAL(0) : v * mass"),
     ("kl", "difference - r.log_ratio", "difference + r.log_ratio"),
     ("kl", "a.ce_weight * share, a.mse_weight * share", "a.ce_weight * share, REAL(2) * a.mse_weight * share"),
     ("kl-close", "* doubled - r.log_ratio", "* doubled + r.log_ratio"),
@@ -490,7 +490,9 @@ def test_mutation_of_the_kernels_is_detected(tmp_path, on_cpu, case, old, new):
 @pytest.mark.parametrize(
     ("student", "teacher", "shape", "offset", "vector", "group", "blocks"),
     [
-        ("float32", "float32", (8192, 1000), 0, 4, 64, 2048),
+        ("float32", "float32", (8192, 1000), 0, 4, 32, 1024),
+        ("float32", "float32", (512, 1000), 0, 4, 64, 128),
+        ("float32", "float32", (4096, 32_000), 0, 4, 64, 1024),
         ("float32", "float32", (10, 10), 0, 1, 32, 2),
         ("float32", "float32", (9, 64), 4, 1, 32, 2),
         ("float16", "float16", (4, 2, 128_256), 0, 8, 256, 8),
@@ -660,6 +662,7 @@ def test_launching_moves_and_reads_no_values(case, mask):
         contiguous=lambda x, dtype: (x if dtype is None else x.to(dtype)).contiguous(),
         address=lambda x: 0,
         empty=lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device="meta"),
+        argument=lambda x: x,
         start=lambda options, blocks, name, arguments: started.append(name),
     )
     s, t, given = call(case, mask)
@@ -790,12 +793,13 @@ def test_on_a_gpu_kernels_agree_with_the_formulas(case, mask, library):
 def test_on_a_gpu_losses_run_on_the_kernels(monkeypatch):
     torch = on_a_gpu("torch")
     started = []
-    original = cuda_launch._numbers
-    monkeypatch.setattr(cuda_launch, "_numbers", lambda *given: started.append(len(given[1])) or original(*given))
+    original = cuda._Run.start
+    monkeypatch.setattr(cuda._Run, "start", lambda *given: started.append(given[1]) or original(*given))
     s, t = torch.randn(2, 64, 1000, device="cuda")
     s.requires_grad_()
     partial(gklx.gkl, gamma=0.5)(s, t).backward()
-    assert len(started) == 4  # the backward pass starts the last kernel again, with what the first one found
+    # The backward pass starts the last kernel again, with what the first one found.
+    assert started == ["statistics", "batch", "gradients", "gradients"]
 
 
 def on_a_gpu(library):

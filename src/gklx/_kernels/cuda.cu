@@ -260,40 +260,42 @@ struct Partial {
   Sum moment, squares;      // of w times what d is larger than at the reference, and times the square of that
   Sum mean_logit;           // of the teacher's exponentials times what s is above the origin
   REAL above, below;        // of the classes with d = +inf, and -inf: the largest height; NONE where there is none
-  bool has_valid, student_nan, teacher_nan, student_rules_out, prior_nan;
+  uint32_t seen;            // of the following
 };
+
+enum : uint32_t { VALID = 1, STUDENT_NAN = 2, TEACHER_NAN = 4, STUDENT_RULES_OUT = 8, PRIOR_WRONG = 16 };
 
 GKLX_BOTH Partial no_classes(const Origin &origin) {
   const Sum zero = {0, 0};
   const Total none = {AHEAD, 0};
-  return {origin, -INF, -INF, 0, none, none, zero, zero, zero, zero, zero, NONE, NONE, false, false, false, false, false};
+  return {origin, -INF, -INF, 0, none, none, zero, zero, zero, zero, zero, NONE, NONE, 0};
 }
 
 GKLX_BOTH Sum mass_of(const Partial &x) { return WEIGHTS == PROBABILITIES ? sum_of(x.t_total) : x.mass; }
 
 // The sums relative to larger maxima and to a heavier reference.
-template <bool Careful> GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
+GKLX_APART Partial moved(const Given &g, Partial x, const Origin &to) {
   Origin &from = x.origin;
   if (to.s_top > from.s_top) {
     if (from.s_top != -INF) {
       const REAL by = from.s_top - to.s_top;
-      multiply(x.s_total, exponential_of<Careful>(by, g.per_temperature));
+      multiply(x.s_total, exponential_of<true>(by, g.per_temperature));
       if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * by);
     }
     from.s_top = to.s_top;
   }
   if (to.t_top > from.t_top) {
     if (from.t_top != -INF) {
-      const REAL below = from.t_top - to.t_top, by = exponential_of<Careful>(below, g.per_temperature);
+      const REAL below = from.t_top - to.t_top, by = exponential_of<true>(below, g.per_temperature);
       multiply(x.t_total, by);
       if (DECOMPOSED) multiply(x.mean_logit, by);
       if (WEIGHTS != PRIOR_POWER) {
-        const REAL by_weight = teacher_weight<Careful>(g, below);
+        const REAL by_weight = teacher_weight<true>(g, below);
         multiply(x.moment, by_weight);
         if (DECOMPOSED) multiply(x.squares, by_weight);
         if (WEIGHTS == TEACHER_POWER) {
           multiply(x.mass, by_weight);
-          multiply(x.tau_total, exponential_of<Careful>(below, g.per_weight_temperature));
+          multiply(x.tau_total, exponential_of<true>(below, g.per_weight_temperature));
         }
       }
     }
@@ -315,6 +317,7 @@ template <bool Careful> GKLX_BOTH void move_origin(const Given &g, Partial &x, c
     from.peak = to.peak;
     from.reference = to.reference;
   }
+  return x;
 }
 
 // Adds some classes to a thread's sums.
@@ -390,15 +393,16 @@ template <bool Careful> GKLX_BOTH Origin thread_origin(const Given &g, int64_t r
   return origin_of<Careful>(classes_of<Careful>(g, row, lines, lane, lines.student[lane], lines.teacher[lane]));
 }
 
-// How far above the origin a class may be before the sums are moved to it: no exponential is above 2.
+// How far above the origin a class may be before the sums are moved to it, so that few are: no exponential is above 2.
 struct Margins {
-  REAL student, teacher;
+  REAL student, teacher, prior;
 };
 
-GKLX_BOTH Margins margins_of(const Given &g) {
+template <bool Careful> GKLX_BOTH Margins margins_of(const Given &g) {
+  if (Careful) return {0, 0, 1};  // sums of huge differences stay finite where no weight is above 1
   REAL rate = g.per_temperature.high;
   if (WEIGHTS == TEACHER_POWER) rate = larger(rate, larger(g.per_weight_temperature.high, g.weighing.high));
-  return {REAL(1) / g.per_temperature.high, REAL(1) / rate};
+  return {REAL(1) / g.per_temperature.high, REAL(1) / rate, 2};
 }
 
 template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, const Margins &margins, Partial &x) {
@@ -407,29 +411,29 @@ template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, c
   for (int k = 0; k < VECTOR; ++k) {
     if (Careful) {
       if (!c.valid[k]) continue;
-      x.has_valid = true;
-      x.student_nan |= is_nan(c.s[k]);
-      x.teacher_nan |= is_nan(c.t[k]);
-      x.student_rules_out |= c.s[k] == -INF;
+      x.seen |= VALID | (is_nan(c.s[k]) ? STUDENT_NAN : 0) | (is_nan(c.t[k]) ? TEACHER_NAN : 0);
+      if (c.s[k] == -INF) x.seen |= STUDENT_RULES_OUT;
     } else {
       x.size = larger(larger(magnitude(c.s[k]), magnitude(c.t[k])), x.size);
     }
     s_top = larger(c.s[k], s_top);
     t_top = larger(c.t[k], t_top);
-    if (WEIGHTS == PRIOR_POWER) x.prior_nan |= !(c.prior[k] >= REAL(0));
+    if (WEIGHTS == PRIOR_POWER && !(c.prior[k] >= REAL(0))) x.seen |= PRIOR_WRONG;
     if (WEIGHTS == PRIOR_POWER) base = larger(c.prior[k], base);
   }
   x.s_top = larger(s_top, x.s_top);
   x.t_top = larger(t_top, x.t_top);
   const Origin &o = x.origin;
   bool far = s_top > o.s_top + margins.student || t_top > o.t_top + margins.teacher;
-  if (WEIGHTS == PRIOR_POWER) far |= base > REAL(2) * o.base;
-  if (Careful) {
-    const REAL peak = origin_of<Careful>(c).peak;
-    far |= peak > (WEIGHTS == PRIOR_POWER ? REAL(2) * o.peak : o.peak + margins.teacher);
-  }
-  if (far) move_origin<Careful>(g, x, origin_of<Careful>(c));
+  if (WEIGHTS == PRIOR_POWER) far |= base > margins.prior * o.base;
+  if (Careful) far |= origin_of<Careful>(c).peak > o.peak;  // of classes whose d is finite, the others may be larger
+  if (far) x = moved(g, x, origin_of<Careful>(c));
   collect<Careful>(g, c, x);
+}
+
+// Whether sums relative to one origin are not relative to the other.
+GKLX_BOTH bool is_beyond(const Origin &to, const Origin &from) {
+  return to.s_top > from.s_top || to.t_top > from.t_top || to.base > from.base || to.peak > from.peak;
 }
 
 template <bool Careful>
@@ -437,14 +441,19 @@ GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const
   Partial x = no_classes(origin);
   if (given_weight(g, row) == REAL(0)) return x;
   const Lines lines = lines_of(g, row);
-  const Margins margins = margins_of(g);
-  x.has_valid = !Careful;
-  for (int i = lane; i < lines.packs; i += 2 * GROUP) {  // two loads at a time
-    const bool second = i + GROUP < lines.packs;
-    const Pack<STUDENT> s = lines.student[i], next_s = lines.student[second ? i + GROUP : i];
-    const Pack<TEACHER> t = lines.teacher[i], next_t = lines.teacher[second ? i + GROUP : i];
+  const Margins margins = margins_of<Careful>(g);
+  if (!Careful) x.seen = VALID;
+  if (lane >= lines.packs) return x;
+  Pack<STUDENT> next_s = lines.student[lane];
+  Pack<TEACHER> next_t = lines.teacher[lane];
+#pragma unroll 1
+  for (int i = lane; i < lines.packs; i += GROUP) {
+    const Pack<STUDENT> s = next_s;
+    const Pack<TEACHER> t = next_t;
+    const int next = i + GROUP < lines.packs ? i + GROUP : i;  // is on its way while this load is worked on
+    next_s = lines.student[next];
+    next_t = lines.teacher[next];
     visit<Careful>(g, classes_of<Careful>(g, row, lines, i, s, t), margins, x);
-    if (second) visit<Careful>(g, classes_of<Careful>(g, row, lines, i + GROUP, next_s, next_t), margins, x);
   }
   return x;
 }
@@ -453,10 +462,10 @@ GKLX_APART Partial careful_statistics(const Given &g, int64_t row, int lane, con
   return thread_statistics<true>(g, row, lane, origin);
 }
 
-template <bool Careful> GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
+GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   const Origin origin = merged(a.origin, b.origin);
-  move_origin<Careful>(g, a, origin);
-  move_origin<Careful>(g, b, origin);
+  if (is_beyond(origin, a.origin)) a = moved(g, a, origin);
+  if (is_beyond(origin, b.origin)) b = moved(g, b, origin);
   a.s_top = larger(a.s_top, b.s_top);
   a.t_top = larger(a.t_top, b.t_top);
   a.size = larger(a.size, b.size);
@@ -469,11 +478,7 @@ template <bool Careful> GKLX_BOTH Partial merged(const Given &g, Partial a, Part
   add(a.moment, b.moment);
   add(a.squares, b.squares);
   add(a.mean_logit, b.mean_logit);
-  a.has_valid |= b.has_valid;
-  a.student_nan |= b.student_nan;
-  a.teacher_nan |= b.teacher_nan;
-  a.student_rules_out |= b.student_rules_out;
-  a.prior_nan |= b.prior_nan;
+  a.seen |= b.seen;
   return a;
 }
 
@@ -509,37 +514,37 @@ GKLX_BOTH void settle(RowStatistics &r) {
 }
 
 // p L summed over the classes is the mean of d / T but for what d / T is at the origins, less the logarithm of the ratio of
-// the normalisers: exact where these do not cancel each other.
-template <bool Careful> GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
-  constexpr REAL scale = difference_scale<Careful>;
+// the normalisers, which is known to about a unit in the last place of 1. A mean square less the squared mean is the
+// other. Both are taken where little cancels.
+GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   const Origin &o = x.origin;
   const Sum s_total = sum_of(x.s_total);
   const REAL log_s_total = logarithm(s_total.high) + s_total.low / s_total.high;
   if (DECOMPOSED) r.ce = log_s_total - value_of(x.mean_logit) * r.per_t_total * g.inverse_temperature;
-  if (Careful) return;
+  if (r.careful) return;
   const REAL squares = value_of(x.squares) / r.mass, square = r.mean * r.mean;
-  r.energy = r.mass == REAL(0) ? REAL(0) : REAL(0.5) * scale * scale * (squares - square);
-  r.knows_energy = r.mass == REAL(0) || squares - square >= squares * REAL(0.25);
+  r.energy = r.mass == REAL(0) ? REAL(0) : REAL(0.5) * (squares - square);
+  r.knows_energy = r.mass == REAL(0) || squares - square >= squares / 16;
   if (WEIGHTS != PROBABILITIES) return;
-  const Difference<REAL> top = difference_at<REAL, Careful>(o.t_top, o.s_top);
-  const REAL difference = (deviation(o.reference, top) + r.mean) * scale * g.inverse_temperature;
+  const Difference<REAL> top = difference_at<REAL, false>(o.t_top, o.s_top);
+  const REAL difference = (deviation(o.reference, top) + r.mean) * g.inverse_temperature;
   r.kl = difference - r.log_ratio;
-  r.knows_kl = r.kl >= REAL(0.25) * larger(size_of(difference), size_of(r.log_ratio));
+  r.knows_kl = r.kl >= larger(REAL(1), larger(magnitude(difference), magnitude(r.log_ratio))) / 8;
 }
 
-template <bool Careful> GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x) {
+GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, bool careful) {
   RowStatistics r = {};
   r.base = r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = 1;
-  r.careful = Careful || !x.has_valid;
-  r.knows_kl = r.knows_energy = !x.has_valid;
-  if (!x.has_valid) return r;
+  r.careful = careful || !(x.seen & VALID);
+  r.knows_kl = r.knows_energy = !(x.seen & VALID);
+  if (!(x.seen & VALID)) return r;
   const Origin &o = x.origin;
-  const bool teacher_undefined = x.teacher_nan || !is_finite(x.t_top);
+  const bool teacher_undefined = (x.seen & TEACHER_NAN) || !is_finite(x.t_top);
   const REAL v = given_weight(g, row);
   r.weight = v >= REAL(0) ? v : nan_of<REAL>();
   r.has_valid = 1;
-  r.undefined = teacher_undefined || x.student_nan || !is_finite(x.s_top);
-  r.unreachable = x.student_rules_out && !r.undefined;
+  r.undefined = teacher_undefined || (x.seen & STUDENT_NAN) || !is_finite(x.s_top);
+  r.unreachable = (x.seen & STUDENT_RULES_OUT) && !r.undefined;
   r.s_top = o.s_top;
   r.t_top = o.t_top;
   const REAL s_total = value_of(x.s_total), t_total = value_of(x.t_total);
@@ -551,7 +556,7 @@ template <bool Careful> GKLX_BOTH RowStatistics finished(const Given &g, int64_t
   r.student_peak = r.per_s_total * exponential_of<true>(x.s_top - o.s_top, g.per_temperature);
   r.teacher_peak = r.per_t_total * exponential_of<true>(x.t_top - o.t_top, g.per_temperature);
   if (r.undefined) r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = nan_of<REAL>();
-  const bool unknown = WEIGHTS == PRIOR_POWER ? x.prior_nan || !has_label(g, row) : teacher_undefined;
+  const bool unknown = WEIGHTS == PRIOR_POWER ? (x.seen & PRIOR_WRONG) || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));
   r.base = WEIGHTS == PRIOR_POWER ? divisor_of(o.base) : REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
   r.reference = o.reference;
@@ -567,7 +572,7 @@ template <bool Careful> GKLX_BOTH RowStatistics finished(const Given &g, int64_t
   }
   r.infinite = above || below;
   r.others = above && below ? nan_of<REAL>() : above ? -INF : INF;  // there is no mean between opposite infinities
-  find_losses<Careful>(g, x, r);
+  find_losses(g, x, r);
   settle(r);
   return r;
 }
@@ -577,10 +582,11 @@ template <bool Careful> GKLX_BOTH RowStatistics finished(const Given &g, int64_t
 // A thread's part of the maxima V and P, not rounded to powers of two; the sums are 0.
 GKLX_BOTH Totals<REAL> thread_maxima(const RowStatistics *found, int64_t rows, bool squares, int lane) {
   Totals<REAL> x = {0, 0, 0, 0};
+#pragma unroll 8
   for (int64_t row = lane; row < rows; row += BLOCK) {
-    const REAL v = found[row].weight;
+    const REAL v = found[row].weight, base = squares ? found[row].base : REAL(0);
     x.largest_weight = larger(v, x.largest_weight);
-    if (squares && v != REAL(0)) x.largest_base = larger(found[row].base, x.largest_base);
+    x.largest_base = larger(v == REAL(0) ? REAL(0) : base, x.largest_base);
   }
   return x;
 }
@@ -604,12 +610,14 @@ struct BatchSums {
 GKLX_BOTH BatchSums thread_sums(const RowStatistics *found, int64_t rows, bool squares, REAL gamma, const Totals<REAL> &scales,
                                 int lane) {
   BatchSums x = {{0, 0}, {0, 0}};
+#pragma unroll 8
+  for (int64_t row = lane; row < rows; row += BLOCK) add(x.weight, found[row].weight / scales.largest_weight);
+  if (!squares) return x;
+#pragma unroll 2
   for (int64_t row = lane; row < rows; row += BLOCK) {
     const REAL v = found[row].weight / scales.largest_weight;
-    add(x.weight, v);
-    if (!squares || v == REAL(0)) continue;
     const REAL mass = found[row].mass * power_of_base(found[row].base / scales.largest_base, gamma);
-    add(x.squared_mass, v * (mass * mass));
+    add(x.squared_mass, v == REAL(0) ? REAL(0) : v * (mass * mass));
   }
   return x;
 }
@@ -697,65 +705,36 @@ template <bool Careful> GKLX_BOTH REAL weight_of(const Given &g, const RowStatis
   return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
 }
 
-template <bool Careful>
-GKLX_BOTH Sums thread_sums(const Given &g, const RowStatistics &r, int64_t row, int lane) {
-  Sums sums = {{0, 0}, {0, 0}};
-  if (!r.has_valid) return sums;
-  const Lines lines = lines_of(g, row);
-  const REAL per_divisor = REAL(1) / r.base;
-  const Difference<REAL> top = difference_at<REAL, Careful>(r.t_top, r.s_top);
-  // In two factors: of the smallest temperature, four times the inverse is infinite.
-  constexpr REAL half_scale = difference_scale<Careful> / 2;
-  const REAL doubled = REAL(2) * g.inverse_temperature;
-  for (int i = lane; i < lines.packs; i += GROUP) {
-    const Classes c = classes_of<Careful>(g, row, lines, i, lines.student[i], lines.teacher[i]);
-    REAL kl = 0, squares = 0;
-#pragma unroll
-    for (int k = 0; k < VECTOR; ++k) {
-      if (Careful && !c.valid[k]) continue;
-      const Difference<REAL> d = difference_at<REAL, Careful>(c.t[k], c.s[k]);
-      const REAL below = c.t[k] - r.t_top;
-      const REAL of_s = exponential_of<Careful>(c.s[k] - r.s_top, g.per_temperature);
-      const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
-      const REAL w = weight_of<Careful>(g, r, below, of_t, c.prior[k], per_divisor);
-      const REAL away = centred<Careful>(r, d, w);
-      squares += (w * away) * away;
-      const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
-      const REAL ratio = (deviation(d, top) * half_scale) * doubled - r.log_ratio;
-      kl += Careful && (is_infinite(d.high) || p == REAL(0)) ? q : divergence(p, q, ratio);
-    }
-    add(sums.kl, kl);
-    add(sums.squares, squares);
-  }
-  return sums;
-}
-
-GKLX_APART Sums thread_sums(const Given &g, const RowStatistics &r, int64_t row, int lane) {
-  return r.careful ? thread_sums<true>(g, r, row, lane) : thread_sums<false>(g, r, row, lane);
-}
-
-GKLX_BOTH void settle(RowStatistics &r, const Sums &sums) {
+GKLX_BOTH RowStatistics settled(RowStatistics r, const Sums &sums) {
   const REAL scale = r.careful ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
   if (!r.knows_kl) r.kl = value_of(sums.kl);
   if (!r.knows_energy) r.energy = r.mass == REAL(0) ? REAL(0) : scale * value_of(sums.squares) / r.mass;
   settle(r);
+  return r;
 }
 
-// Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients.
-template <bool Careful, bool Spread>
-GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
-                                int lane) {
+// Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients. Summed: losses are to be summed again, which
+// includes Spread.
+template <bool Careful, bool Spread, bool Summed>
+GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row, int lane) {
   const Lines lines = lines_of(g, row);
   const REAL per_divisor = REAL(1) / r.base;
   const REAL gap_rate = f.ce * g.inverse_temperature;
   const REAL scale = difference_scale<Careful> / (r.mass == REAL(0) ? REAL(1) : r.mass);
   const REAL of_student = gap_rate * r.gap_of_student, of_both = gap_rate * r.per_t_total, of_spread = f.energy * scale;
+  const Difference<REAL> top = difference_at<REAL, Careful>(r.t_top, r.s_top);
+  // In two factors: of the smallest temperature, four times the inverse is infinite.
+  constexpr REAL half_scale = difference_scale<Careful> / 2;
+  const REAL doubled = REAL(2) * g.inverse_temperature;
   Pack<STUDENT> *to_student = (Pack<STUDENT> *)(a.to_student + row * g.classes);
   Pack<TEACHER> *to_teacher = (Pack<TEACHER> *)(a.to_teacher + row * g.classes);
+  Sums sums = {{0, 0}, {0, 0}};
+#pragma unroll 1
   for (int i = lane; i < lines.packs; i += GROUP) {
     Pack<STUDENT> s_pack = lines.student[i];
     Pack<TEACHER> t_pack = lines.teacher[i];
     const Classes c = classes_of<Careful>(g, row, lines, i, s_pack, t_pack);
+    REAL kl = 0, squares = 0;
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
       REAL gap = 0, spread = 0;
@@ -770,10 +749,18 @@ GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatist
           gap = of_s * of_student + (of_s - of_t) * of_both;
         }
         if (Spread) {
-          const REAL w = weight_of<Careful>(g, r, below, of_t, c.prior[k], per_divisor);
-          const REAL away = centred<Careful>(r, difference_at<REAL, Careful>(c.t[k], c.s[k]), w);
+          const Difference<REAL> d = difference_at<REAL, Careful>(c.t[k], c.s[k]);
+          const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, c.prior[k], per_divisor)
+                       : WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+          const REAL away = centred<Careful>(r, d, w);
           spread = Careful ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
           if (a.symmetric) gap -= spread;
+          if (Summed) {
+            squares += (w * away) * away;
+            const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
+            const REAL ratio = (deviation(d, top) * half_scale) * doubled - r.log_ratio;
+            kl += Careful && (is_infinite(d.high) || p == REAL(0)) ? q : divergence(p, q, ratio);
+          }
         }
       }
       if (a.to_student) narrow(gap, s_pack.x[k]);
@@ -781,20 +768,26 @@ GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatist
     }
     if (a.to_student) to_student[i] = s_pack;
     if (a.to_teacher) to_teacher[i] = t_pack;
+    if (Summed) {
+      add(sums.kl, kl);
+      add(sums.squares, squares);
+    }
   }
+  return sums;
 }
 
-GKLX_APART void careful_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
-                                  int lane) {
-  thread_gradients<true, true>(g, a, r, f, row, lane);
-}
-
-GKLX_BOTH void thread_gradients(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+GKLX_APART Sums careful_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
                                 int lane) {
-  if (!a.to_student && !a.to_teacher) return;
-  if (r.careful) return careful_gradients(g, a, r, f, row, lane);
-  if (a.mse_weight != REAL(0) && (a.to_teacher || a.symmetric)) thread_gradients<false, true>(g, a, r, f, row, lane);
-  else thread_gradients<false, false>(g, a, r, f, row, lane);
+  return thread_results<true, true, true>(g, a, r, f, row, lane);
+}
+
+GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, bool summed,
+                              int64_t row, int lane) {
+  if (!summed && !a.to_student && !a.to_teacher) return {{0, 0}, {0, 0}};
+  if (r.careful) return careful_results(g, a, r, f, row, lane);
+  if (summed) return thread_results<false, true, true>(g, a, r, f, row, lane);
+  if (f.energy != REAL(0) && (a.to_teacher || a.symmetric)) return thread_results<false, true, false>(g, a, r, f, row, lane);
+  return thread_results<false, false, false>(g, a, r, f, row, lane);
 }
 
 // --- the kernels -----------------------------------------------------------------------------------------------------
@@ -833,20 +826,37 @@ GKLX_BOTH Factors with_upstream(const Asked &a, Factors f, int64_t row) {
 
 #ifdef __CUDACC_RTC__
 
-// What the threads of a group have, merged. `store` is shared memory for half a block, which every thread has to pass.
-template <class T, class Merge>
-__device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge &merge) {
-  const int lane = threadIdx.x % group;
-  store += threadIdx.x / group * (group / 2);
-  for (int half = group / 2; half; half /= 2) {
-    if (lane >= half && lane < 2 * half) store[lane - half] = own;
+// What the lane `by` lanes above has.
+template <class T> __device__ __forceinline__ T from_above(const T &x, int by) {
+  constexpr int words = sizeof(T) / sizeof(uint32_t);
+  uint32_t moved[words];
+  memcpy(moved, &x, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < words; ++i) moved[i] = __shfl_down_sync(0xffffffffu, moved[i], by);
+  T y;
+  memcpy(&y, moved, sizeof(T));
+  return y;
+}
+
+// What the threads of a group have, merged: for each of them. All threads of the block take part; `store` has an element
+// for each warp.
+template <class T, class Merge> __device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge &merge) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = group / 32, first = warp / warps * warps;
+  int half = 16;
+  for (bool within = true; half;) {  // first within each warp, then of the warps
+    own = merge(own, from_above(own, half));
+    half /= 2;
+    if (half || !within || warps == 1) continue;
+    within = false;
+    half = warps / 2;
+    if (lane == 0) store[warp] = own;
     __syncthreads();
-    if (lane < half) own = merge(own, store[lane]);
-    __syncthreads();
+    if (lane < warps) own = store[first + lane];
   }
-  if (lane == 0) store[0] = own;
   __syncthreads();
-  own = store[0];
+  if (lane == 0 && warp == first) store[warp] = own;
+  __syncthreads();
+  own = store[first];
   __syncthreads();
   return own;
 }
@@ -855,36 +865,29 @@ __device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge 
 #define BLOCKS (sizeof(REAL) == 4 ? 4 : 2)
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) statistics(GIVEN, RowStatistics *found) {
-  __shared__ Partial store[BLOCK / 2];
+  __shared__ Partial store[BLOCK / 32];
   const Given g = GATHERED;
   const int lane = threadIdx.x % GROUP;
   const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + threadIdx.x / GROUP;
-  const bool in = row < rows;
-  const auto farther = [](const Origin &a, const Origin &b) { return merged(a, b); };
-  Partial x = no_classes(nowhere());
-  bool careful = in;
-  if (is_ordinary(g)) {
-    const Origin own = in ? thread_origin<false>(g, row, lane) : nowhere();
-    const Origin origin = all_merged(own, (Origin *)store, GROUP, farther);
-    if (in) x = thread_statistics<false>(g, row, lane, origin);
-    x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged<false>(g, a, b); });
-    careful = in && !needs_no_care(x);
+  bool left = row < rows;  // to be done
+#pragma unroll 1
+  for (int careful = !is_ordinary(g); careful < 2 && __syncthreads_or(left); ++careful) {
+    Origin origin = nowhere();
+    if (left) origin = careful ? thread_origin<true>(g, row, lane) : thread_origin<false>(g, row, lane);
+    origin = all_merged(origin, (Origin *)store, GROUP, [](const Origin &a, const Origin &b) { return merged(a, b); });
+    Partial x = no_classes(origin);
+    if (left) x = careful ? careful_statistics(g, row, lane, origin) : thread_statistics<false>(g, row, lane, origin);
+    x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
+    if (!left || (!careful && !needs_no_care(x))) continue;
+    if (lane == 0) found[row] = finished(g, row, x, careful);
+    left = false;
   }
-  if (__syncthreads_or(careful)) {
-    const Origin own = careful ? thread_origin<true>(g, row, lane) : nowhere();
-    const Origin origin = all_merged(own, (Origin *)store, GROUP, farther);
-    const Partial mine = careful ? careful_statistics(g, row, lane, origin) : no_classes(nowhere());
-    const Partial all =
-        all_merged(mine, store, GROUP, [&](const Partial &a, const Partial &b) { return merged<true>(g, a, b); });
-    if (careful) x = all;
-  }
-  if (in && lane == 0) found[row] = careful ? finished<true>(g, row, x) : finished<false>(g, row, x);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 batch(const RowStatistics *found, int64_t rows, int64_t squares, REAL gamma, REAL *largest_weight, REAL *largest_base,
       REAL *weight, REAL *squared_mass) {
-  __shared__ BatchSums store[BLOCK / 2];
+  __shared__ BatchSums store[BLOCK / 32];
   const int at = threadIdx.x;
   Totals<REAL> scales = all_merged(thread_maxima(found, rows, squares != 0, at), (Totals<REAL> *)store, BLOCK,
                                    [](const Totals<REAL> &a, const Totals<REAL> &b) { return merged(a, b); });
@@ -900,26 +903,21 @@ batch(const RowStatistics *found, int64_t rows, int64_t squares, REAL gamma, REA
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, const RowStatistics *found, ASKED) {
-  __shared__ Sums store[BLOCK / 2];
+  __shared__ Sums store[BLOCK / 32];
   __shared__ Factors factors[BLOCK / GROUP];
   const Given g = GATHERED;
   const Asked a = ASKED_FOR;
   const int at = threadIdx.x, lane = at % GROUP;
   const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + at / GROUP;
   const bool in = row < rows;
-  RowStatistics r = found[in ? row : 0];
-  const bool again = in && needs_sums(a, r);
-  if (__syncthreads_or(again)) {
-    const Sums own = again ? thread_sums(g, r, row, lane) : Sums{{0, 0}, {0, 0}};
-    const Sums sums = all_merged(own, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
-    if (again) settle(r, sums);
-  }
-  if (in && lane == 0) {
-    write_losses(g, a, r, row);
-    factors[at / GROUP] = with_upstream(a, factors_of(g, a, r), row);
-  }
-  __syncthreads();
-  if (in) thread_gradients(g, a, r, factors[at / GROUP], row, lane);
+  const RowStatistics r = found[in ? row : 0];
+  if (in && lane == 0) factors[at / GROUP] = with_upstream(a, factors_of(g, a, r), row);
+  const bool summed = in && needs_sums(a, r);
+  const bool any_summed = __syncthreads_or(summed);
+  Sums sums = {{0, 0}, {0, 0}};
+  if (in) sums = thread_results(g, a, r, factors[at / GROUP], summed, row, lane);
+  if (any_summed) sums = all_merged(sums, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
+  if (in && lane == 0) write_losses(g, a, summed ? settled(r, sums) : r, row);
 }
 
 #endif

@@ -25,8 +25,9 @@ _REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
 _ROW = 25  # numbers of `RowStatistics` in cuda.cu, and where some of them are
 _MASS, _BASE, _STUDENT_PEAK, _TEACHER_PEAK, _HAS_VALID, _UNDEFINED = 1, 2, 6, 7, 8, 9
 
-_LOADS = 4
-"""How many vector loads of a row a thread makes before the row is given to more threads."""
+_LOADS, _THREADS_AT_ONCE = 4, 2**18
+"""How many vector loads of a row a thread makes before the row is given to more threads, while so many are not running:
+about as many as a large GPU holds."""
 
 _LOG2_E = Fraction("1.44269504088896340735992468100189213742664595415298593413544940693")
 
@@ -147,12 +148,12 @@ def plan_of(call: Call, addresses: tuple[int, ...]) -> Plan:
     vector = 16 // max(_SIZES[student], _SIZES[teacher])
     if classes % vector or any(address % 16 for address in addresses):
         vector = 1
-    # Where a thread takes fewer loads than this, merging the threads costs more than the loads do.
-    group = 32
-    while group < THREADS and group * vector * _LOADS < classes:
+    # Merging what many threads found of a row costs more than a few loads.
+    group, row_count = 32, math.prod(batch)
+    while group < THREADS and group * vector * _LOADS < classes and group * row_count < _THREADS_AT_ONCE:
         group *= 2
     real = "double" if "float64" in (student, teacher) else "float"
-    blocks = -(-math.prod(batch) // (THREADS // group))
+    blocks = -(-row_count // (THREADS // group))
     decomposed = call.formula.decomposed
     return Plan(real, _TYPES[student], _TYPES[teacher], _weights_of(call), decomposed, vector, group, blocks)
 
@@ -185,13 +186,15 @@ class _Run:
         if arrays.where is not None:
             mask, where_row, where_class = rows.mask_layout(call)
             where = contiguous(mask, None)
-        self.real = _REALS[plan.real]
-        self.given = (
+        self.real, self.options = _REALS[plan.real], plan.options
+        self.arrays = (
             *logits,
             prior,
             contiguous(arrays.labels, call.xp.int64) if weighs and arrays.labels is not None else None,
             None if arrays.sample_weight is None else contiguous(arrays.sample_weight, call.dtype),
             where,
+        )
+        numbers_given = (
             self.rows,
             shape[-1],
             where_row,
@@ -202,11 +205,16 @@ class _Run:
             self.real(1.0 / numbers.temperature),
             self.real(numbers.gamma),
         )
+        self.given = tuple(map(device.argument, (*self.arrays, *numbers_given)))
+
+    def start(self, name: str, blocks: int, *given: Any) -> None:
+        """Run a kernel on so many blocks."""
+        self.device.start(self.options, blocks, name, given)
 
     def statistics(self) -> Array:
         """[rows, _ROW], `RowStatistics` of each row."""
         found = self.device.empty((self.rows, _ROW), self.call.dtype)
-        self.device.start(self.plan.options, self.plan.blocks, "statistics", (*self.given, found))
+        self.start("statistics", self.plan.blocks, *self.given, self.device.argument(found))
         return found
 
     def batch(self, statistics: Array) -> Batch:
@@ -214,7 +222,7 @@ class _Run:
         made = self.device.empty((len(Batch._fields),), self.call.dtype)
         found = Batch(*(made[i, ...] for i in range(len(Batch._fields))))
         squares, gamma = int(batches.uses_batch_mass(self.call)), self.real(self.call.numbers.gamma)
-        self.device.start(self.plan.options, 1, "batch", (statistics, self.rows, squares, gamma, *found))
+        self.start("batch", 1, *map(self.device.argument, (statistics, self.rows, squares, gamma, *found)))
         return found
 
     def results(
@@ -233,7 +241,9 @@ class _Run:
         """Fill the arrays that are given: losses of the samples and gradients."""
         call = self.call
         formula, numbers = call.formula, call.numbers
+        given = None if upstream is None else self.device.contiguous(upstream, call.dtype)
         asked = (
+            statistics,
             *(shared or [None] * len(Batch._fields)),
             int(call.reduction == "mean"),
             int(formula.tempered),
@@ -242,7 +252,7 @@ class _Run:
             self.real(numbers.mse_weight),
             self.real(numbers.ce_weight),
             self.real(1.0 if call.ranks is None else call.ranks.size),
-            None if upstream is None else self.device.contiguous(upstream, call.dtype),
+            given,
             int(call.reduction == "none"),
             loss,
             kl,
@@ -251,7 +261,7 @@ class _Run:
             to_student,
             to_teacher,
         )
-        self.device.start(self.plan.options, self.plan.blocks, "gradients", (*self.given, statistics, *asked))
+        self.start("gradients", self.plan.blocks, *self.given, *map(self.device.argument, asked))
 
 
 @lru_cache(maxsize=64)

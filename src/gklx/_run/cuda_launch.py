@@ -34,11 +34,10 @@ class Device(NamedTuple):
     address: Callable[[Array], int]
     empty: Callable[[tuple[int, ...], Any], Array]
     """Of a shape and a dtype."""
+    argument: Callable[[Any], Any]
+    """What `start` takes for an array, None for a null pointer, an integer, or a float of the type computed in."""
     start: Callable[[Options, int, str, tuple[Any, ...]], None]
-    """Runs a kernel, compiled with some options, on so many blocks.
-
-    Its arguments are arrays, None for a null pointer, integers, and floats of the type that it computes in.
-    """
+    """Runs a kernel, compiled with some options, on so many blocks and with these arguments."""
 
 
 def device_of(x: Array) -> Device:
@@ -66,7 +65,7 @@ class _Launcher(NamedTuple):
     module: str
     kernel_of: Callable[[Options, str, int], Any]
     """A kernel, by the options, its name and the device."""
-    start: Callable[[Any, int, int, int, list[Any]], None]
+    start: Callable[[Any, int, int, int, tuple[Any, ...]], None]
     """Starts a kernel on a device and a stream of it, on so many blocks, with the arguments."""
 
 
@@ -111,13 +110,18 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _numbers(address: Callable[[Array], int], arguments: tuple[Any, ...]) -> list[Any]:
-    def number(x: Any) -> Any:
-        if isinstance(x, np.floating):
-            return x
-        return np.int64(x) if isinstance(x, int) else np.uint64(0 if x is None else address(x))
+_NULL = np.uint64(0)
 
-    return [number(x) for x in arguments]
+
+def _number_of(address: Callable[[Array], int]) -> Callable[[Any], Any]:
+    def number(x: Any) -> Any:
+        if x is None:
+            return _NULL
+        if isinstance(x, int):
+            return np.int64(x)
+        return x if isinstance(x, np.floating) else np.uint64(address(x))
+
+    return number
 
 
 # --- CuPy -------------------------------------------------------------------------------------------------------------
@@ -152,13 +156,13 @@ def _of_cupy(x: Array) -> Device:
 
     def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
         with x.device:
-            _cupy_kernel(options, name, x.device.id)((blocks,), (THREADS,), tuple(_numbers(address, arguments)))
+            _cupy_kernel(options, name, x.device.id)((blocks,), (THREADS,), arguments)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         with x.device:
             return cupy.empty(shape, dtype=dtype)
 
-    return Device(contiguous, address, empty, start)
+    return Device(contiguous, address, empty, _number_of(address), start)
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -189,22 +193,31 @@ def _core_module(options: Options, device: int) -> Any:
     return cubin(options, f"sm_{on.compute_capability.major}{on.compute_capability.minor}")
 
 
+class _Stream(NamedTuple):
+    """A stream of PyTorch, which ends none of its own before the process ends, as other libraries ask for one."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
 @cache
 def _cupy_stream(device: int, handle: int) -> Any:
-    """PyTorch's stream as CuPy asks for one. PyTorch ends none of its streams before the process ends."""
     import cupy
 
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Stream(handle))
     return cupy.cuda.ExternalStream(handle, device)
 
 
-def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
+def _start_by_cupy(kernel: Any, device: int, stream: int, blocks: int, given: tuple[Any, ...]) -> None:
     with sys.modules["torch"].cuda.device(device), _cupy_stream(device, stream):
-        kernel((blocks,), (THREADS,), tuple(given))
+        kernel((blocks,), (THREADS,), given)
 
 
 @cache
 def _core_stream(device: int, handle: int) -> Any:
-    """PyTorch's stream as cuda-core asks for one."""
     from cuda.core import Stream
 
     return Stream.from_handle(handle)
@@ -217,7 +230,7 @@ def _core_config(blocks: int) -> Any:
     return LaunchConfig(grid=blocks, block=THREADS)
 
 
-def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: list[Any]) -> None:
+def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: tuple[Any, ...]) -> None:
     from cuda.core import launch
 
     with sys.modules["torch"].cuda.device(device):
@@ -246,9 +259,9 @@ def _of_torch(x: Array) -> Device:
     def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
         stream = torch.cuda.current_stream(x.device).cuda_stream
         kernel = launcher.kernel_of(options, name, device)
-        launcher.start(kernel, device, stream, blocks, _numbers(address, arguments))
+        launcher.start(kernel, device, stream, blocks, arguments)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         return torch.empty(tuple(shape), dtype=dtype, device=x.device)
 
-    return Device(contiguous, address, empty, start)
+    return Device(contiguous, address, empty, _number_of(address), start)
