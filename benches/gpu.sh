@@ -7,9 +7,10 @@
 #
 # The parts run one after the other. Each has its own time limits, and a failure does not stop the others:
 #   a  versions; the kernels compared with NumPy and the definition, also under compute-sanitizer
-#   b  the tests of CuPy, PyTorch and JAX on the GPU, and `gklx verify`, side by side
+#   b  the tests of CuPy, PyTorch and JAX on the GPU, side by side, and `gklx verify`
 #   c  `gklx score` by each library, compared with NumPy's results
 #   d  the benchmark
+# compute-sanitizer and `gklx verify` take longest: they run beside b and c and are awaited before d, which runs alone.
 # The output goes to files in $OUT, and a summary to standard output. The exit status is 1 if a part failed.
 #
 # WHEELS: a folder of wheels to install without a network; by default gklx's sources and the installed packages serve.
@@ -49,11 +50,29 @@ part() {
   tail -n "${4:-3}" "$OUT/$3" | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
 }
 
+# beside NAME LINES SECONDS FILE COMMAND...: starts it as `limited` runs it; `await_others` adds its part to the summary.
+others=()
+beside() {
+  local name=$1 lines=$2
+  shift 2
+  limited "$@" &
+  others+=("$! $lines $2 $name")
+}
+
+await_others() {
+  local pid lines file name
+  for other in "${others[@]}"; do
+    read -r pid lines file name <<<"$other"
+    wait "$pid"
+    part "$name" $? "$file" "$lines"
+  done
+}
+
 selected() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
-rm -f "$OUT"/{a,b-cupy,b-torch,b-jax,b-verify,c,d}.txt
+rm -f "$OUT"/{a,a-memcheck,a-racecheck,b-cupy,b-torch,b-jax,b-verify,c,d}.txt
 if [ -n "${WHEELS:-}" ]; then
   SITE=$(mktemp -d)
   trap 'rm -rf "$SITE"' EXIT
@@ -74,9 +93,8 @@ if selected a; then
   grep -E "FAILED|Error" "$OUT/a.txt" | sort | uniq -c | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      limited $([ $tool = memcheck ] && echo 30 || echo 25) a.txt compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      beside "a, $tool" 2 220 "a-$tool.txt" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
         "$PYTHON" benches/gpu_check.py memory --library cupy
-      part "a, $tool" $? a.txt 2
     done
   else
     say "a, compute-sanitizer: skipped, it is not on the path"
@@ -89,12 +107,14 @@ if selected b; then
   export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
   tests=(-m pytest tests -o pythonpath=tests -p xdist -p no:cacheprovider -v --tb=short --maxfail=60 --no-header
     -m "not library_independent and not evidence and not side_by_side" ${DRY:+--collect-only -q -q})
+  beside "b, verify" 2 230 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy}
   begin=$SECONDS pids=()
   GKLX_DEVICE=cuda GKLX_BACKENDS=cupy limited 145 b-cupy.txt "$PYTHON" "${tests[@]}" -n 3 -k "cupy and not torch" & pids+=($!)
-  GKLX_DEVICE=cuda GKLX_BACKENDS=torch limited 145 b-torch.txt "$PYTHON" "${tests[@]}" -n 5 -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
+  # One thread, or each worker would start a process for every core to compile the programs of four tests.
+  GKLX_DEVICE=cuda GKLX_BACKENDS=torch TORCHINDUCTOR_COMPILE_THREADS=1 limited 145 b-torch.txt "$PYTHON" "${tests[@]}" -n 6 \
+    -k "torch-cuda or (on_a_gpu and not of_jax)" & pids+=($!)
   GKLX_DEVICE=cuda GKLX_BACKENDS=jax limited 145 b-jax.txt "$PYTHON" "${tests[@]}" -n 6 -k "jax-gpu or jax-jit-gpu or jax_moves_nothing or of_jax_on_a_gpu" & pids+=($!)
-  limited 145 b-verify.txt "$PYTHON" -m gklx verify ${DRY:+--backend numpy} & pids+=($!)
-  for name in cupy torch jax verify; do
+  for name in cupy torch jax; do
     wait "${pids[0]}"
     part "b, $name" $? "b-$name.txt" 2
     pids=("${pids[@]:1}")
@@ -110,6 +130,8 @@ if selected c; then
   limited 85 c.txt env TMPDIR="$folder" "$PYTHON" benches/gpu_check.py score --backend cupy torch jax ${DRY:+--device cpu --gigabytes 0.01 --classes 100}
   part "c, gklx score" $? c.txt 12
 fi
+
+await_others
 
 if selected d; then
   limited 130 d.txt "$PYTHON" benches/gpu_bench.py --seconds 112 ${DRY:+--device cpu --quick}

@@ -30,7 +30,8 @@ def set_block_bytes(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
     def set_size(size):
-        monkeypatch.setattr(libraries, "_BLOCK_ON_CPU", size)
+        for name in ("_BLOCK_ON_CPU", "_BLOCK_ON_GPU"):
+            monkeypatch.setattr(libraries, name, size)
 
     return set_size
 
