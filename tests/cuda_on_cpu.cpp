@@ -4,9 +4,13 @@
 
 #include "cuda.cu"
 
+// In the order of a GPU: within each warp, then the warps.
 template <class T, class Merge> const T &all_merged(T *x, int n, Merge merge) {
-  for (int half = n / 2; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) x[lane] = merge(x[lane], x[lane + half]);
+  for (int warp = 0; warp < n; warp += 32)
+    for (int half = 16; half; half /= 2)
+      for (int lane = warp; lane < warp + half; ++lane) x[lane] = merge(x[lane], x[lane + half]);
+  for (int half = n / 2; half >= 32; half /= 2)
+    for (int lane = 0; lane < half; lane += 32) x[lane] = merge(x[lane], x[lane + half]);
   return x[0];
 }
 

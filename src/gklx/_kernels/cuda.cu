@@ -274,7 +274,7 @@ GKLX_BOTH Partial no_classes(const Origin &origin) {
 GKLX_BOTH Sum mass_of(const Partial &x) { return WEIGHTS == PROBABILITIES ? sum_of(x.t_total) : x.mass; }
 
 // The sums relative to larger maxima and to a heavier reference.
-GKLX_APART Partial moved(const Given &g, Partial x, const Origin &to) {
+GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
   Origin &from = x.origin;
   if (to.s_top > from.s_top) {
     if (from.s_top != -INF) {
@@ -308,16 +308,16 @@ GKLX_APART Partial moved(const Given &g, Partial x, const Origin &to) {
     multiply(x.squares, by_weight);
     from.base = to.base;
   }
-  if (to.peak > from.peak) {
+  const bool same = to.reference.high == from.reference.high && to.reference.low == from.reference.low;
+  if (to.peak >= from.peak && !same) {  // of equally heavy classes either one will do, but for all sums the same
     const REAL by = deviation(to.reference, from.reference);
     const Sum mass = mass_of(x);
     if (DECOMPOSED) add(x.squares, by * (mass.high * by - REAL(2) * x.moment.high));
     add(x.moment, -(mass.high * by));
     x.moment.low -= mass.low * by;
-    from.peak = to.peak;
     from.reference = to.reference;
   }
-  return x;
+  from.peak = larger(to.peak, from.peak);
 }
 
 // Adds some classes to a thread's sums.
@@ -427,13 +427,8 @@ template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, c
   bool far = s_top > o.s_top + margins.student || t_top > o.t_top + margins.teacher;
   if (WEIGHTS == PRIOR_POWER) far |= base > margins.prior * o.base;
   if (Careful) far |= origin_of<Careful>(c).peak > o.peak;  // of classes whose d is finite, the others may be larger
-  if (far) x = moved(g, x, origin_of<Careful>(c));
+  if (far) move_origin(g, x, origin_of<Careful>(c));
   collect<Careful>(g, c, x);
-}
-
-// Whether sums relative to one origin are not relative to the other.
-GKLX_BOTH bool is_beyond(const Origin &to, const Origin &from) {
-  return to.s_top > from.s_top || to.t_top > from.t_top || to.base > from.base || to.peak > from.peak;
 }
 
 template <bool Careful>
@@ -464,8 +459,8 @@ GKLX_APART Partial careful_statistics(const Given &g, int64_t row, int lane, con
 
 GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   const Origin origin = merged(a.origin, b.origin);
-  if (is_beyond(origin, a.origin)) a = moved(g, a, origin);
-  if (is_beyond(origin, b.origin)) b = moved(g, b, origin);
+  move_origin(g, a, origin);
+  move_origin(g, b, origin);
   a.s_top = larger(a.s_top, b.s_top);
   a.t_top = larger(a.t_top, b.t_top);
   a.size = larger(a.size, b.size);

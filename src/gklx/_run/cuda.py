@@ -25,9 +25,9 @@ _REALS: dict[str, Any] = {"float": np.float32, "double": np.float64}
 _ROW = 25  # numbers of `RowStatistics` in cuda.cu, and where some of them are
 _MASS, _BASE, _STUDENT_PEAK, _TEACHER_PEAK, _HAS_VALID, _UNDEFINED = 1, 2, 6, 7, 8, 9
 
-_LOADS, _THREADS_AT_ONCE = 4, 2**18
-"""How many vector loads of a row a thread makes before the row is given to more threads, while so many are not running:
-about as many as a large GPU holds."""
+_LOADS = 32
+"""How many vector loads of a row a thread makes before the row is given to more threads: merging what several threads
+found costs more than a few loads. It does not depend on the batch, so that a row's results do not."""
 
 _LOG2_E = Fraction("1.44269504088896340735992468100189213742664595415298593413544940693")
 
@@ -148,12 +148,11 @@ def plan_of(call: Call, addresses: tuple[int, ...]) -> Plan:
     vector = 16 // max(_SIZES[student], _SIZES[teacher])
     if classes % vector or any(address % 16 for address in addresses):
         vector = 1
-    # Merging what many threads found of a row costs more than a few loads.
-    group, row_count = 32, math.prod(batch)
-    while group < THREADS and group * vector * _LOADS < classes and group * row_count < _THREADS_AT_ONCE:
+    group = 32
+    while group < THREADS and group * vector * _LOADS < classes:
         group *= 2
     real = "double" if "float64" in (student, teacher) else "float"
-    blocks = -(-row_count // (THREADS // group))
+    blocks = -(-math.prod(batch) // (THREADS // group))
     decomposed = call.formula.decomposed
     return Plan(real, _TYPES[student], _TYPES[teacher], _weights_of(call), decomposed, vector, group, blocks)
 
