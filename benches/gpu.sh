@@ -9,7 +9,7 @@
 #   a  versions; the kernels compared with NumPy and the definition, also under compute-sanitizer
 #   b  the tests of CuPy, PyTorch and JAX on the GPU, side by side, and `gklx verify`
 #   c  `gklx score` by each library, compared with NumPy's results
-#   d  the benchmark
+#   d  the time of each kernel, and the benchmark
 # compute-sanitizer and `gklx verify` take longest: they run beside b and c and are awaited before d, which runs alone.
 # The output goes to files in $OUT, and a summary to standard output. The exit status is 1 if a part failed.
 #
@@ -72,7 +72,7 @@ selected() { [[ " $PARTS " == *" $1 "* ]]; }
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
-rm -f "$OUT"/{a,a-memcheck,a-racecheck,b-cupy,b-torch,b-jax,b-verify,c,d}.txt
+rm -f "$OUT"/{a,a-memcheck,a-racecheck,b-cupy,b-torch,b-jax,b-verify,c,d,d-kernels}.txt
 if [ -n "${WHEELS:-}" ]; then
   SITE=$(mktemp -d)
   trap 'rm -rf "$SITE"' EXIT
@@ -88,7 +88,7 @@ say "gklx is $($PYTHON -c 'import gklx; print(gklx.__version__, gklx.__file__)' 
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no NVIDIA GPU')"
 
 if selected a; then
-  limited 60 a.txt "$PYTHON" benches/gpu_check.py values --library torch cupy ${DRY:+--device cpu}
+  limited 90 a.txt "$PYTHON" benches/gpu_check.py values --library torch cupy ${DRY:+--device cpu}
   part "a, kernels" $? a.txt 4
   grep -E "FAILED|Error" "$OUT/a.txt" | sort | uniq -c | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
   if command -v compute-sanitizer >/dev/null; then
@@ -134,7 +134,9 @@ fi
 await_others
 
 if selected d; then
-  limited 130 d.txt "$PYTHON" benches/gpu_bench.py --seconds 112 ${DRY:+--device cpu --quick}
+  limited 35 d-kernels.txt "$PYTHON" benches/gpu_kernels.py
+  part "d, kernels" $? d-kernels.txt 38
+  limited 118 d.txt "$PYTHON" benches/gpu_bench.py --seconds 100 ${DRY:+--device cpu --quick}
   part "d, benchmark" $? d.txt 1
   sed -n '/^# The losses/,$p' "$OUT/d.txt" | grep -E "reaches|^\|.*(gklx kl|a copy|F\.|Liger|optax)" | cut -c 1-160 | tee -a "$summary"
 fi

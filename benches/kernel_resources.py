@@ -23,7 +23,12 @@ import pages
 from gklx._run import cuda, cuda_launch
 
 ARCHITECTURES = (75, 80, 90, 120)
-WEIGHTS = ("UNWEIGHTED", "PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER")
+LOSSES = {
+    "KL": ("PROBABILITIES", False),
+    "wMSE, weights p": ("PROBABILITIES", True),
+    "wMSE, powers of p": ("TEACHER_POWER", True),
+    "wMSE, a prior": ("PRIOR_POWER", True),
+}
 # The C++ types of the arithmetic, of the student's and of the teacher's logits, and the number of logits in a load.
 KINDS = (("float", "float", "float", 4), ("float", "Brain", "Brain", 8), ("double", "double", "double", 2))
 
@@ -94,8 +99,8 @@ def rows() -> Iterator[Sequence[str]]:
     """The rows of the table, plan by plan."""
     nvrtc = nvrtc_library()
     ptxas = shutil.which("ptxas") or str(_packaged("bin/ptxas"))
-    for (real, student, teacher, vector), weights in itertools.product(KINDS, WEIGHTS):
-        plan = cuda.Plan(real, student, teacher, weights, vector, 256, 1)
+    for (real, student, teacher, vector), (loss, given) in itertools.product(KINDS, LOSSES.items()):
+        plan = cuda.Plan(real, student, teacher, *given, vector, 256, 1)
         columns = [
             resources_of(ptxas, ptx_of(nvrtc, plan.options, architecture), architecture)
             for architecture in ARCHITECTURES
@@ -104,7 +109,7 @@ def rows() -> Iterator[Sequence[str]]:
             yield (
                 name,
                 student,
-                weights,
+                loss,
                 *(f"{column[name].registers} / {column[name].spilled}" for column in columns),
                 f"{columns[-1][name].shared:,}",
             )
@@ -120,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     headings = [
         "kernel",
         "logits",
-        "class weights",
+        "loss",
         *(f"sm_{architecture}" for architecture in ARCHITECTURES),
         "shared memory",
     ]
