@@ -1,19 +1,20 @@
-// The loops of a GPU over the classes of a row, in two kernels that each read the logits once, and one over the samples.
+// The loops of a GPU over the classes of a row, in two kernels that each read the logits once, and one over the
+// samples.
 //
-// `statistics` finds what a row must know of itself: maxima, normalisers, W, the mean of d, and its losses as far as their
-// sums keep their digits. `batch` adds up what the samples share. `gradients` then has the values and both gradients.
-// The formulas, and what becomes of infinities and NaN, are those of _core/formulas.py.
+// `statistics` finds what a row must know of itself: maxima, normalisers, W, the mean of d, and its losses as far as
+// their sums keep their digits. `batch` adds up what the samples share. `gradients` then has the values and both
+// gradients. The formulas, and what becomes of infinities and NaN, are those of _core/formulas.py.
 //
-// A row belongs to a group of GROUP threads; BLOCK / GROUP rows share a block. What a thread does, how the results of two
-// threads merge and how a row ends are plain functions, so that the tests can run them on a CPU, thread by thread.
+// A row belongs to a group of GROUP threads; BLOCK / GROUP rows share a block. What a thread does, how the results of
+// two threads merge and how a row ends are plain functions, so that the tests can run them on a CPU, thread by thread.
 //
 // All is computed in REAL: most GPUs do 32 or 64 times as much in float as in double. Sums therefore keep what their
-// additions round off. As in cpu.cpp, d is taken from that of a reference, a class that weighs about most, and functions
-// with `Careful` take masks, infinities, NaN and huge logits, which most rows do not have.
+// additions round off. As in cpu.cpp, d is taken from that of a reference, a class that weighs about most, and
+// functions with `Careful` take masks, infinities, NaN and huge logits, which most rows do not have.
 //
-// Compiled with: REAL (float or double), STUDENT and TEACHER (types of the logits: float, double, Half or Brain), WEIGHTS
-// (where the class weights come from), DECOMPOSED (wMSE and CE are the losses, else KL), VECTOR (how many logits one load
-// takes), GROUP, BLOCK.
+// Compiled with: REAL (float or double), STUDENT and TEACHER (types of the logits: float, double, Half or Brain),
+// WEIGHTS (where the class weights come from), DECOMPOSED (wMSE and CE are the losses, else KL), VECTOR (how many
+// logits one load takes), GROUP, BLOCK.
 
 #include "row.h"
 
@@ -91,8 +92,8 @@ GKLX_BOTH void multiply(Sum &x, REAL by) {
 
 GKLX_BOTH REAL value_of(const Sum &x) { return is_finite(x.high) ? x.high + x.low : x.high; }
 
-// A sum of numbers from 0 to AHEAD, which it is ahead of itself: whatever is added is smaller, and what that rounds off is
-// found in half as many steps.
+// A sum of numbers from 0 to AHEAD, which it is ahead of itself: whatever is added is smaller, and what that rounds off
+// is found in half as many steps.
 struct Total {
   REAL high, low;
 };
@@ -130,8 +131,8 @@ struct Rate {
   REAL high, low;
 };
 
-// 2^(x * rate). An exponent of -40 is rounded by as much as 40 units in the last place of the result. Where not Careful, the
-// exponent is finite.
+// 2^(x * rate). An exponent of -40 is rounded by as much as 40 units in the last place of the result. Where not
+// Careful, the exponent is finite.
 template <bool Careful> GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
   const REAL exponent = x * rate.high, y = power_of_2(exponent);
   const REAL rounding = product_and_sum(x, rate.low, product_and_sum(x, rate.high, -exponent));
@@ -320,6 +321,13 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
   from.peak = larger(to.peak, from.peak);
 }
 
+// Of a class, relative to the origin: of_t is its exponential of the teacher at T.
+template <bool Careful>
+GKLX_BOTH REAL weight_of(const Given &g, REAL below, REAL of_t, REAL prior, REAL per_divisor) {
+  if (WEIGHTS == PRIOR_POWER) return prior_weight(g, prior, per_divisor);
+  return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+}
+
 // Adds some classes to a thread's sums.
 template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c, Partial &x) {
   const Origin &o = x.origin;
@@ -332,8 +340,7 @@ template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c,
     const REAL below = Careful && t == -INF ? -INF : t - o.t_top;
     const REAL of_s = Careful && s == -INF ? REAL(0) : exponential_of<Careful>(z_s, g.per_temperature);
     const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
-    const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, c.prior[k], per_divisor)
-                 : WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+    const REAL w = weight_of<Careful>(g, below, of_t, c.prior[k], per_divisor);
     if (!Careful || (is_finite(s) && is_finite(t))) {
       const REAL away = deviation(difference_at<REAL, Careful>(t, s), o.reference);
       moment += w * away;
@@ -477,7 +484,8 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of them.
+// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of
+// them.
 GKLX_BOTH bool needs_no_care(const Partial &x) {
   return x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
 }
@@ -489,7 +497,7 @@ struct RowStatistics {
   REAL student_peak, teacher_peak;  // the largest probabilities
   REAL has_valid, undefined;      // 0 or 1, as are all below, as in _core/formulas.py
   REAL unreachable, infinite;
-  REAL careful;                   // how the row is to be worked on, and what the reference and the mean are multiplied by
+  REAL careful;                   // how the row is to be worked on; the reference and the mean are then in quarters
   REAL knows_kl, knows_energy;    // the sums of the statistics gave these losses with all their digits
   REAL s_top, t_top;              // of the origin, as is the reference
   REAL per_s_total, per_t_total;  // of the sums of exponentials
@@ -508,9 +516,9 @@ GKLX_BOTH void settle(RowStatistics &r) {
   if (is_nan(r.mass)) r.energy = r.mass;
 }
 
-// p L summed over the classes is the mean of d / T but for what d / T is at the origins, less the logarithm of the ratio of
-// the normalisers, which is known to about a unit in the last place of 1. A mean square less the squared mean is the
-// other. Both are taken where little cancels.
+// p L summed over the classes is the mean of d / T but for what d / T is at the origins, less the logarithm of the
+// ratio of the normalisers, which is known to about a unit in the last place of 1. A mean square less the squared mean
+// is the other. Both are taken where little cancels.
 GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   const Origin &o = x.origin;
   const Sum s_total = sum_of(x.s_total);
@@ -553,7 +561,8 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, 
   if (r.undefined) r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = nan_of<REAL>();
   const bool unknown = WEIGHTS == PRIOR_POWER ? (x.seen & PRIOR_WRONG) || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));
-  r.base = WEIGHTS == PRIOR_POWER ? divisor_of(o.base) : REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
+  if (WEIGHTS == PRIOR_POWER) r.base = divisor_of(o.base);
+  else r.base = REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
   r.reference = o.reference;
   r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / r.mass;
   bool above, below;  // of weight
@@ -602,8 +611,8 @@ struct BatchSums {
   Sum weight, squared_mass;
 };
 
-GKLX_BOTH BatchSums thread_sums(const RowStatistics *found, int64_t rows, bool squares, REAL gamma, const Totals<REAL> &scales,
-                                int lane) {
+GKLX_BOTH BatchSums thread_sums(const RowStatistics *found, int64_t rows, bool squares, REAL gamma,
+                                const Totals<REAL> &scales, int lane) {
   BatchSums x = {{0, 0}, {0, 0}};
 #pragma unroll 8
   for (int64_t row = lane; row < rows; row += BLOCK) add(x.weight, found[row].weight / scales.largest_weight);
@@ -695,11 +704,6 @@ template <bool Careful> GKLX_BOTH REAL centred(const RowStatistics &r, const Dif
   return !r.infinite ? c : is_infinite(d.high) ? d.high : r.others;
 }
 
-template <bool Careful> GKLX_BOTH REAL weight_of(const Given &g, const RowStatistics &r, REAL below, REAL of_t, REAL prior, REAL per_divisor) {
-  if (WEIGHTS == PRIOR_POWER) return prior_weight(g, prior, per_divisor);
-  return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
-}
-
 GKLX_BOTH RowStatistics settled(RowStatistics r, const Sums &sums) {
   const REAL scale = r.careful ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
   if (!r.knows_kl) r.kl = value_of(sums.kl);
@@ -708,10 +712,11 @@ GKLX_BOTH RowStatistics settled(RowStatistics r, const Sums &sums) {
   return r;
 }
 
-// Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients. Summed: losses are to be summed again, which
-// includes Spread.
+// Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients. Summed: losses are to be summed again,
+// which includes Spread.
 template <bool Careful, bool Spread, bool Summed>
-GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row, int lane) {
+GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+                              int lane) {
   const Lines lines = lines_of(g, row);
   const REAL per_divisor = REAL(1) / r.base;
   const REAL gap_rate = f.ce * g.inverse_temperature;
@@ -745,8 +750,7 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
         }
         if (Spread) {
           const Difference<REAL> d = difference_at<REAL, Careful>(c.t[k], c.s[k]);
-          const REAL w = WEIGHTS == PRIOR_POWER ? prior_weight(g, c.prior[k], per_divisor)
-                       : WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+          const REAL w = weight_of<Careful>(g, below, of_t, c.prior[k], per_divisor);
           const REAL away = centred<Careful>(r, d, w);
           spread = Careful ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
           if (a.symmetric) gap -= spread;
@@ -781,7 +785,8 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
   if (!summed && !a.to_student && !a.to_teacher) return {{0, 0}, {0, 0}};
   if (r.careful) return careful_results(g, a, r, f, row, lane);
   if (summed) return thread_results<false, true, true>(g, a, r, f, row, lane);
-  if (f.energy != REAL(0) && (a.to_teacher || a.symmetric)) return thread_results<false, true, false>(g, a, r, f, row, lane);
+  const bool spread = f.energy != REAL(0) && (a.to_teacher || a.symmetric);
+  if (spread) return thread_results<false, true, false>(g, a, r, f, row, lane);
   return thread_results<false, false, false>(g, a, r, f, row, lane);
 }
 
@@ -833,9 +838,10 @@ template <class T> __device__ __forceinline__ T from_above(const T &x, int by) {
   return y;
 }
 
-// What the threads of a group have, merged: for each of them. All threads of the block take part; `store` has an element
-// for each warp.
-template <class T, class Merge> __device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge &merge) {
+// What the threads of a group have, merged: for each of them. All threads of the block take part; `store` has an
+// element for each warp.
+template <class T, class Merge>
+__device__ __forceinline__ T all_merged(T own, T *store, int group, const Merge &merge) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = group / 32, first = warp / warps * warps;
   int half = 16;
   for (bool within = true; half;) {  // first within each warp, then of the warps
