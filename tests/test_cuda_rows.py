@@ -759,12 +759,23 @@ def test_nvrtc_compiles_the_kernels(kinds, architecture, weights):
 
 
 @pytest.mark.parametrize("kinds", [("float", "float", "float", 4), ("double", "double", "float", 2)])
-def test_cuda_core_compiles_the_kernels(kinds):
-    """cuda-core serves PyTorch where CuPy is not installed; without a driver it can compile, but not start kernels."""
-    pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+def test_cuda_core_compiles_the_kernels_once(kinds, tmp_path, monkeypatch):
+    """And keeps them on disk, if it may. Without a driver it can compile, but not start kernels."""
+    utils = pytest.importorskip("cuda.core.utils", reason="cuda-core is not installed")
     nvrtc_library()
     the_plan = cuda.Plan(*kinds[:3], "PRIOR_POWER", True, kinds[3], 64, 1)
-    assert cuda_launch.cubin(the_plan.options, "sm_90").code[:4] == b"\x7fELF"
+    monkeypatch.setattr(cuda_launch, "_program_cache", lambda: utils.FileStreamProgramCache(tmp_path))
+    made = cuda_launch.cubin(the_plan.options, "sm_90").code
+    assert made[:4] == b"\x7fELF"
+    (kept,) = (path for path in (tmp_path / "entries").rglob("*") if path.is_file())
+    kept.write_bytes(b"kept")
+    assert cuda_launch.cubin(the_plan.options, "sm_90").code == b"kept"
+
+    def cannot_be_written():
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cuda_launch, "_program_cache", cannot_be_written)
+    assert cuda_launch.cubin(the_plan.options, "sm_90").code == made
 
 
 def nvrtc_library():

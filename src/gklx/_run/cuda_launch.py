@@ -3,6 +3,7 @@
 PyTorch's arrays take whichever of the two is installed.
 """
 
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -173,7 +174,18 @@ def cubin(options: Options, architecture: str) -> Any:
     from cuda.core import Program, ProgramOptions
 
     program_options = ProgramOptions(std=_LANGUAGE, arch=architecture, define_macro=list(options))
-    return Program(source(), "c++", program_options).compile("cubin")
+    program = Program(source(), "c++", program_options)
+    with contextlib.suppress(OSError):  # the folder is not to be written, or its disk is full
+        return program.compile("cubin", cache=_program_cache())
+    return program.compile("cubin")
+
+
+@cache
+def _program_cache() -> Any:
+    """Cuda-core's cache on disk, in the user's folder for such files: compiling takes seconds."""
+    from cuda.core.utils import FileStreamProgramCache
+
+    return FileStreamProgramCache()
 
 
 @cache
