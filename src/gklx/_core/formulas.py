@@ -59,7 +59,7 @@ class ClassWeights(NamedTuple):
     relative: Array  # [..., C], at most 1
     total: Array  # [...], their sum; NaN where the label names no class
     base: Array  # [...], the row's largest weight before gamma
-    heaviest: Array = None  # [..., C], boolean: the classes of the largest weight; the kernels have no use for it
+    heaviest: Array  # [..., C], boolean: the classes of the largest weight
 
 
 class Deviations(NamedTuple):
