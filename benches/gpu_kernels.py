@@ -18,7 +18,6 @@ import peers
 import gklx
 
 _CALLS = 10
-_COUNTED, _COPIED = 6, 4  # arrays that the two kernels move for both gradients, and the copy
 
 
 def times_of(call: Callable[[], Any]) -> dict[str, float]:
@@ -68,13 +67,14 @@ def main() -> int:
         return 77
     rows = []
     for (batch, classes), dtype in itertools.product(gpu_bench.SIZES, gpu_bench.DTYPES):
-        copy = None
+        copy, task = None, peers.Task(batch, classes, dtype, "cuda")
+        more = gpu_bench.counted_bytes(task, both=True) / gpu_bench.copied_bytes(task, both=True)
         for name, call in calls_of(batch, classes, dtype).items():
             times = times_of(call)
             total = sum(times.values())
             copy = total if name == "copy" else copy
             both = name != "copy" and "alone" not in name
-            of_copy = f"{_COUNTED / _COPIED * copy / total:.0%}" if both else "–"
+            of_copy = f"{more * copy / total:.0%}" if both else "–"
             own = [pages.seconds(times.get(kernel, 0.0)) for kernel in ("statistics", "batch", "gradients")]
             cells = [f"{batch:,} × {classes:,} {dtype}", name, pages.seconds(total), of_copy]
             rows.append([*cells, *(["–"] * 3 if name == "copy" else own)])

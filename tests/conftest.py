@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
     if "backend" not in metafunc.fixturenames:
         return
     chosen = [each for each in backends.BACKENDS if not backends.REQUIRED or each.library.backend in backends.REQUIRED]
-    if hasattr(metafunc.module, "ONLY_ON"):
+    if hasattr(metafunc.module, "ONLY_ON"):  # the names of the backends that the module's tests are for
         chosen = [each for each in chosen if each.name in metafunc.module.ONLY_ON]
     if "dtype" in metafunc.fixturenames:
         pairs = [(each, dtype) for each in chosen for dtype in each.dtypes]

@@ -363,7 +363,7 @@ template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c,
   if (WEIGHTS != PROBABILITIES) add(x.mass, mass);
 }
 
-// The rows of one sample.
+// Where the logits and the prior of one sample begin, and how many loads each of them is.
 struct Lines {
   const Pack<STUDENT> *student;
   const Pack<TEACHER> *teacher;
@@ -495,7 +495,7 @@ struct RowStatistics {
   REAL weight, mass, base;        // v, 0 where no class is valid, NaN where negative; W = mass * base^gamma
   REAL kl, ce, energy;            // the sample's losses; wMSE = W^2 * energy
   REAL student_peak, teacher_peak;  // the largest probabilities
-  REAL has_valid, undefined;      // 0 or 1, as are all below, as in _core/formulas.py
+  REAL has_valid, undefined;      // 0 or 1, as are the five below; these four as in _core/formulas.py
   REAL unreachable, infinite;
   REAL careful;                   // how the row is to be worked on; the reference and the mean are then in quarters
   REAL knows_kl, knows_energy;    // the sums of the statistics gave these losses with all their digits

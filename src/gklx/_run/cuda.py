@@ -186,7 +186,7 @@ class _Run:
             mask, where_row, where_class = rows.mask_layout(call)
             where = contiguous(mask, None)
         self.real, self.options = _REALS[plan.real], plan.options
-        self.arrays = (
+        self.arrays = (  # kept, since the kernels get addresses alone and some of these are copies
             *logits,
             prior,
             contiguous(arrays.labels, call.xp.int64) if weighs and arrays.labels is not None else None,
