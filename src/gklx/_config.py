@@ -4,7 +4,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Literal, overload
 
@@ -97,6 +96,8 @@ def _version(module: str) -> str | None:
         return str(getattr(loaded, "__version__", "unknown"))
     if find_spec(module) is None:
         return None
+    from importlib import metadata  # as slow to load as all of gklx
+
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(module)
     # CuPy's distributions are named after a version of CUDA.

@@ -11,13 +11,13 @@ Each module offers three functions:
 from types import ModuleType
 
 from .._core.call import Array, Call, Result
-from .._core.libraries import Library, library_of
+from .._core.libraries import Library
 from .._run.dispatch import evaluate
 
 
 def value(call: Call) -> Array:
     """The loss, differentiable by its analytic gradient where the library differentiates."""
-    adapter = _adapter(library_of(call.arrays.student))
+    adapter = _adapter(call.library)
     if adapter is not None and adapter.tracks(call):
         return adapter.attach(call)
     return evaluate(call, value=True).value
@@ -25,14 +25,14 @@ def value(call: Call) -> Array:
 
 def value_and_gradients(call: Call, *, student: bool, teacher: bool, value: bool) -> Result:
     """Value and gradients in one evaluation; a value that may be differentiated again is attached as in `value`."""
-    adapter = _adapter(library_of(call.arrays.student))
+    adapter = _adapter(call.library)
     compute = adapter.with_gradients if adapter is not None and adapter.tracks(call) else evaluate
     found: Result = compute(call, value=value, student=student, teacher=teacher)
     return found
 
 
-def _adapter(library: Library | None) -> ModuleType | None:
-    if library is None or not library.differentiates:
+def _adapter(library: Library) -> ModuleType | None:
+    if not library.differentiates:
         return None
     if library.backend == "torch":
         from . import torch

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .._core.call import Array, Arrays, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
+from .._core.libraries import library_named
 from .._run import blocks, xla
+
+_LIBRARY = library_named("jax")
 
 
 class _Plan(NamedTuple):
@@ -67,7 +70,7 @@ def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
     arrays, traced = rest
     # Gradients are rounded to the logits' dtype last, when they have been multiplied by what follows the loss.
     arrays = arrays._replace(student=student.astype(dtype), teacher=teacher.astype(dtype))
-    return Call(jnp, dtype, formula, reduction, combine(static, traced), arrays, ranks)
+    return Call(_LIBRARY, jnp, dtype, formula, reduction, combine(static, traced), arrays, ranks)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,5 +1,6 @@
 """The analytic gradient as a `torch.autograd.Function`, which PyTorch's transforms take as well."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from .._core.batch import Batch
 from .._core.call import Arrays, Call, Result
 from .._run.dispatch import evaluate, kernel_of
 
-_NOT_ARRAYS = 1  # arguments of the functions before the arrays: the plan
+_NOT_ARRAYS = 1  # arguments of the functions before the arrays: the call
 
 
 def tracks(call: Call) -> bool:
@@ -31,11 +32,11 @@ def attach(call: Call) -> torch.Tensor:
         arrays = call.arrays._replace(
             student=call.arrays.student.contiguous(), teacher=call.arrays.teacher.contiguous()
         )
-        found = _Loss.apply(_plan(call, ahead=False), *arrays)[0]  # type: ignore[no-untyped-call]
+        found = _Loss.apply(_Plan(_without_arrays(call)), *arrays)[0]  # type: ignore[no-untyped-call]
     elif _transformed() or forward_ad._current_level >= 0:
-        found = _TransformableLoss.apply(_plan(call, ahead=False), *call.arrays)[0]  # type: ignore[no-untyped-call]
+        found = _TransformableLoss.apply(_Plan(_without_arrays(call)), *call.arrays)[0]  # type: ignore[no-untyped-call]
     else:
-        found = _EagerLoss.apply(_plan(call, ahead=True), *call.arrays)  # type: ignore[no-untyped-call]
+        found = _EagerLoss.apply(call, *call.arrays)  # type: ignore[no-untyped-call]
     value: torch.Tensor = found
     return value
 
@@ -53,27 +54,21 @@ def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is no tensor: a call without arrays, and which gradients the forward pass makes.
-
-    No tuple, which PyTorch would take apart as a tree of tensors.
-    """
+    """A call without arrays. No tuple, which PyTorch's transforms would take apart as a tree of tensors."""
 
     call: Call
-    student_ahead: bool
-    teacher_ahead: bool
-
-    def on(self, arrays: tuple[Any, ...]) -> Call:
-        """The call at the tensors that autograd handed over, which need not be the caller's own."""
-        return self.call._replace(arrays=Arrays(*arrays))
 
 
-def _plan(call: Call, *, ahead: bool) -> _Plan:
-    """A gradient is made ahead only where the backward pass need but multiply it.
+_NO_ARRAYS = Arrays(*[None] * len(Arrays._fields))
 
-    Half precisions would be rounded twice, and underflow before a loss scale reaches them.
-    """
-    bare = call._replace(arrays=Arrays(*[None] * len(call.arrays)))
-    return _Plan(bare, *(ahead and _records(x) and x.dtype == call.dtype for x in call.arrays[:2]))
+
+def _without_arrays(call: Call) -> Call:
+    return call._replace(arrays=_NO_ARRAYS)
+
+
+def _on(call: Call, arrays: Sequence[Any]) -> Call:
+    """The call at the tensors that autograd handed over, which need not be the caller's own."""
+    return call._replace(arrays=Arrays(*arrays))
 
 
 class _Loss(torch.autograd.Function):
@@ -82,13 +77,14 @@ class _Loss(torch.autograd.Function):
     # By name: PyTorch's compiler tells by their number whether the forward pass takes a context.
     @staticmethod
     def forward(plan: _Plan, student: Any, teacher: Any, prior: Any, labels: Any, weight: Any, where: Any) -> Any:
-        found = evaluate(plan.on((student, teacher, prior, labels, weight, where)), value=True)
+        found = evaluate(_on(plan.call, (student, teacher, prior, labels, weight, where)), value=True)
         return found.value, *(found.batch or ())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.plan, *arrays = inputs
+        plan, *arrays = inputs
         _, *batch = output
+        ctx.call = plan.call
         ctx.mark_non_differentiable(*batch)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arrays, *batch)
@@ -109,12 +105,11 @@ class _TransformableLoss(_Loss):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, student: Any, teacher: Any, *__: Any) -> Any:
-        plan = ctx.plan
         with forward_ad._set_fwd_grad_enabled(True):
             # PyTorch turns forward mode off in here; without it a second forward derivative would silently be 0.
             arrays = [x if x is None else _primal(x) for x in ctx.saved_tensors[: len(Arrays._fields)]]
-            gradients = _gradients(plan.on(arrays), None, (student is not None, teacher is not None), None)
-            axes = -1 if plan.call.reduction == "none" else None
+            gradients = _gradients(_on(ctx.call, arrays), None, (student is not None, teacher is not None), None)
+            axes = -1 if ctx.call.reduction == "none" else None
             tangent = None
             for gradient, direction in zip(gradients, (student, teacher), strict=True):
                 if direction is not None:
@@ -127,20 +122,27 @@ class _TransformableLoss(_Loss):
 class _EagerLoss(torch.autograd.Function):
     """The older form, which need not return what it keeps: lower dispatch overhead.
 
-    It keeps its inputs and, for each differentiated input of the dtype computed in, its gradient. On the CUDA kernels
-    it keeps what they found of each row instead: making a gradient is then no more work than multiplying it.
+    It keeps its inputs and, for each differentiated input of the dtype computed in, its gradient: the backward pass
+    need but multiply it. Half precisions would be rounded twice, and underflow before a loss scale reaches them. On the
+    CUDA kernels it keeps what they found of each row instead: making a gradient is then no more work than multiplying
+    it.
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *arrays: Any) -> Any:
-        call = plan.on(arrays)
-        ahead = call.arrays.student.device.type == "cpu" or kernel_of(call) != "cuda"  # a CPU need not ask
-        found = evaluate(call, value=True, student=ahead and plan.student_ahead, teacher=ahead and plan.teacher_ahead)
-        ctx.plan, ctx.batch, ctx.statistics = plan, found.batch, found.statistics
+    def forward(ctx: Any, call: Call, *arrays: Any) -> Any:
+        student, teacher, dtype = call.arrays.student, call.arrays.teacher, call.dtype
+        ahead = student.is_cpu or kernel_of(call) != "cuda"  # a CPU need not ask
+        found = evaluate(
+            call,
+            value=True,
+            student=ahead and ctx.needs_input_grad[1] and student.dtype == dtype,
+            teacher=ahead and ctx.needs_input_grad[2] and teacher.dtype == dtype,
+        )
+        ctx.call, ctx.batch, ctx.statistics = _without_arrays(call), found.batch, found.statistics
         ctx.set_materialize_grads(False)
         # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
-        ctx.inference = tuple(x if x is not None and x.is_inference() else None for x in arrays)
-        saved = (None if x is None or x.is_inference() else x for x in arrays)
+        ctx.inference = [x if x is not None and x.is_inference() else None for x in arrays]
+        saved = [x if own is None else None for x, own in zip(arrays, ctx.inference, strict=True)]
         ctx.save_for_backward(*saved, found.student, found.teacher)
         return found.value
 
@@ -149,30 +151,30 @@ class _EagerLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * (_NOT_ARRAYS + len(Arrays._fields))
         *saved, student, teacher = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
-        arrays = tuple(x if own is None else own for x, own in zip(saved, ctx.inference, strict=True))
+        arrays = [x if own is None else own for x, own in zip(saved, ctx.inference, strict=True)]
         return _backward(ctx, arrays, ctx.batch, (student, teacher), upstream, ctx.statistics)
 
 
 def _backward(
     ctx: Any,
-    arrays: tuple[Any, ...],
+    arrays: Sequence[Any],
     batch: Any,
     ahead: tuple[Any, ...],
     upstream: torch.Tensor,
     statistics: Any = None,
 ) -> tuple[Any, ...]:
     """What a backward pass returns: the gradients made ahead, or else made now, times the upstream one."""
-    plan, wanted = ctx.plan, ctx.needs_input_grad[1:3]
+    call, wanted = ctx.call, ctx.needs_input_grad[1:3]
     given: list[Any]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone may differentiate this again: evaluate the formulas where autograd sees them. What it then finds is
         # the derivative of the gradient field, which for DKL is KL's Hessian.
-        arrays = tuple(x.clone() if x is not None and x.is_inference() else x for x in arrays)
-        given = _gradients(plan.on(arrays), None, wanted, upstream)
+        arrays = [x.clone() if x is not None and x.is_inference() else x for x in arrays]
+        given = _gradients(_on(call, arrays), None, wanted, upstream)
     elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
-        given = _scaled(ahead, upstream.unsqueeze(-1) if plan.call.reduction == "none" else upstream)
+        given = _scaled(ahead, upstream.unsqueeze(-1) if call.reduction == "none" else upstream)
     else:
-        given = _gradients(plan.on(arrays), batch, wanted, upstream, statistics)
+        given = _gradients(_on(call, arrays), batch, wanted, upstream, statistics)
     return None, *given, None, None, None, None
 
 
@@ -186,11 +188,11 @@ def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
     if (
         type(upstream) is torch.Tensor  # a subclass may stand for numbers that there are not
         and upstream.ndim == 0
-        and upstream.device.type == "cpu"
+        and upstream.is_cpu
         and not torch.compiler.is_compiling()
         and not _transformed()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
-        and float(upstream) == 1.0
+        and upstream.item() == 1.0
     ):
         return list(gradients)
     return [None if x is None else x * upstream for x in gradients]

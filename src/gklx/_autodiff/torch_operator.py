@@ -10,7 +10,10 @@ import array_api_compat.torch as xp
 import torch
 
 from .._core.call import Arrays, Call, Formula, Numbers, Result, are_static
+from .._core.libraries import library_named
 from .._run.dispatch import evaluate
+
+_PYTORCH = library_named("torch")
 
 
 def serves(call: Call) -> bool:
@@ -88,7 +91,7 @@ def _loss(
     """
     arrays = Arrays(student, teacher, prior, labels, sample_weight, where)
     found_numbers = Numbers(*(numbers if opened is None else opened.tolist()))
-    call = Call(xp, _dtype(student, teacher), Formula(*formula), reduction, found_numbers, arrays, None)  # type: ignore[arg-type]
+    call = Call(_PYTORCH, xp, _dtype(student, teacher), Formula(*formula), reduction, found_numbers, arrays, None)  # type: ignore[arg-type]
     found = evaluate(call, value=asked[0], student=asked[1], teacher=asked[2], upstream=upstream)
     return tuple(
         like.new_empty(0) if x is None else x.contiguous()

@@ -23,6 +23,9 @@ _COMPUTED_IN = {"float16": "float32", "bfloat16": "float32", "float32": "float32
 # The smallest normal number and the largest number. A processor may take smaller ones for 0.
 _RANGES = {name: (float(np.finfo(name).tiny), float(np.finfo(name).max)) for name in ("float32", "float64")}
 
+# Between these a Python number is right for every hyper-parameter and dtype: nearly all are.
+_SMALLEST, _LARGEST = _RANGES["float32"]
+
 _NOT_GIVEN: Any = object()
 
 
@@ -58,14 +61,15 @@ def call_of(
     readable = to_read and library.readable(*present.values())
     xp = library.namespace()
     dtype = _logits(xp, {"student_logits": student_logits, "teacher_logits": teacher_logits})
-    if not _fits(tuple(teacher_logits.shape), tuple(student_logits.shape)):
+    shape = tuple(student_logits.shape)
+    if not _fits(tuple(teacher_logits.shape), shape):
         raise ValueError(
             f"teacher_logits must have the shape of student_logits, {_shape(student_logits)}, "
             f"got {_shape(teacher_logits)}"
         )
-    batch = tuple(student_logits.shape[:-1])
+    batch = shape[:-1]
     if where is not None:
-        _where(where, tuple(student_logits.shape))
+        _where(where, shape)
     if sample_weight is not None:
         sample_weight = _sample_weight(xp, sample_weight, batch, dtype, readable)
     if prior is None and labels is not None:
@@ -74,7 +78,7 @@ def call_of(
     if labels is not None:
         labels = _labels(xp, library, labels, batch)
     if prior is not None:
-        _prior_shape(xp, prior, labels, tuple(student_logits.shape))
+        _prior_shape(xp, prior, labels, shape)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     computed = "float64" if dtype == xp.float64 else "float32"
@@ -88,17 +92,12 @@ def call_of(
         mse_weight=_number(xp, library, dtype, computed, "mse_weight", mse_weight),
         ce_weight=_number(xp, library, dtype, computed, "ce_weight", ce_weight),
     )
-    arrays = Arrays(
-        student=student_logits,
-        teacher=teacher_logits,
-        prior=None if prior is None else library.constant(prior),
-        labels=labels,
-        sample_weight=None if sample_weight is None else library.constant(sample_weight),
-        where=where,
-    )
+    prior = None if prior is None else library.constant(prior)
+    sample_weight = None if sample_weight is None else library.constant(sample_weight)
+    arrays = Arrays(student_logits, teacher_logits, prior, labels, sample_weight, where)
     if readable and prior is not None:
         _values(xp, arrays, prior, given_labels)
-    return Call(xp=xp, dtype=dtype, formula=formula, reduction=reduction, numbers=checked, arrays=arrays, ranks=ranks)
+    return Call(library, xp, dtype, formula, reduction, checked, arrays, ranks)
 
 
 def labelled_logits(
@@ -179,8 +178,8 @@ def computed_in(name: str, x: Array) -> str:
 
 def _one_library(named: dict[str, Any]) -> Library:
     """The library of all the arrays, which must also lie on one device."""
-    first_name, first = next(iter(named.items()))
-    library = None
+    first_name = next(iter(named))
+    library = device = None
     for name, x in named.items():
         found = library_of(x)
         if found is None:
@@ -189,17 +188,16 @@ def _one_library(named: dict[str, Any]) -> Library:
             raise TypeError(f"{name} must be an array of {known}, got {came}")
         _dense(found, name, x)
         if library is None:
-            library = found
-        elif found is not library:
+            library, device = found, found.device(x)
+            continue
+        if found is not library:
             raise TypeError(
                 f"{name} must be an array of the library of {first_name}, {library.name}, got one of {found.name}"
             )
-    assert library is not None
-    device = library.device(first)
-    for name, x in named.items():
         other = library.device(x)
         if device is not None and other is not None and other != device:
             raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {other}")
+    assert library is not None
     return library
 
 
@@ -289,6 +287,8 @@ def _number(
     above_zero: bool = False,
     below_zero: bool = True,
 ) -> Number:
+    if type(value) is float and _SMALLEST <= value <= _LARGEST:
+        return value
     if not isinstance(value, float) and library.number(value):
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be a number, got an array of {dtype_name(value.dtype)}")

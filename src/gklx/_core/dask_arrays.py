@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .call import Array
+from .libraries import Array
 
 
 @cache

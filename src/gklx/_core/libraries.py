@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from .call import Array
+Array = Any
+"""An array of any supported library; its type is known only to the caller."""
 
 _BLOCK_ON_CPU = 2**20
 _BLOCK_ON_GPU = 2**28
@@ -53,10 +54,11 @@ class Library(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled by its name: what is restored is the one entry of `LIBRARIES` itself."""
-        return _library_named, (self.backend,)
+        return library_named, (self.backend,)
 
 
-def _library_named(backend: str) -> Library:
+def library_named(backend: str) -> Library:
+    """The library of a name as `--backend` spells it."""
     return next(library for library in LIBRARIES if library.backend == backend)
 
 
@@ -64,6 +66,8 @@ def _library_named(backend: str) -> Library:
 
 
 def _import_numpy() -> ModuleType:
+    if hasattr(np, "isdtype"):  # NumPy 2 follows the standard itself; array-api-compat's would load all of NumPy
+        return np
     import array_api_compat.numpy as xp
 
     return xp
@@ -106,8 +110,9 @@ def _numpy(x: Any) -> Any:
 # These two by the type alone: a compiler follows them without a word, and array-api-compat's with a warning each.
 def _is_plain_numpy(x: Any) -> bool:
     """NumPy arrays but for the subclasses that change what arithmetic means."""
-    np = sys.modules["numpy"]
-    return isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
+    return type(x) is np.ndarray or (
+        isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
+    )
 
 
 def _is_torch(x: Any) -> bool:

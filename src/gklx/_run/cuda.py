@@ -15,7 +15,7 @@ import numpy as np
 from .._core import batch as batches
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result, are_static
-from .._core.libraries import dtype_name, library_of
+from .._core.libraries import dtype_name
 from . import cpu, cuda_launch, rows
 from .cuda_launch import THREADS, Device, Options
 
@@ -36,11 +36,10 @@ _Weights = Literal["PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 
 def serves(call: Call) -> bool:
     """Whether the logits are eager arrays on an NVIDIA GPU, and a launcher is there that compiles the kernels."""
-    s = call.arrays.student
-    library = library_of(s)
-    if library is None or library.backend not in ("cupy", "torch") or not cpu.kernel_allowed():
+    s, backend = call.arrays.student, call.library.backend
+    if backend not in ("cupy", "torch") or not cpu.kernel_allowed():
         return False
-    if library.backend == "torch" and not (_on_nvidia(s) and rows.are_plain_tensors(call, "cuda")):
+    if backend == "torch" and not (_on_nvidia(s) and rows.are_plain_tensors(call, "cuda")):
         return False
     if math.prod(s.shape) == 0 or not are_static(call.numbers):
         return False

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result
-from .._core.libraries import library_of
 from . import blocks, cpu, cuda, rows
 
 
 def kernel_of(call: Call) -> str | None:
     """The instruction set of the kernel that runs an eager call, "cuda" on a GPU; None where the formulas do."""
-    library = library_of(call.arrays.student)
-    if library is not None and library.backend == "jax":
-        device = library.device(call.arrays.student)  # None over several, which the formulas serve
+    if call.library.backend == "jax":
+        device = call.library.device(call.arrays.student)  # None over several, which the formulas serve
         on_cpu = device is not None and device.platform == "cpu"
         return cpu.instruction_set() if on_cpu and cpu.serves_jax() else None
     if rows.serves(call):

@@ -16,8 +16,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result, are_static
+from .._core.libraries import library_named
 from . import blocks, cpu
 
+_LIBRARY = library_named("jax")
 _TARGET = "gklx_rows"
 _OPTIONAL = Arrays._fields[2:]
 _PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}  # the bits that jax_ffi.cpp names
@@ -87,7 +89,7 @@ def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Arra
     arrays = Arrays(student, teacher, **dict.fromkeys(_OPTIONAL))._replace(
         **dict(zip(plan.present, optional, strict=True))
     )
-    call = Call(jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
+    call = Call(_LIBRARY, jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
     value, to_student, to_teacher = (name in plan.asked for name in _ASKED)
     found = blocks.evaluate(call, value=value, student=to_student, teacher=to_teacher)
     return [getattr(found, name) for name in plan.asked]
