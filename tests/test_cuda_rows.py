@@ -52,11 +52,13 @@ def make_starter(folder, program=HERE / "cuda_on_cpu.cpp", *more):
         )
 
     def start(options, blocks, name, arguments):
-        kinds = {int: ctypes.c_longlong, np.float32: ctypes.c_float, np.float64: ctypes.c_double}
-        given = [
-            kinds[type(x)](x) if type(x) in kinds else ctypes.c_void_p(None if x is None else x.ctypes.data)
-            for x in arguments
-        ]
+        kinds = {
+            np.uint64: ctypes.c_void_p,
+            np.int64: ctypes.c_longlong,
+            np.float32: ctypes.c_float,
+            np.float64: ctypes.c_double,
+        }
+        given = [kinds[type(x)](x.item()) for x in arguments]
         kernels, options = library(options), dict(options)
         assert kernels.bytes_of_row() == cuda._ROW * {"float": 4, "double": 8}[options["REAL"]]
         getattr(kernels, name)(*given)
@@ -75,7 +77,7 @@ def on_cpu(tmp_path_factory):
 
 
 def device_with(start):
-    return cuda_launch.Device(np.ascontiguousarray, lambda x: x.ctypes.data, poisoned, lambda x: x, start)
+    return cuda_launch.Device(np.ascontiguousarray, lambda x: x.ctypes.data, poisoned, start)
 
 
 @pytest.fixture
@@ -670,7 +672,6 @@ def test_launching_moves_and_reads_no_values(case, mask):
         contiguous=lambda x, dtype: (x if dtype is None else x.to(dtype)).contiguous(),
         address=lambda x: 0,
         empty=lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype, device="meta"),
-        argument=lambda x: x,
         start=lambda options, blocks, name, arguments: started.append(name),
     )
     s, t, given = call(case, mask)

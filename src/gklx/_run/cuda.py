@@ -5,7 +5,7 @@ An execution of the formulas in `_core/formulas.py`, held to them by the tests.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -192,35 +192,36 @@ class _Run:
             None if arrays.sample_weight is None else contiguous(arrays.sample_weight, call.dtype),
             where,
         )
-        numbers_given = (
-            self.rows,
-            shape[-1],
-            where_row,
-            where_class,
+        self.given = (
+            *self._addresses(self.arrays),
+            *map(np.int64, (self.rows, shape[-1], where_row, where_class)),
             *_rate(plan.real, 1.0, numbers.temperature),
             *_rate(plan.real, 1.0, numbers.weight_temperature),
             *_rate(plan.real, numbers.gamma, numbers.weight_temperature),
             self.real(1.0 / numbers.temperature),
             self.real(numbers.gamma),
         )
-        self.given = tuple(map(device.argument, (*self.arrays, *numbers_given)))
 
-    def start(self, name: str, blocks: int, *given: Any) -> None:
+    def _addresses(self, arrays: Iterable[Array | None]) -> list[np.uint64]:
+        return [np.uint64(0 if x is None else self.device.address(x)) for x in arrays]
+
+    def start(self, name: str, blocks: int, *given: np.generic) -> None:
         """Run a kernel on so many blocks."""
         self.device.start(self.options, blocks, name, given)
 
     def statistics(self) -> Array:
         """[rows, _ROW], `RowStatistics` of each row."""
         found = self.device.empty((self.rows, _ROW), self.call.dtype)
-        self.start("statistics", self.plan.blocks, *self.given, self.device.argument(found))
+        self.start("statistics", self.plan.blocks, *self.given, *self._addresses([found]))
         return found
 
     def batch(self, statistics: Array) -> Batch:
         """What the samples share, on this rank alone."""
         made = self.device.empty((len(Batch._fields),), self.call.dtype)
         found = Batch(*(made[i, ...] for i in range(len(Batch._fields))))
-        squares, gamma = int(batches.uses_batch_mass(self.call)), self.real(self.call.numbers.gamma)
-        self.start("batch", 1, *map(self.device.argument, (statistics, self.rows, squares, gamma, *found)))
+        rows, squares = map(np.int64, (self.rows, batches.uses_batch_mass(self.call)))
+        gamma = self.real(self.call.numbers.gamma)
+        self.start("batch", 1, *self._addresses([statistics]), rows, squares, gamma, *self._addresses(found))
         return found
 
     def results(
@@ -240,26 +241,19 @@ class _Run:
         call = self.call
         formula, numbers = call.formula, call.numbers
         given = None if upstream is None else self.device.contiguous(upstream, call.dtype)
-        asked = (
-            statistics,
-            *(shared or [None] * len(Batch._fields)),
-            int(call.reduction == "mean"),
-            int(formula.tempered),
-            int(formula.symmetric),
-            int(batches.uses_batch_mass(call)),
-            self.real(numbers.mse_weight),
-            self.real(numbers.ce_weight),
-            self.real(1.0 if call.ranks is None else call.ranks.size),
-            given,
-            int(call.reduction == "none"),
-            loss,
-            kl,
-            ce,
-            energy,
-            to_student,
-            to_teacher,
+        choices = call.reduction == "mean", formula.tempered, formula.symmetric, batches.uses_batch_mass(call)
+        ranks = 1.0 if call.ranks is None else call.ranks.size
+        self.start(
+            "gradients",
+            self.plan.blocks,
+            *self.given,
+            *self._addresses([statistics, *(shared or [None] * len(Batch._fields))]),
+            *map(np.int64, choices),
+            *map(self.real, (numbers.mse_weight, numbers.ce_weight, ranks)),
+            *self._addresses([given]),
+            np.int64(call.reduction == "none"),
+            *self._addresses([loss, kl, ce, energy, to_student, to_teacher]),
         )
-        self.start("gradients", self.plan.blocks, *self.given, *map(self.device.argument, asked))
 
 
 @lru_cache(maxsize=64)

@@ -35,10 +35,8 @@ class Device(NamedTuple):
     address: Callable[[Array], int]
     empty: Callable[[tuple[int, ...], Any], Array]
     """Of a shape and a dtype."""
-    argument: Callable[[Any], Any]
-    """What `start` takes for an array, None for a null pointer, an integer, or a float of the type computed in."""
-    start: Callable[[Options, int, str, tuple[Any, ...]], None]
-    """Runs a kernel, compiled with some options, on so many blocks and with these arguments."""
+    start: Callable[[Options, int, str, tuple[np.generic, ...]], None]
+    """Runs a kernel, compiled with some options, on so many blocks and with these arguments, addresses as uint64."""
 
 
 def device_of(x: Array) -> Device:
@@ -111,20 +109,6 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-_NULL = np.uint64(0)
-
-
-def _number_of(address: Callable[[Array], int]) -> Callable[[Any], Any]:
-    def number(x: Any) -> Any:
-        if x is None:
-            return _NULL
-        if isinstance(x, int):
-            return np.int64(x)
-        return x if isinstance(x, np.floating) else np.uint64(address(x))
-
-    return number
-
-
 # --- CuPy -------------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +147,7 @@ def _of_cupy(x: Array) -> Device:
         with x.device:
             return cupy.empty(shape, dtype=dtype)
 
-    return Device(contiguous, address, empty, _number_of(address), start)
+    return Device(contiguous, address, empty, start)
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -256,7 +240,8 @@ _LAUNCHERS = (_Launcher("cuda.core", _core_kernel, _start_by_core), _CUPY)
 
 def _of_torch(x: Array) -> Device:
     torch = sys.modules["torch"]
-    device = x.device.index
+    on = x.device
+    device, stream = on.index, torch.cuda.current_stream(on).cuda_stream
     launcher = _launcher(device, _LAUNCHERS)
     assert launcher is not None
 
@@ -264,15 +249,13 @@ def _of_torch(x: Array) -> Device:
         return int(y.data_ptr())
 
     def contiguous(y: Array, dtype: Any) -> Array:
-        y = y.detach()
         return (y if dtype is None else y.to(dtype)).contiguous().resolve_neg()
 
     def start(options: Options, blocks: int, name: str, arguments: tuple[Any, ...]) -> None:
-        stream = torch.cuda.current_stream(x.device).cuda_stream
         kernel = launcher.kernel_of(options, name, device)
         launcher.start(kernel, device, stream, blocks, arguments)
 
     def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-        return torch.empty(tuple(shape), dtype=dtype, device=x.device)
+        return torch.empty(tuple(shape), dtype=dtype, device=on)
 
-    return Device(contiguous, address, empty, _number_of(address), start)
+    return Device(contiguous, address, empty, start)
