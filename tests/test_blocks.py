@@ -208,8 +208,11 @@ def padded(torch, dtype):
 
 @pytest.mark.supports("memory of a few row blocks", "PyTorch")
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)], ids=["student", "both"])
-def test_torch_memory_of_vocabulary_size_bfloat16_is_a_few_row_blocks(monkeypatch, wanted, execution):
-    """In forward and backward pass. A float32 row of 150,000 classes has 600 KB; a block has one or two of a thread."""
+def test_torch_memory_of_vocabulary_size_bfloat16_is_a_few_row_blocks(monkeypatch, wanted):
+    """In forward and backward pass. A float32 row of 150,000 classes has 600 KB; a block has one or two of a thread.
+
+    By the formulas, which run wherever a mode follows the operators, as here.
+    """
     backends.needs("torch")
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

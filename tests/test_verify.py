@@ -521,6 +521,20 @@ def test_command(few, capsys, format_):
     assert err.startswith("gklx: error: backends must be among numpy, torch, ")
 
 
+@pytest.mark.side_by_side
+@pytest.mark.together
+@pytest.mark.parametrize("library", ["dask", "jax", "torch", "array_api_strict", "numpy"])
+def test_command_finds_no_fault_in_any_case(library):
+    """A test each: the first three take a minute or two, and do not wait for one another."""
+    backends.needs(library)
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # conftest's: 8 devices
+    command = [sys.executable, "-m", "gklx", "verify", "--backend", library]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " comparisons in " in done.stdout
+    assert "all within their bounds" in done.stdout
+
+
 def test_help_imports_no_library():
     code = (
         "import argparse, sys\nfrom gklx._cli.verify import add_to\nparser = argparse.ArgumentParser()\n"
