@@ -80,7 +80,7 @@ class Backend:
 
     @property
     def costly(self) -> bool:
-        """Whether a call takes about a second, since it is first compiled or made a graph."""
+        """Whether a call takes about a second, since it is first compiled."""
         return self.thorough is not None
 
     def owns(self, x: Any) -> bool:
@@ -171,7 +171,16 @@ BACKENDS = (
         execution="formulas",
         thorough=(),
     ),
-    Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, only=("float32", "float16"), thorough=("float32",)),
+    Backend("dask", BY_BACKEND["dask"], _dask, _dask_persist, execution="kernel"),
+    Backend(
+        "dask-formulas",
+        BY_BACKEND["dask"],
+        _dask,
+        _dask_persist,
+        only=("float32",),
+        execution="formulas",
+        thorough=(),
+    ),
     Backend("strict", BY_BACKEND["array_api_strict"], _strict),
     # The numbers are those of "strict"; what may differ is where a new array is made.
     Backend(

@@ -14,7 +14,7 @@ import gklx
 from gklx._run import blocks, cpu, cuda_launch
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"numpy", "torch", "torch.compile"}
+KERNELS = {"dask", "numpy", "torch", "torch.compile"}
 if hasattr(cpu.library(), "gklx_jax_rows"):
     KERNELS |= {"jax", "jax.jit"}
 

@@ -1,4 +1,4 @@
-"""Filtered Dask arrays: chunks without rows, and chunks of unknown size."""
+"""Dask's chunks: of any size, filtered to nothing or to an unknown size; each is a call of its own library."""
 
 import re
 
@@ -7,6 +7,7 @@ import pytest
 
 import gklx
 from backends import needs
+from gklx._run import blocks, cpu
 
 N, C = 8, 3
 KEEP = np.asarray([True, True, False, False, True, False, True, True])  # of the chunks of 2 rows one loses all
@@ -50,7 +51,7 @@ def compute(x):
 
 @pytest.mark.parametrize("known", [True, False], ids=["an empty chunk", "unknown sizes"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_and_gradients_agree_with_numpy(name, known):
+def test_losses_and_gradients_agree_with_numpy(name, known, execution):
     loss, settings = LOSSES[name]
     here = {key: x[KEEP] if np.shape(x)[:1] == (N,) else x for key, x in settings.items()}
     there = {key: filtered(x, known) if np.shape(x)[:1] == (N,) else as_dask(x) for key, x in settings.items()}
@@ -106,6 +107,80 @@ def test_loss_of_a_batch_filtered_to_nothing_is_zero():
         assert compute(gradient).shape == (0, C)
 
 
+@pytest.mark.parametrize("where_axes", [(0, 1, 2), (1, 2), (2,), (0,), (1,), ()], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_arrays_may_have_chunks_of_their_own(name, where_axes):
+    """On all axes, the classes' too; a gradient has those of its logits."""
+    import dask.array as da
+
+    rng = np.random.default_rng(3)
+    s, t = 3 * rng.standard_normal((2, 4, N, C))
+    loss, settings = LOSSES[name]
+    settings = dict(settings)
+    if "labels" in settings:
+        settings["labels"] = rng.integers(C, size=(4, N))
+    elif "prior" in settings:
+        settings["prior"] = rng.random((4, N, C))
+    shape = [size if axis in where_axes else 1 for axis, size in enumerate((4, N, C))]
+    where = rng.random(shape[min(where_axes, default=3) :]) < 0.8
+    arrays = {key: x for key, x in settings.items() if np.ndim(x)}
+    arrays |= {"sample_weight": rng.random((4, N)), "where": where}
+    plain = {key: x for key, x in settings.items() if not np.ndim(x)}
+    lazy = {key: da.from_array(x, chunks=tuple(max(1, size // 2) for size in x.shape)) for key, x in arrays.items()}
+    own, other = da.from_array(s, chunks=(3, 5, 2)), da.from_array(t, chunks=(2, (2, 6), 1))
+    expected, exact = gklx.value_and_grad(loss, (0, 1))(s, t, **plain, **arrays)
+    value, gradients = gklx.value_and_grad(loss, (0, 1))(own, other, **plain, **lazy)
+    np.testing.assert_allclose(compute(value), expected, rtol=1e-13)
+    for logits, gradient, correct in zip((own, other), gradients, exact, strict=True):
+        assert (gradient.chunks, gradient.dtype) == (logits.chunks, logits.dtype)
+        np.testing.assert_allclose(compute(gradient), correct, rtol=1e-13, atol=1e-15)
+    each = loss(own, other, **plain, **lazy, reduction="none")
+    np.testing.assert_allclose(compute(each), loss(s, t, **plain, **arrays, reduction="none"), rtol=1e-13)
+
+
+def test_logits_of_one_sample():
+    s, t = as_dask(S[0]), as_dask(T[0])
+    value, gradient = gklx.value_and_grad(gklx.gkl)(s, t, prior=as_dask(TABLE), labels=as_dask(np.asarray(1)))
+    expected = gklx.value_and_grad(gklx.gkl)(S[0], T[0], prior=TABLE, labels=np.asarray(1))
+    np.testing.assert_allclose(compute(value), expected[0], rtol=1e-14)
+    np.testing.assert_allclose(compute(gradient), expected[1], rtol=1e-14)
+
+
+def test_a_chunk_is_two_runs_of_the_execution_on_one_thread(execution, monkeypatch):
+    """That of the time when the graph was made. A batch of independent samples needs one run."""
+    import dask
+
+    threads, formulas, run, evaluate = [], [], cpu.run, blocks.evaluate
+    monkeypatch.setattr(cpu, "run", lambda request: threads.append(request.threads) or run(request))
+    monkeypatch.setattr(blocks, "evaluate", lambda *a, **asked: formulas.append(1) or evaluate(*a, **asked))
+    s, t = np.random.default_rng(0).standard_normal((2, 4 * 2**9, 2**9))
+    for loss, runs in ((gklx.value_and_grad(gklx.gkl, (0, 1)), 2), (lambda s, t: gklx.kl(s, t, reduction="none"), 1)):
+        found = loss(as_dask(s, 2**9), as_dask(t, 2**9))
+        with monkeypatch.context() as later:
+            later.setenv("GKLX_KERNEL", "1")
+            dask.compute(found, scheduler="synchronous")
+        assert threads == ([1] * 4 * runs if execution == "kernel" else [])
+        assert len(formulas) == (0 if execution == "kernel" else 4)
+        threads.clear()
+        formulas.clear()
+
+
+def test_number_of_tasks():
+    """Every task costs Dask a millisecond or so: before optimisation a chunk has seven, two of them to read it."""
+    s, t = (as_dask(x, 1) for x in (S, T))
+    value, gradients = gklx.value_and_grad(gklx.gkl, (0, 1))(s, t)
+    graphs = [dict(x.__dask_graph__()) for x in (value, *gradients)]
+    assert len({key for graph in graphs for key in graph}) < 9 * N
+
+
+def test_tasks_run_in_other_processes():
+    s, t = as_dask(S, 3), as_dask(T, 3)
+    value, gradient = gklx.value_and_grad(gklx.gkl)(s, t, gamma=0.5)
+    expected = gklx.value_and_grad(gklx.gkl)(S, T, gamma=0.5)
+    np.testing.assert_allclose(value.compute(scheduler="processes", num_workers=1), expected[0], rtol=1e-14)
+    np.testing.assert_allclose(gradient.compute(scheduler="processes", num_workers=1), expected[1], rtol=1e-14)
+
+
 def test_known_and_unknown_sizes_must_not_be_mixed():
     with pytest.raises(
         ValueError, match=re.escape("teacher_logits must have the shape of student_logits, [nan, 3], got [5, 3]")
@@ -119,7 +194,10 @@ def test_number_of_classes_must_be_known():
         gklx.kl(s, s)
 
 
-def as_dask(x):
+def as_dask(x, rows=None):
+    """An array of one chunk, or of chunks of so many rows; a number as it is."""
     import dask.array
 
-    return dask.array.from_array(x) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, np.ndarray):
+        return x
+    return dask.array.from_array(x, (rows or x.shape[0], *x.shape[1:]) if x.ndim else ())

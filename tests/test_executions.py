@@ -9,7 +9,7 @@ from backends import BACKENDS, BY_NAME
 from cases import CASES, call, loss_of, on
 from gklx._run import blocks, cpu
 
-EAGER = [each.name for each in BACKENDS if each.execution and each.library.backend != "jax"]
+EAGER = [each.name for each in BACKENDS if each.execution and each.library.backend not in ("jax", "dask")]
 COMPILED = [each.name for each in BACKENDS if each.execution and each.traced]
 
 

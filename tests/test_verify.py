@@ -83,6 +83,7 @@ def names_of(backend):
     """The names of a library's executions here: on the kernel where there is one, compiled, and by the formulas."""
     by_kernel = {
         "numpy": ["numpy"],
+        "dask": ["dask"],
         "torch": ["torch", "torch.compile"],
         "jax": ["jax", "jax.jit"] if cpu.serves_jax() else [],
     }

@@ -86,6 +86,7 @@ def _executions(backend: str) -> dict[str, str]:
         "torch": {"eager": eager, "torch.compile": eager, "gpu": on_gpu},
         "jax": {"eager": compiled, "jax.jit": compiled, "gpu": _FORMULAS},
         "cupy": {"gpu": on_gpu},
+        "dask": {"eager": eager},
     }.get(backend, {"eager": _FORMULAS})
 
 

@@ -1,8 +1,7 @@
 """Dask's array namespace, with what it lacks for arrays that were filtered: chunks without rows, rows not counted."""
 
 import sys
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,7 @@ from .libraries import Array
 
 @cache
 def namespace() -> ModuleType:
-    """Its namespace, but for three functions that fail on filtered arrays.
+    """Its namespace, but for two functions that fail on filtered arrays.
 
     `dask.array` has neither maximum nor reshape where a chunk holds no rows, and no reshape where their number is not
     known.
@@ -21,19 +20,13 @@ def namespace() -> ModuleType:
     import array_api_compat.dask.array as xp
 
     direct = ModuleType(xp.__name__)
-    extremes = {"max": _extreme_over_chunks("max"), "min": _extreme_over_chunks("min")}
-    vars(direct).update(vars(xp), **extremes, reshape=_reshape_if_needed)
+    vars(direct).update(vars(xp), max=_max_over_chunks, reshape=_reshape_if_needed)
     return direct
 
 
-def _extreme_over_chunks(name: str) -> Callable[..., Array]:
-    of_chunk = partial(_extreme_of_chunk, name)
-
-    def reduce(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
-        reduction: Any = sys.modules["dask.array"].reduction
-        return reduction(x, of_chunk, of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
-
-    return reduce
+def _max_over_chunks(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+    reduction: Any = sys.modules["dask.array"].reduction
+    return reduction(x, _max_of_chunk, _max_of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
 
 def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Array:
@@ -47,5 +40,5 @@ def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None
     return xp.reshape(x, shape, copy=copy)
 
 
-def _extreme_of_chunk(name: str, x: Array, axis: Any = None, keepdims: bool = False) -> Array:
-    return getattr(x, name)(axis=axis, keepdims=keepdims, initial=-np.inf if name == "max" else np.inf)
+def _max_of_chunk(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+    return x.max(axis=axis, keepdims=keepdims, initial=-np.inf)

@@ -27,10 +27,9 @@ def evaluate(
     upstream: Array | None = None,
 ) -> Result:
     """As `dispatch.evaluate`."""
-    blocks = list(_blocks(call))
     if shared is None and batches.uses_batch(call):
-        parts = [_batch_of(_part(call, block)) for block in blocks]
-        shared = batches.over_ranks(call, batches.merged(call, parts))
+        shared = batches.over_ranks(call, batch(call))
+    blocks = list(_blocks(call))
     if len(blocks) == 1:
         return _evaluated(call, shared, value, student, teacher, upstream)
     xp, arrays = call.xp, call.arrays
@@ -46,6 +45,11 @@ def evaluate(
             to_teacher[block] = found.teacher
         values.append(found.value)
     return Result(_joined(call, values) if value else None, to_student, to_teacher, shared)
+
+
+def batch(call: Call) -> Batch:
+    """What the samples share, on this rank alone."""
+    return batches.merged(call, [_batch_of(_part(call, block)) for block in _blocks(call)])
 
 
 def _batch_of(call: Call) -> Batch:

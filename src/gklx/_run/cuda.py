@@ -74,19 +74,25 @@ def evaluate(
     return Result(loss, to_student, to_teacher, shared, statistics)
 
 
+def batch(call: Call) -> Batch:
+    """What the samples share, on this rank alone."""
+    run = _Run(call, cuda_launch.device_of(call.arrays.student))
+    return run.batch(run.statistics())
+
+
 def samples(call: Call, names: Sequence[str], device: Device | None = None) -> dict[str, Array]:
     """As `rows.samples`, whichever names are asked for."""
     xp, temperature = call.xp, call.numbers.temperature
     device = cuda_launch.device_of(call.arrays.student) if device is None else device
-    batch = call.arrays.student.shape[:-1]
+    shape = call.arrays.student.shape[:-1]
     run = _Run(call, device)
     found = run.statistics()
-    kl, ce, energy = (device.empty(batch, call.dtype) for _ in range(3))
+    kl, ce, energy = (device.empty(shape, call.dtype) for _ in range(3))
     decomposed = {"ce": ce, "energy": energy} if call.formula.decomposed else {}
     run.results(found, None, None, kl=kl, **decomposed)
 
     def column(number: int) -> Array:
-        return xp.reshape(found[:, number], batch)
+        return xp.reshape(found[:, number], shape)
 
     made = {
         "kl": kl,

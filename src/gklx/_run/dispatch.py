@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .._core import formulas
 from .._core.batch import Batch
 from .._core.call import Array, Call, Result
-from . import blocks, cpu, cuda, rows
+from . import blocks, cpu, cuda, dask_chunks, rows
 
 
 def kernel_of(call: Call) -> str | None:
@@ -16,6 +16,8 @@ def kernel_of(call: Call) -> str | None:
         device = call.library.device(call.arrays.student)  # None over several, which the formulas serve
         on_cpu = device is not None and device.platform == "cpu"
         return cpu.instruction_set() if on_cpu and cpu.serves_jax() else None
+    if call.library.backend == "dask":
+        return dask_chunks.kernel_of(call)
     if rows.serves(call):
         return cpu.instruction_set()
     return "cuda" if cuda.serves(call) else None
@@ -37,6 +39,8 @@ def evaluate(
     earlier evaluation of the same call returned them. The gradients are those of each sample's own entry under the
     reduction "none", times `upstream`, of the value's shape, where it is given.
     """
+    if call.library.backend == "dask":
+        return dask_chunks.evaluate(call, value=value, student=student, teacher=teacher)
     asked: dict[str, Any] = {"value": value, "student": student, "teacher": teacher, "upstream": upstream}
     if rows.serves(call):
         return rows.evaluate(call, shared, **asked)

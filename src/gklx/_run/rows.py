@@ -68,17 +68,18 @@ def evaluate(
     student: bool = False,
     teacher: bool = False,
     upstream: Array | None = None,
+    threads: int | None = None,
 ) -> Result:
-    """As `dispatch.evaluate`."""
+    """As `dispatch.evaluate`, on at most so many threads."""
     arrays = call.arrays
-    request, host, kept = _request(call)
-    if call.ranks is not None and uses_batch(call):
-        if shared is None:
-            shared = _shared(call, request)
+    request, host, kept = _request(call, threads)
+    if shared is None and call.ranks is not None and uses_batch(call):
+        shared = over_ranks(call, batch(call))
+    if shared is not None:
         given = np.asarray([float(x) for x in shared])
         kept.append(given)
         request.totals = given.ctypes.data
-        request.ranks = call.ranks.size
+        request.ranks = 1 if call.ranks is None else call.ranks.size
     found = to_student = to_teacher = None
     if value:
         shape = arrays.student.shape[:-1] if call.reduction == "none" else ()
@@ -98,14 +99,23 @@ def evaluate(
     return Result(None if found is None else host.finished(found), to_student, to_teacher, shared)
 
 
+def batch(call: Call, threads: int | None = None) -> Batch:
+    """What the samples share, on this rank alone."""
+    request, _, _kept = _request(call, threads)
+    found = np.empty(len(Batch._fields))
+    request.totals_out = found.ctypes.data
+    cpu.run(request)
+    xp, like = call.xp, call.arrays.student
+    return Batch(*(xp.asarray(float(x), dtype=xp.float64, device=call.library.device(like)) for x in found))
+
+
 def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int] = ()) -> dict[str, Array]:
     """What is asked for of each sample, [...], from one pass over the logits: fields of `cpu.RowCall` by name.
 
     "overlaps" is [..., len(top_k)]: for each k, in ascending order, how many classes are among the k largest of both
     networks; of equal logits the first counts.
     """
-    request, host, _kept = _request(call)
-    request.threads = min(request.threads, threads)
+    request, host, _kept = _request(call, threads)
     shape, like, found = call.arrays.student.shape[:-1], call.arrays.student, {}
     ks = np.minimum(np.asarray(top_k, np.int64), request.classes)
     request.top_k, request.top_ks = ks.ctypes.data, len(ks)
@@ -117,7 +127,7 @@ def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int]
     return found
 
 
-def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
+def _request(call: Call, threads: int | None = None) -> tuple[cpu.RowCall, _Host, list[Array]]:
     """The kernel's call without results, and the arrays that must live as long as it."""
     arrays, formula, numbers, dtype = call.arrays, call.formula, call.numbers, call.dtype
     host = _HOSTS[call.library.backend]
@@ -170,6 +180,8 @@ def _request(call: Call) -> tuple[cpu.RowCall, _Host, list[Array]]:
         0,
         1 if rows * classes < 2 * _ONE_THREAD else host.threads(),
     )
+    if threads is not None:
+        request.threads = min(request.threads, threads)
     if request.threads > 1:
         request.parallel_for = host.parallel_for()
     return request, host, kept
@@ -184,17 +196,6 @@ def mask_layout(call: Call) -> tuple[Array, int, int]:
     if where.shape[:-1] == shape[:-1] and where.shape[-1] == 1:
         return where, 1, 0
     return call.xp.broadcast_to(where, shape), shape[-1], 1
-
-
-def _shared(call: Call, request: cpu.RowCall) -> Batch:
-    """What the samples of all ranks share."""
-    found = np.empty(4)
-    request.totals_out = found.ctypes.data
-    cpu.run(request)
-    request.totals_out = 0
-    xp, like = call.xp, call.arrays.student
-    own = Batch(*(xp.asarray(float(x), dtype=xp.float64, device=like.device) for x in found))
-    return over_ranks(call, own)
 
 
 def _numpy_address(x: Any) -> int:

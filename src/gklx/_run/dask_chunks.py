@@ -1,0 +1,156 @@
+"""A call on Dask's arrays: each chunk of rows is a call on arrays of its own library, and runs as such a call does.
+
+The samples of a batch share a few sums and nothing else (`Batch`). A task for each chunk makes its part of them, one
+task merges the parts, and a second task for each chunk makes values and gradients. The classes of a row come together
+in a task, however they are chunked.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._core import batch as batches
+from .._core.batch import Batch
+from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result
+from .._core.libraries import library_of
+from . import blocks, cpu, cuda, rows
+
+
+class _Plan(NamedTuple):
+    """A call without arrays, as tasks are sent to other processes."""
+
+    formula: Formula
+    reduction: Reduction
+    numbers: Numbers
+    dtype: str
+    kernel: bool
+    """Whether kernels may run it: as it was when the graph was made, on condition that where a task runs they may."""
+
+
+class _Asked(NamedTuple):
+    value: bool
+    student: bool
+    teacher: bool
+
+
+def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
+    """As `dispatch.evaluate`: graphs, which compute a chunk once for all that is asked for."""
+    s, t = call.arrays.student, call.arrays.teacher
+    plan = _Plan(call.formula, call.reduction, call.numbers, np.dtype(call.dtype).name, cpu.kernel_allowed())
+    of_rows, of_logits, given = tuple(range(s.ndim - 1)), tuple(range(s.ndim)), _with_axes(call.arrays)
+    shared, axes_of_shared = None, None
+    if batches.uses_batch(call):
+        parts = _tasks(partial(_batch, plan), of_rows, *given, concatenate=True)
+        shared, axes_of_shared = _tasks(partial(_merged, plan), (), parts, of_rows, concatenate=False), ()
+    asked = partial(_evaluated, plan, _Asked(value, student, teacher))
+    found = _tasks(asked, of_rows, shared, axes_of_shared, *given, concatenate=True)
+
+    def result(number: int, axes: tuple[int, ...], dtype: Any) -> Array:
+        made = dict.fromkeys(axes[len(of_rows) :], s.shape[-1])
+        return _tasks(itemgetter(number), axes, found, of_rows, like=s, dtype=dtype, new_axes=made)
+
+    loss = None
+    if value and call.reduction == "none":
+        loss = result(0, of_rows, call.dtype)
+    elif value:
+        values = _tasks(itemgetter(0), of_rows, found, of_rows)
+        loss = _tasks(_total, (), values, of_rows, concatenate=False, like=s, dtype=call.dtype)
+    to_student = _chunked_as(s, result(1, of_logits, s.dtype)) if student else None
+    to_teacher = _chunked_as(t, result(2, of_logits, t.dtype)) if teacher else None
+    return Result(loss, to_student, to_teacher)
+
+
+def kernel_of(call: Call) -> str | None:
+    """The instruction set of the kernel that runs the chunks; None where the formulas do, or it is not known here."""
+    library = library_of(call.arrays.student._meta)
+    return cpu.instruction_set() if library is not None and library.backend == "numpy" else None
+
+
+# --- the graph --------------------------------------------------------------------------------------------------------
+
+
+def _with_axes(arrays: Arrays) -> list[Any]:
+    """Each array and then the numbers of its axes, those of the logits from 0 on; None for what is no array."""
+    n = arrays.student.ndim
+    of_rows, of_logits, of_prior = tuple(range(n - 1)), tuple(range(n)), tuple(range(n))
+    if arrays.labels is not None and arrays.prior is not None:
+        # A table has axes of its own, and every task needs all of it.
+        arrays, of_prior = arrays._replace(prior=arrays.prior.rechunk(-1)), (n, n + 1)
+    of_where = () if arrays.where is None else of_logits[n - arrays.where.ndim :]
+    pairs = zip(arrays, (of_logits, of_logits, of_prior, of_rows, of_rows, of_where), strict=True)
+    return [each for x, axes in pairs for each in (x, None if x is None else axes)]
+
+
+def _tasks(
+    f: Callable[..., Any], axes: tuple[int, ...], *given: Any, like: Array = None, dtype: Any = object, **options: Any
+) -> Array:
+    """A Dask array with a task a chunk; a chunk may be any object unless it is `like` an array."""
+    dask_array = sys.modules["dask.array"]
+    meta: Any = np.empty((0,) * len(axes), object)
+    if like is not None:
+        meta = dask_array.utils.meta_from_array(like._meta, ndim=len(axes), dtype=dtype)
+    return dask_array.blockwise(f, axes, *given, dtype=dtype, meta=meta, **options)
+
+
+def _chunked_as(logits: Array, gradient: Array) -> Array:
+    """The gradient in the chunks of its logits, as far as their sizes are known."""
+    pairs = enumerate(zip(logits.chunks, gradient.chunks, strict=True))
+    wanted = {axis: own for axis, (own, found) in pairs if own != found and not any(np.isnan((*own, *found)))}
+    return gradient.rechunk(wanted) if wanted else gradient
+
+
+# --- the tasks --------------------------------------------------------------------------------------------------------
+
+
+def _call(plan: _Plan, arrays: tuple[Any, ...]) -> Call:
+    library = library_of(arrays[0])
+    assert library is not None
+    xp = library.namespace()
+    dtype = getattr(xp, plan.dtype)
+    return Call(library, xp, dtype, plan.formula, plan.reduction, plan.numbers, Arrays(*arrays), None)
+
+
+def _batch(plan: _Plan, *arrays: Any) -> Batch:
+    call = _call(plan, arrays)
+    if plan.kernel and rows.serves(call):
+        return rows.batch(call, threads=1)  # Dask has the others
+    if plan.kernel and cuda.serves(call):
+        return cuda.batch(call)
+    return blocks.batch(call)
+
+
+def _merged(plan: _Plan, parts: Any) -> Batch:
+    found = list(_flat(parts))
+    return batches.merged(_call(plan, (found[0].weight, *[None] * (len(Arrays._fields) - 1))), found)
+
+
+def _evaluated(plan: _Plan, asked: _Asked, shared: Batch | None, *arrays: Any) -> tuple[Any, ...]:
+    call = _call(plan, arrays)
+    if plan.kernel and rows.serves(call):
+        found = rows.evaluate(call, shared, threads=1, **asked._asdict())
+    elif plan.kernel and cuda.serves(call):
+        found = cuda.evaluate(call, shared, **asked._asdict())
+    else:
+        found = blocks.evaluate(call, shared, **asked._asdict())
+    return found.value, found.student, found.teacher
+
+
+def _total(values: Any) -> Any:
+    found = list(_flat(values))
+    library = library_of(found[0])
+    assert library is not None
+    xp = library.namespace()
+    return xp.sum(xp.stack(found))
+
+
+def _flat(nested: Any) -> Iterator[Any]:
+    """What lists of lists, one for each axis, hold."""
+    if isinstance(nested, list):
+        for each in nested:
+            yield from _flat(each)
+    else:
+        yield nested
