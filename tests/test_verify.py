@@ -28,6 +28,7 @@ from gklx._verify.places import Arguments, places
 from gklx._verify.report import _BOUNDS, as_json, as_junit, as_markdown, as_table
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
+WITH_FUNCTIONS_OF_THEIR_OWN = [each for each in OTHERS if each != "dask"]  # Dask's chunks are NumPy's arrays
 SET = cpu.instruction_set()
 FEW = ("kl-T", "gkl-prior absent", "gkl-prior")
 
@@ -192,6 +193,7 @@ def anew(other):
 
 
 @pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("other", WITH_FUNCTIONS_OF_THEIR_OWN, indirect=True)
 def test_a_wrong_exponential_turns_it_red(other, few, monkeypatch):
     module = backends.BY_BACKEND[other].namespace()
     true_exp = module.exp
@@ -235,7 +237,7 @@ def test_a_wrong_exponential_of_numpy_is_numpys(few, here, monkeypatch):
     assert blamed(verify(here)) == {"numpy (formulas)"}
 
 
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "dask"])
 def test_a_fault_of_the_kernel_is_the_kernels(few, library, monkeypatch):
     backends.needs(library)
     if SET is None:
@@ -332,6 +334,7 @@ def test_a_sign_in_the_gradient_of_one_library(few, monkeypatch, of):
     assert all("gradient to the teacher" in check.message for check in broken)
 
 
+@pytest.mark.parametrize("other", WITH_FUNCTIONS_OF_THEIR_OWN, indirect=True)
 def test_a_library_that_raises_is_a_broken_case_and_not_the_end(other, few, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no\n\x1b[31msums")
