@@ -1,6 +1,7 @@
 """Dask's chunks: of any size, filtered to nothing or to an unknown size; each is a call of its own library."""
 
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -163,6 +164,41 @@ def test_a_chunk_is_two_runs_of_the_execution_on_one_thread(execution, monkeypat
         assert len(formulas) == (0 if execution == "kernel" else 4)
         threads.clear()
         formulas.clear()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["kl", "gkl"])
+def test_a_value_does_not_keep_the_logits(name, reduction):
+    """Of chunks that are made when a task needs them, as those that are read from files."""
+    import dask.array as da
+
+    alive, most = set(), []
+
+    def chunk(block_info=None):
+        x = np.random.default_rng(len(most)).standard_normal((2, C))
+        alive.add(id(x))
+        weakref.finalize(x, alive.discard, id(x))
+        most.append(len(alive))
+        return x
+
+    chunks = ((2,) * 20, (C,))
+    s, t = (da.map_blocks(chunk, chunks=chunks, dtype=float, meta=np.empty((0, 0)), name=name) for name in "st")
+    assert compute(LOSSES[name][0](s, t, reduction=reduction)).shape == ((40,) if reduction == "none" else ())
+    assert len(most) == 40
+    assert max(most) <= 4
+
+
+def test_scales_of_chunks_that_differ(execution):
+    """What is known of a chunk is kept relative to its own largest weights."""
+    tiny, huge = 1e-300, 1e300
+    weights, prior = np.asarray([tiny, tiny, 1, 1, 0, 0, huge, huge]), RNG.random((N, C)) + 0.1
+    prior *= np.asarray([huge, huge, tiny, tiny, 1, 1, 1, 1])[:, None] ** 0.4
+    given = {"sample_weight": weights, "prior": prior}
+    for reduction in ("mean", "none"):
+        found = gklx.gkl(
+            as_dask(S, 2), as_dask(T, 2), **{key: as_dask(x, 2) for key, x in given.items()}, reduction=reduction
+        )
+        np.testing.assert_allclose(compute(found), gklx.gkl(S, T, **given, reduction=reduction), rtol=1e-13)
 
 
 def test_number_of_tasks():

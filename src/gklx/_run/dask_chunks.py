@@ -1,8 +1,9 @@
 """A call on Dask's arrays: each chunk of rows is a call on arrays of its own library, and runs as such a call does.
 
-The samples of a batch share a few sums and nothing else (`Batch`). A task for each chunk makes its part of them, one
-task merges the parts, and a second task for each chunk makes values and gradients. The classes of a row come together
-in a task, however they are chunked.
+The samples of a batch share a few sums and nothing else (`Batch`). For gradients a task for each chunk makes its part
+of them, one task merges the parts, and a second task for each chunk makes the gradients: Dask keeps the chunks of the
+logits meanwhile. For a value alone one task for each chunk is enough. The classes of a row come together in a task,
+however they are chunked.
 """
 
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 from .._core import batch as batches
 from .._core.batch import Batch
 from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result
+from .._core.formulas import scaled
 from .._core.libraries import library_of
 from . import blocks, cpu, cuda, rows
 
@@ -37,11 +39,22 @@ class _Asked(NamedTuple):
     teacher: bool
 
 
+class _Undivided(NamedTuple):
+    """The value of a chunk's samples on the scales of its own batch, before it is divided by what the samples share."""
+
+    batch: Batch
+    ce: Array
+    """The value but for the wMSE where the batch divides that, else all of it."""
+    mse: Array | None
+
+
 def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
-    """As `dispatch.evaluate`: graphs, which compute a chunk once for all that is asked for."""
+    """As `dispatch.evaluate`: graphs."""
     s, t = call.arrays.student, call.arrays.teacher
     plan = _Plan(call.formula, call.reduction, call.numbers, np.dtype(call.dtype).name, cpu.kernel_allowed())
     of_rows, of_logits, given = tuple(range(s.ndim - 1)), tuple(range(s.ndim)), _with_axes(call.arrays)
+    if batches.uses_batch(call) and not (student or teacher):
+        return Result(_value(call, plan, given), None, None)
     shared, axes_of_shared = None, None
     if batches.uses_batch(call):
         parts = _tasks(partial(_batch, plan), of_rows, *given, concatenate=True)
@@ -62,6 +75,18 @@ def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher:
     to_student = _chunked_as(s, result(1, of_logits, s.dtype)) if student else None
     to_teacher = _chunked_as(t, result(2, of_logits, t.dtype)) if teacher else None
     return Result(loss, to_student, to_teacher)
+
+
+def _value(call: Call, plan: _Plan, given: list[Any]) -> Array:
+    """A value, which needs a chunk once: the batch's sums divide what has been made of it."""
+    s = call.arrays.student
+    of_rows = tuple(range(s.ndim - 1))
+    parts = _tasks(partial(_undivided, plan), of_rows, *given, concatenate=True)
+    if call.reduction != "none":
+        return _tasks(partial(_divided_sum, plan), (), parts, of_rows, concatenate=False, like=s, dtype=call.dtype)
+    own = _tasks(itemgetter(0), of_rows, parts, of_rows)
+    shared = _tasks(partial(_merged, plan), (), own, of_rows, concatenate=False)
+    return _tasks(partial(_divided, plan), of_rows, parts, of_rows, shared, (), like=s, dtype=call.dtype)
 
 
 def kernel_of(call: Call) -> str | None:
@@ -114,8 +139,12 @@ def _call(plan: _Plan, arrays: tuple[Any, ...]) -> Call:
     return Call(library, xp, dtype, plan.formula, plan.reduction, plan.numbers, Arrays(*arrays), None)
 
 
-def _batch(plan: _Plan, *arrays: Any) -> Batch:
-    call = _call(plan, arrays)
+def _call_beside(plan: _Plan, batch: Batch) -> Call:
+    """The call without its arrays, for numbers of a batch that it found."""
+    return _call(plan, (batch.weight, *[None] * (len(Arrays._fields) - 1)))
+
+
+def _batch_of(plan: _Plan, call: Call) -> Batch:
     if plan.kernel and rows.serves(call):
         return rows.batch(call, threads=1)  # Dask has the others
     if plan.kernel and cuda.serves(call):
@@ -123,20 +152,63 @@ def _batch(plan: _Plan, *arrays: Any) -> Batch:
     return blocks.batch(call)
 
 
+def _result_of(plan: _Plan, call: Call, shared: Batch | None, asked: _Asked) -> Result:
+    if plan.kernel and rows.serves(call):
+        return rows.evaluate(call, shared, threads=1, **asked._asdict())
+    if plan.kernel and cuda.serves(call):
+        return cuda.evaluate(call, shared, **asked._asdict())
+    return blocks.evaluate(call, shared, **asked._asdict())
+
+
+def _batch(plan: _Plan, *arrays: Any) -> Batch:
+    return _batch_of(plan, _call(plan, arrays))
+
+
 def _merged(plan: _Plan, parts: Any) -> Batch:
     found = list(_flat(parts))
-    return batches.merged(_call(plan, (found[0].weight, *[None] * (len(Arrays._fields) - 1))), found)
+    return batches.merged(_call_beside(plan, found[0]), found)
 
 
 def _evaluated(plan: _Plan, asked: _Asked, shared: Batch | None, *arrays: Any) -> tuple[Any, ...]:
-    call = _call(plan, arrays)
-    if plan.kernel and rows.serves(call):
-        found = rows.evaluate(call, shared, threads=1, **asked._asdict())
-    elif plan.kernel and cuda.serves(call):
-        found = cuda.evaluate(call, shared, **asked._asdict())
-    else:
-        found = blocks.evaluate(call, shared, **asked._asdict())
+    found = _result_of(plan, _call(plan, arrays), shared, asked)
     return found.value, found.student, found.teacher
+
+
+def _undivided(plan: _Plan, *arrays: Any) -> _Undivided:
+    call = _call(plan, arrays)
+    own = _batch_of(plan, call)
+
+    one = call.xp.ones_like(own.weight)
+    scales = own._replace(weight=one, squared_mass=one)
+
+    def value(**numbers: float) -> Array:
+        some = call._replace(numbers=call.numbers._replace(**numbers))
+        return _result_of(plan, some, scales, _Asked(value=True, student=False, teacher=False)).value
+
+    if not batches.uses_batch_mass(call):
+        return _Undivided(own, value(), None)
+    return _Undivided(own, value(mse_weight=0.0), value(ce_weight=0.0))
+
+
+def _divided(plan: _Plan, part: _Undivided, shared: Batch) -> Array:
+    """The value of a chunk's samples as part of the whole batch: see `batch.factors_of` and `batch.merged`."""
+    call = _call_beside(plan, shared)
+    xp, own = call.xp, part.batch
+    weight, squared_mass = (xp.where(x == 0, 1.0, x) for x in (shared.weight, shared.squared_mass))
+    by_weight = own.weight_scale / shared.weight_scale
+    by_mass = (own.base_scale / shared.base_scale) ** call.numbers.gamma
+    of_mse = by_mass * by_mass / squared_mass
+    mean = call.reduction == "mean"
+    value = scaled(xp, by_weight / weight if mean else xp.ones_like(weight), part.ce)
+    if part.mse is not None:
+        value = value + scaled(xp, (by_weight if mean else shared.weight) * of_mse, part.mse)
+    return xp.astype(value, call.dtype)
+
+
+def _divided_sum(plan: _Plan, parts: Any) -> Array:
+    found = list(_flat(parts))
+    shared = _merged(plan, [part.batch for part in found])
+    return _total([_divided(plan, part, shared) for part in found])
 
 
 def _total(values: Any) -> Any:
