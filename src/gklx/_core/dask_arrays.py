@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from .libraries import Array
-
 
 @cache
 def namespace() -> ModuleType:
@@ -24,12 +22,12 @@ def namespace() -> ModuleType:
     return direct
 
 
-def _max_over_chunks(x: Array, /, *, axis: int | None = None, keepdims: bool = False) -> Array:
+def _max_over_chunks(x: Any, /, *, axis: int | None = None, keepdims: bool = False) -> Any:
     reduction: Any = sys.modules["dask.array"].reduction
     return reduction(x, _max_of_chunk, _max_of_chunk, axis=axis, keepdims=keepdims, dtype=x.dtype)
 
 
-def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Array:
+def _reshape_if_needed(x: Any, /, shape: tuple[int, ...], *, copy: bool | None = None) -> Any:
     pairs = list(zip(x.shape, shape, strict=False))
     same = all(own == to or to == -1 or (np.isnan(own) and np.isnan(to)) for own, to in pairs)
     if x.ndim == len(shape) and same:
@@ -40,5 +38,5 @@ def _reshape_if_needed(x: Array, /, shape: tuple[int, ...], *, copy: bool | None
     return xp.reshape(x, shape, copy=copy)
 
 
-def _max_of_chunk(x: Array, axis: Any = None, keepdims: bool = False) -> Array:
+def _max_of_chunk(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
     return x.max(axis=axis, keepdims=keepdims, initial=-np.inf)
