@@ -39,8 +39,8 @@ class _Asked(NamedTuple):
     teacher: bool
 
 
-class _Undivided(NamedTuple):
-    """The value of a chunk's samples on the scales of its own batch, before it is divided by what the samples share."""
+class _Value(NamedTuple):
+    """The value of a chunk's samples, as if there were no others."""
 
     batch: Batch
     ce: Array
@@ -81,12 +81,12 @@ def _value(call: Call, plan: _Plan, given: list[Any]) -> Array:
     """A value, which needs a chunk once: the batch's sums divide what has been made of it."""
     s = call.arrays.student
     of_rows = tuple(range(s.ndim - 1))
-    parts = _tasks(partial(_undivided, plan), of_rows, *given, concatenate=True)
+    parts = _tasks(partial(_value_alone, plan), of_rows, *given, concatenate=True)
     if call.reduction != "none":
-        return _tasks(partial(_divided_sum, plan), (), parts, of_rows, concatenate=False, like=s, dtype=call.dtype)
+        return _tasks(partial(_value_of_batch, plan), (), parts, of_rows, concatenate=False, like=s, dtype=call.dtype)
     own = _tasks(itemgetter(0), of_rows, parts, of_rows)
     shared = _tasks(partial(_merged, plan), (), own, of_rows, concatenate=False)
-    return _tasks(partial(_divided, plan), of_rows, parts, of_rows, shared, (), like=s, dtype=call.dtype)
+    return _tasks(partial(_value_in_batch, plan), of_rows, parts, of_rows, shared, (), like=s, dtype=call.dtype)
 
 
 def kernel_of(call: Call) -> str | None:
@@ -174,41 +174,43 @@ def _evaluated(plan: _Plan, asked: _Asked, shared: Batch | None, *arrays: Any) -
     return found.value, found.student, found.teacher
 
 
-def _undivided(plan: _Plan, *arrays: Any) -> _Undivided:
+def _value_alone(plan: _Plan, *arrays: Any) -> _Value:
     call = _call(plan, arrays)
     own = _batch_of(plan, call)
 
-    one = call.xp.ones_like(own.weight)
-    scales = own._replace(weight=one, squared_mass=one)
-
     def value(**numbers: float) -> Array:
         some = call._replace(numbers=call.numbers._replace(**numbers))
-        return _result_of(plan, some, scales, _Asked(value=True, student=False, teacher=False)).value
+        return _result_of(plan, some, own, _Asked(value=True, student=False, teacher=False)).value
 
     if not batches.uses_batch_mass(call):
-        return _Undivided(own, value(), None)
-    return _Undivided(own, value(mse_weight=0.0), value(ce_weight=0.0))
+        return _Value(own, value(), None)
+    return _Value(own, value(mse_weight=0.0), value(ce_weight=0.0))
 
 
-def _divided(plan: _Plan, part: _Undivided, shared: Batch) -> Array:
-    """The value of a chunk's samples as part of the whole batch: see `batch.factors_of` and `batch.merged`."""
+def _value_in_batch(plan: _Plan, part: _Value, shared: Batch) -> Array:
+    """The same as part of the whole batch's: divided by its sums and no longer by the chunk's (`batch.factors_of`)."""
     call = _call_beside(plan, shared)
     xp, own = call.xp, part.batch
-    weight, squared_mass = (xp.where(x == 0, 1.0, x) for x in (shared.weight, shared.squared_mass))
+    own_weight, weight, squared_mass = (
+        xp.where(x == 0, 1.0, x) for x in (own.weight, shared.weight, shared.squared_mass)
+    )
     by_weight = own.weight_scale / shared.weight_scale
     by_mass = (own.base_scale / shared.base_scale) ** call.numbers.gamma
-    of_mse = by_mass * by_mass / squared_mass
-    mean = call.reduction == "mean"
-    value = scaled(xp, by_weight / weight if mean else xp.ones_like(weight), part.ce)
+    of_mass = by_mass * by_mass * (own.squared_mass / squared_mass)
+    if call.reduction == "mean":
+        of_ce, of_mse = by_weight * (own.weight / weight), by_weight * of_mass
+    else:
+        of_ce, of_mse = xp.ones_like(weight), shared.weight / own_weight * of_mass
+    value = scaled(xp, of_ce, part.ce)
     if part.mse is not None:
-        value = value + scaled(xp, (by_weight if mean else shared.weight) * of_mse, part.mse)
+        value = value + scaled(xp, of_mse, part.mse)
     return xp.astype(value, call.dtype)
 
 
-def _divided_sum(plan: _Plan, parts: Any) -> Array:
+def _value_of_batch(plan: _Plan, parts: Any) -> Array:
     found = list(_flat(parts))
     shared = _merged(plan, [part.batch for part in found])
-    return _total([_divided(plan, part, shared) for part in found])
+    return _total([_value_in_batch(plan, part, shared) for part in found])
 
 
 def _total(values: Any) -> Any:
