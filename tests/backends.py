@@ -28,6 +28,7 @@ from gklx._run import cpu
 from gklx._verify.places import converted, devices
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"  # of JAX, on the CPU, for the tests
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import backends
 from cases import Case
 
 # Eight virtual CPU devices for JAX, which reads this when it starts; the other libraries ignore it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {backends.EIGHT_DEVICES}".strip()
 
 settings.register_profile(
     "gklx",

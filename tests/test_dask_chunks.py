@@ -148,7 +148,7 @@ def test_logits_of_one_sample():
 
 
 def test_a_chunk_is_two_runs_of_the_execution_on_one_thread(execution, monkeypatch):
-    """That of the time when the graph was made. A batch of independent samples needs one run."""
+    """Formulas stay formulas, though kernels be allowed later. Samples that share nothing need one run."""
     import dask
 
     threads, formulas, run, evaluate = [], [], cpu.run, blocks.evaluate

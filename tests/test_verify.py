@@ -531,7 +531,7 @@ def test_command(few, capsys, format_):
 def test_command_finds_no_fault_in_any_case(library):
     """A test each: the first three take a minute or two, and do not wait for one another."""
     backends.needs(library)
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")  # conftest's: 8 devices
+    flags = os.environ["XLA_FLAGS"].replace(backends.EIGHT_DEVICES, "")
     command = [sys.executable, "-m", "gklx", "verify", "--backend", library]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

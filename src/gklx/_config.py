@@ -97,7 +97,7 @@ def _version(module: str) -> str | None:
         return str(getattr(loaded, "__version__", "unknown"))
     if find_spec(module) is None:
         return None
-    from importlib import metadata  # as slow to load as all of gklx
+    from importlib import metadata  # slow to load, and seldom needed
 
     with suppress(metadata.PackageNotFoundError):
         return metadata.version(module)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .._core.call import Array, Arrays, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
+from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
 from .._core.libraries import library_named
 from .._run import blocks, xla
 
@@ -22,14 +22,6 @@ class _Plan(NamedTuple):
     reduction: Reduction
     numbers: Numbers  # None where traced
     ranks: Ranks | None
-
-
-class _Asked(NamedTuple):
-    """Which results."""
-
-    value: bool
-    student: bool
-    teacher: bool
 
 
 _Rest = tuple[Arrays, Numbers]
@@ -51,7 +43,7 @@ def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> 
     """As `evaluate`, all of it differentiable again."""
     plan, rest = _separated(call)
     s, t = call.arrays.student, call.arrays.teacher
-    found, to_student, to_teacher = _with_gradients(plan, _Asked(value, student, teacher), s, t, rest)
+    found, to_student, to_teacher = _with_gradients(plan, Asked(value, student, teacher), s, t, rest)
     return Result(
         found,
         None if to_student is None else to_student.astype(s.dtype),
@@ -75,14 +67,14 @@ def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
-    return _evaluated(plan, _Asked(value=True, student=False, teacher=False), student, teacher, rest).value
+    return _evaluated(plan, Asked(value=True, student=False, teacher=False), student, teacher, rest).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
 def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     d_logits = _logits_alone(plan, tangents)
     student, teacher = (not isinstance(x, SymbolicZero) for x in d_logits)
-    value, *gradients = _with_gradients(plan, _Asked(True, student, teacher), *primals)
+    value, *gradients = _with_gradients(plan, Asked(True, student, teacher), *primals)
     tangent: Array = jnp.zeros(value.shape, value.dtype)
     for gradient, direction in zip(gradients, d_logits, strict=True):
         if gradient is not None:
@@ -92,19 +84,19 @@ def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _with_gradients(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
+def _with_gradients(plan: _Plan, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
     """The value, and the gradients of each sample's own entry, in one evaluation; None where not asked for."""
     found = _evaluated(plan, asked, student, teacher, rest)
     return found.value, found.student, found.teacher
 
 
-def _evaluated(plan: _Plan, asked: _Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
+def _evaluated(plan: _Plan, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
     call = _call(plan, student, teacher, rest)
     return (xla.evaluate if xla.serves(call) else blocks.evaluate)(call, **asked._asdict())
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
-def _with_gradients_jvp(plan: _Plan, asked: _Asked, primals: Any, tangents: Any) -> Any:
+def _with_gradients_jvp(plan: _Plan, asked: Asked, primals: Any, tangents: Any) -> Any:
     """Further derivatives: of the value by the rule above, of the gradients by JAX's own of the formulas."""
     d_logits, rest = _logits_alone(plan, tangents), primals[2]
 

@@ -98,6 +98,16 @@ class Call(NamedTuple):
     """None where this batch is all there is."""
 
 
+class Asked(NamedTuple):
+    """Which results an evaluation is to make."""
+
+    value: bool
+    student: bool
+    """The gradient with respect to the student's logits."""
+    teacher: bool
+    """The gradient with respect to the teacher's logits."""
+
+
 class Result(NamedTuple):
     """What was asked for; the rest is None."""
 

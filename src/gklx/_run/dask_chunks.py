@@ -16,7 +16,7 @@ import numpy as np
 
 from .._core import batch as batches
 from .._core.batch import Batch
-from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result
+from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Reduction, Result
 from .._core.formulas import scaled
 from .._core.libraries import library_of
 from . import blocks, cpu, cuda, rows
@@ -30,13 +30,7 @@ class _Plan(NamedTuple):
     numbers: Numbers
     dtype: str
     kernel: bool
-    """Whether kernels may run it: as it was when the graph was made, on condition that where a task runs they may."""
-
-
-class _Asked(NamedTuple):
-    value: bool
-    student: bool
-    teacher: bool
+    """Whether kernels were allowed when the graph was made. Where a task runs they must be allowed as well."""
 
 
 class _Value(NamedTuple):
@@ -55,12 +49,12 @@ def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher:
     of_rows, of_logits, given = tuple(range(s.ndim - 1)), tuple(range(s.ndim)), _with_axes(call.arrays)
     if batches.uses_batch(call) and not (student or teacher):
         return Result(_value(call, plan, given), None, None)
-    shared, axes_of_shared = None, None
+    shared: list[Any] = [None, None]  # the sums over the batch and their axes, as `blockwise` takes them
     if batches.uses_batch(call):
         parts = _tasks(partial(_batch, plan), of_rows, *given, concatenate=True)
-        shared, axes_of_shared = _tasks(partial(_merged, plan), (), parts, of_rows, concatenate=False), ()
-    asked = partial(_evaluated, plan, _Asked(value, student, teacher))
-    found = _tasks(asked, of_rows, shared, axes_of_shared, *given, concatenate=True)
+        shared = [_tasks(partial(_merged, plan), (), parts, of_rows, concatenate=False), ()]
+    asked = partial(_evaluated, plan, Asked(value, student, teacher))
+    found = _tasks(asked, of_rows, *shared, *given, concatenate=True)
 
     def result(number: int, axes: tuple[int, ...], dtype: Any) -> Array:
         made = dict.fromkeys(axes[len(of_rows) :], s.shape[-1])
@@ -99,7 +93,7 @@ def kernel_of(call: Call) -> str | None:
 
 
 def _with_axes(arrays: Arrays) -> list[Any]:
-    """Each array and then the numbers of its axes, those of the logits from 0 on; None for what is no array."""
+    """As `blockwise` takes them: each array and its axes, those of the logits from 0 on; None twice for none."""
     n = arrays.student.ndim
     of_rows, of_logits, of_prior = tuple(range(n - 1)), tuple(range(n)), tuple(range(n))
     if arrays.labels is not None and arrays.prior is not None:
@@ -113,7 +107,7 @@ def _with_axes(arrays: Arrays) -> list[Any]:
 def _tasks(
     f: Callable[..., Any], axes: tuple[int, ...], *given: Any, like: Array = None, dtype: Any = object, **options: Any
 ) -> Array:
-    """A Dask array with a task a chunk; a chunk may be any object unless it is `like` an array."""
+    """A Dask array with one task for each chunk. Its chunks are arrays `like` another's, and without it any objects."""
     dask_array = sys.modules["dask.array"]
     meta: Any = np.empty((0,) * len(axes), object)
     if like is not None:
@@ -146,13 +140,13 @@ def _call_beside(plan: _Plan, batch: Batch) -> Call:
 
 def _batch_of(plan: _Plan, call: Call) -> Batch:
     if plan.kernel and rows.serves(call):
-        return rows.batch(call, threads=1)  # Dask has the others
+        return rows.batch(call, threads=1)  # Dask runs tasks on the others
     if plan.kernel and cuda.serves(call):
         return cuda.batch(call)
     return blocks.batch(call)
 
 
-def _result_of(plan: _Plan, call: Call, shared: Batch | None, asked: _Asked) -> Result:
+def _result_of(plan: _Plan, call: Call, shared: Batch | None, asked: Asked) -> Result:
     if plan.kernel and rows.serves(call):
         return rows.evaluate(call, shared, threads=1, **asked._asdict())
     if plan.kernel and cuda.serves(call):
@@ -169,7 +163,7 @@ def _merged(plan: _Plan, parts: Any) -> Batch:
     return batches.merged(_call_beside(plan, found[0]), found)
 
 
-def _evaluated(plan: _Plan, asked: _Asked, shared: Batch | None, *arrays: Any) -> tuple[Any, ...]:
+def _evaluated(plan: _Plan, asked: Asked, shared: Batch | None, *arrays: Any) -> tuple[Any, ...]:
     found = _result_of(plan, _call(plan, arrays), shared, asked)
     return found.value, found.student, found.teacher
 
@@ -180,7 +174,7 @@ def _value_alone(plan: _Plan, *arrays: Any) -> _Value:
 
     def value(**numbers: float) -> Array:
         some = call._replace(numbers=call.numbers._replace(**numbers))
-        return _result_of(plan, some, own, _Asked(value=True, student=False, teacher=False)).value
+        return _result_of(plan, some, own, Asked(value=True, student=False, teacher=False)).value
 
     if not batches.uses_batch_mass(call):
         return _Value(own, value(), None)
@@ -188,7 +182,7 @@ def _value_alone(plan: _Plan, *arrays: Any) -> _Value:
 
 
 def _value_in_batch(plan: _Plan, part: _Value, shared: Batch) -> Array:
-    """The same as part of the whole batch's: divided by its sums and no longer by the chunk's (`batch.factors_of`)."""
+    """A chunk's value as part of the batch's: divided by the sums over the batch in place of those over the chunk."""
     call = _call_beside(plan, shared)
     xp, own = call.xp, part.batch
     own_weight, weight, squared_mass = (
@@ -222,7 +216,7 @@ def _total(values: Any) -> Any:
 
 
 def _flat(nested: Any) -> Iterator[Any]:
-    """What lists of lists, one for each axis, hold."""
+    """The entries of nested lists, which have a level for each axis."""
     if isinstance(nested, list):
         for each in nested:
             yield from _flat(each)

@@ -74,7 +74,7 @@ def evaluate(
     arrays = call.arrays
     request, host, kept = _request(call, threads)
     if shared is None and call.ranks is not None and uses_batch(call):
-        shared = over_ranks(call, batch(call))
+        shared = over_ranks(call, _batch(call, request))
     if shared is not None:
         given = np.asarray([float(x) for x in shared])
         kept.append(given)
@@ -102,9 +102,14 @@ def evaluate(
 def batch(call: Call, threads: int | None = None) -> Batch:
     """What the samples share, on this rank alone."""
     request, _, _kept = _request(call, threads)
+    return _batch(call, request)
+
+
+def _batch(call: Call, request: cpu.RowCall) -> Batch:
     found = np.empty(len(Batch._fields))
     request.totals_out = found.ctypes.data
     cpu.run(request)
+    request.totals_out = 0
     xp, like = call.xp, call.arrays.student
     return Batch(*(xp.asarray(float(x), dtype=xp.float64, device=call.library.device(like)) for x in found))
 
