@@ -129,6 +129,43 @@ def test_errors_are_the_same_on_every_backend(backend):
         assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(S - 1))))
 
 
+@pytest.mark.parametrize("samples", [2, 5])
+def test_wrong_entry_of_a_prior_is_named_by_its_place_in_the_table(backend, samples):
+    """Whether all rows of the table are read or, of fewer samples than classes, those that are used."""
+    if not backend.library.readable(backend.array(S)) or backend.traced:
+        pytest.skip("reads no values")
+    table, loss = TABLE.copy(), backend.wrap(gklx.gkl)
+    table[2, 1] = np.inf
+    logits = backend.array(np.ones((samples, 3)))
+    labels = np.asarray([0, 2, 1, 1, 0])[:samples]
+    with pytest.raises(ValueError, match=r"^prior must be finite and not negative, got inf at index \[2, 1\]$"):
+        loss(logits, logits, prior=backend.array(table), labels=backend.array(labels))
+    if samples == 2:
+        loss(logits, logits, prior=backend.array(table), labels=backend.array(np.asarray([0, 1])))
+
+
+@pytest.mark.parametrize("execution", ["kernel", "formulas"])
+def test_prior_of_samples_that_do_not_count_may_be_anything(execution, monkeypatch):
+    if execution == "formulas":
+        monkeypatch.setenv("GKLX_KERNEL", "0")
+    prior = np.asarray([[1.0, np.nan, 0.0], [0.2, 0.3, np.inf], [-1.0, 0.0, 1.0]])
+    logits, weight = np.ones((3, 3)), np.asarray([1.0, 1.0, 0.0])
+    where = np.asarray([[True, False, True], [True, True, False], [True, True, True]])
+    assert gklx.gkl(logits, logits + 1, prior=prior, sample_weight=weight, where=where) >= 0
+    where[1, 2] = True
+    with pytest.raises(ValueError, match=r"^prior must be finite and not negative, got inf at index \[1, 2\]$"):
+        gklx.gkl(logits, logits, prior=prior, sample_weight=weight, where=where)
+
+
+def test_prior_in_other_layouts_is_checked():
+    table = np.full((40, 40), 0.1)
+    table[3, 30] = -0.5
+    labels = np.asarray([1, 3])
+    for prior in (np.asfortranarray(table), table.astype(">f8"), np.repeat(table, 2, axis=1)[:, ::2]):
+        with pytest.raises(ValueError, match=r"^prior must be finite and not negative, got -0.5 at index \[3, 30\]$"):
+            gklx.gkl(np.ones((2, 40)), np.ones((2, 40)), prior=prior, labels=labels)
+
+
 def test_arrays_of_two_libraries_are_refused(backend):
     if backend.library.backend == "numpy":
         strict = pytest.importorskip("array_api_strict")

@@ -47,7 +47,7 @@ def load(instruction_set, folder):
         patch.setenv("GKLX_INSTRUCTION_SET", instruction_set)
         loaded = ctypes.CDLL(str(copy))
     loaded.gklx_instruction_set.restype = ctypes.c_char_p
-    loaded.gklx_rows.argtypes = [ctypes.c_void_p]
+    loaded.gklx_rows.argtypes = loaded.gklx_check_prior.argtypes = [ctypes.c_void_p]
     return loaded if loaded.gklx_instruction_set().decode() == instruction_set else None
 
 
@@ -496,6 +496,41 @@ def test_invalid_prior_entry_gives_nan(kernel, gamma, entry):
     found = compare(kernel, "gkl", s, t, asked=asked, **settings)
     assert np.isnan(found["to_teacher"]).all(axis=1).tolist() == [False, True, False]
     compare(kernel, "gkl", s, t, asked=asked, where=np.arange(6) != 2, **settings)
+
+
+def prior_is_right(kernel, prior, labels=None, threads=1):
+    call = cpu.RowCall(
+        prior=prior.ctypes.data, rows=len(prior), classes=prior.shape[1], prior_type=cpu.TYPES[prior.dtype.name],
+        threads=threads,
+    )  # fmt: skip
+    if labels is not None:
+        labels = np.asarray(labels, np.int64)
+        call.labels, call.rows = labels.ctypes.data, len(labels)
+    return {0: True, 2: False}[kernel.gklx_check_prior(ctypes.addressof(call))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [1, 7, 50, 67])
+def test_prior_is_checked_at_every_place(kernel, dtype, classes):
+    kind = DTYPES[dtype]
+    limits = ml_dtypes.finfo(kind)
+    right = [0.0, -0.0, limits.smallest_subnormal, limits.smallest_normal, 1.0, limits.max]
+    prior = np.resize(np.asarray(right, kind), (classes, classes))
+    assert prior_is_right(kernel, prior)
+    for wrong in (-limits.smallest_subnormal, -1.0, -limits.max, INF, -INF, NAN, -NAN):
+        for place in range(classes):
+            changed = prior.copy()
+            changed[classes // 2, place] = wrong
+            assert not prior_is_right(kernel, changed), (wrong, place)
+            assert not prior_is_right(kernel, changed, [0, classes // 2])
+            assert prior_is_right(kernel, changed, [classes // 2 + 1, -1, 2**40])  # a row of no label counts not
+
+
+def test_prior_without_labels_may_have_more_rows_than_classes(kernel):
+    prior = np.ones((50_000, 3), np.float32)
+    assert prior_is_right(kernel, prior, threads=2)
+    prior[40_000, 1] = -1.0
+    assert not prior_is_right(kernel, prior, threads=2)
 
 
 def test_invalid_label_gives_nan(kernel):

@@ -1,12 +1,13 @@
 """The four losses: KL, DKL, IKL and GKL of a student's logits from a teacher's."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 
 from . import _autodiff
 from ._core.call import Array, Call, Formula, Number, Reduction
 from ._core.checks import call_of, truth
+from ._run.rows import prior_is_right
 
 _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")
@@ -20,7 +21,7 @@ def _on_arrays(build: Callable[_Signature, Call]) -> Callable[_Signature, _CallO
     return cast(Callable[_Signature, _CallOn[Any]], build)
 
 
-_call_of = _on_arrays(call_of)
+_call_of = _on_arrays(partial(call_of, prior_is_right))
 
 _KL = Formula(decomposed=False, tempered=True, symmetric=False, batch_normalized=False)
 _DKL = Formula(decomposed=True, tempered=True, symmetric=False, batch_normalized=False)

@@ -8,6 +8,7 @@ import builtins
 import math
 import numbers as python_numbers
 import operator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +31,7 @@ _NOT_GIVEN: Any = object()
 
 
 def call_of(
+    prior_is_right: Callable[[Library, Array, Array | None], bool | None],
     formula: Formula,
     student_logits: Array,
     teacher_logits: Array,
@@ -45,7 +47,11 @@ def call_of(
     mse_weight: Number = 1.0,
     ce_weight: Number = 1.0,
 ) -> Call:
-    """The checked call of one of the four losses."""
+    """The checked call of one of the four losses.
+
+    `prior_is_right` tells fast whether a prior, or those of its rows that labels choose, are finite and not negative;
+    None where it cannot.
+    """
     named = {
         "student_logits": student_logits,
         "teacher_logits": teacher_logits,
@@ -96,7 +102,10 @@ def call_of(
     sample_weight = None if sample_weight is None else library.constant(sample_weight)
     arrays = Arrays(student_logits, teacher_logits, prior, labels, sample_weight, where)
     if readable and prior is not None:
-        _values(xp, arrays, prior, given_labels)
+        if labels is not None:
+            _label_values(xp, labels, given_labels, shape[-1], arrays[:2], where, sample_weight)
+        if not prior_is_right(library, prior, labels):
+            _prior_values(xp, arrays, prior)
     return Call(library, xp, dtype, formula, reduction, checked, arrays, ranks)
 
 
@@ -341,22 +350,19 @@ def _as_float(name: str, value: Any) -> float:
 # --- values, where reading them is free -------------------------------------------------------------------------------
 
 
-def _values(xp: ModuleType, arrays: Arrays, prior: Array, given_labels: Array | None) -> None:
-    """Labels that name a class and priors that are weights, in every sample that counts."""
-    logits = (arrays.student, arrays.teacher)
-    classes, labels = arrays.student.shape[-1], arrays.labels
-    read = prior
-    if labels is not None:
-        _label_values(xp, labels, given_labels, classes, logits, arrays.where, arrays.sample_weight)
-        if math.prod(labels.shape) < classes:  # of a table with more rows than samples those that are used
-            used = xp.astype(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), xp.int32)
-            read = xp.take(prior, xp.reshape(used, (-1,)), axis=0)
-    if not _all_weights(xp, read):
-        bad = ~((read >= 0) & (read < xp.inf))
+def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
+    """Priors that are weights, in every sample that counts."""
+    labels, rows = arrays.labels, None
+    classes = prior.shape[-1]
+    if labels is not None and math.prod(labels.shape) < classes:  # of a table those rows that are used
+        rows = xp.reshape(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), (-1,))
+        prior = xp.take(prior, xp.astype(rows, xp.int32), axis=0)
+    if not _all_weights(xp, prior):
+        bad = ~((prior >= 0) & (prior < xp.inf))
         if labels is None:
-            bad = bad & valid_mask(xp, logits, arrays.where, arrays.sample_weight)
+            bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
-            raise ValueError(f"prior must be finite and not negative, got {_first(xp, read, bad)}")
+            raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad, rows)}")
 
 
 def _all_weights(xp: ModuleType, x: Array) -> bool:
@@ -384,8 +390,8 @@ def _label_values(
             raise ValueError(f"labels must lie in [0, {classes}), got {_first(xp, given, bad)}")
 
 
-def _first(xp: ModuleType, x: Array, which: Array) -> str:
-    """The first element chosen, and its place, as text."""
+def _first(xp: ModuleType, x: Array, which: Array, rows: Array | None = None) -> str:
+    """The first element chosen, and its place, as text; `rows` are those of the user's array that x was made of."""
     flat = xp.reshape(xp.astype(which, xp.int32), (-1,))
     at = int(xp.argmax(flat))
     index: list[int] = []
@@ -393,6 +399,8 @@ def _first(xp: ModuleType, x: Array, which: Array) -> str:
     for size in reversed(x.shape):
         rest, here = divmod(rest, size)
         index.insert(0, here)
+    if rows is not None:
+        index[0] = int(rows[index[0]])
     value = xp.reshape(x, (-1,))[at]
     # By way of NumPy, since PyTorch makes no int of a uint64 beyond int64.
     number = float(value) if dtype_name(x.dtype) in _COMPUTED_IN else int(to_numpy(value))

@@ -335,4 +335,22 @@ int gklx_rows(const gklx_call *call) {
   return 0;
 }
 
+int gklx_check_prior(const gklx_call *call) {
+  const gklx_call &c = *call;
+  std::atomic<bool> right(true);
+  const auto check = [&](int64_t begin, int64_t end, void *) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t source = c.labels ? c.labels[row] : row;
+      if (c.labels && (source < 0 || source >= c.classes)) continue;  // its sample does not count
+      if (!loops.are_weights(c.prior, c.prior_type, source, c.classes)) right = false;
+    }
+  };
+  try {
+    in_parallel(c, c.rows, check);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return right ? 0 : 2;
+}
+
 const char *gklx_instruction_set() { return loops.name; }

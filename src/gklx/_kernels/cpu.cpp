@@ -407,6 +407,22 @@ template <class R> void raise_rows(const Pass &pass, int64_t begin, int64_t end,
   }
 }
 
+// Whether no number of a row is negative, infinite or NaN, by their bits.
+template <class Word> bool are_weights_of(const void *array, int64_t row, int64_t n, Word infinity) {
+  const Word *x = (const Word *)array + row * n;
+  constexpr Word minus_zero = Word(Word(1) << (8 * sizeof(Word) - 1));
+  Word wrong = 0;
+  SIMD(reduction(| : wrong))
+  for (int64_t j = 0; j < n; ++j) wrong |= x[j] < infinity || x[j] == minus_zero ? Word(0) : Word(1);
+  return wrong == 0;
+}
+
+bool are_weights(const void *array, int32_t type, int64_t row, int64_t n) {
+  if (type == F64) return are_weights_of<uint64_t>(array, row, n, bits_of(Real<double>::inf));
+  if (type == F32) return are_weights_of<uint32_t>(array, row, n, bits_of(Real<float>::inf));
+  return are_weights_of<uint16_t>(array, row, n, type == BF16 ? 0x7f80 : 0x7c00);
+}
+
 bool in_double(const gklx_call &c) { return c.student_type == F64 || c.teacher_type == F64; }
 
 size_t scratch_bytes(const gklx_call &c) {
@@ -429,4 +445,4 @@ void raise(const Pass &pass, int64_t begin, int64_t end, void *memory) {
 #define NAME_OF(set) TEXT(set)
 
 extern const Loops LOOPS_OF(GKLX_SET);
-const Loops LOOPS_OF(GKLX_SET) = {NAME_OF(GKLX_SET), scratch_bytes, run, raise};
+const Loops LOOPS_OF(GKLX_SET) = {NAME_OF(GKLX_SET), scratch_bytes, run, raise, are_weights};

@@ -55,6 +55,9 @@ typedef struct {
 } gklx_call;
 
 GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
+// Whether the prior's rows that the call uses are finite and not negative. 0: they are; 1: out of memory; 2: they are not.
+// Reads `prior`, its type, `labels`, the sizes and the threads.
+GKLX_PUBLIC int gklx_check_prior(const gklx_call *call);
 GKLX_PUBLIC const char *gklx_instruction_set(void);
 
 // --- within the library ----------------------------------------------------------------------------------------------
@@ -101,4 +104,5 @@ struct Loops {
   size_t (*scratch_bytes)(const gklx_call &call);
   void (*run)(const Pass &pass, int64_t begin, int64_t end, void *scratch);
   void (*raise)(const Pass &pass, int64_t begin, int64_t end, void *scratch);  // fills `raised`, distinct rows
+  bool (*are_weights)(const void *array, int32_t type, int64_t row, int64_t n);
 };

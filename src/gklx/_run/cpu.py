@@ -16,6 +16,7 @@ MEAN, SUM, NONE = range(3)
 REDUCTIONS = {"mean": MEAN, "sum": SUM, "none": NONE}
 
 _SUFFIXES = (".so", ".dylib", ".dll")
+_NO_MEMORY = "the row kernel found no memory for a row of logits on each thread"
 
 
 class RowCall(ctypes.Structure):
@@ -61,6 +62,8 @@ def library() -> ctypes.CDLL | None:
             loaded = ctypes.CDLL(str(path))
             loaded.gklx_rows.argtypes = [ctypes.c_void_p]
             loaded.gklx_rows.restype = ctypes.c_int
+            loaded.gklx_check_prior.argtypes = [ctypes.c_void_p]
+            loaded.gklx_check_prior.restype = ctypes.c_int
             loaded.gklx_instruction_set.restype = ctypes.c_char_p
             return loaded
     return None
@@ -87,7 +90,17 @@ def run(call: RowCall) -> None:
     loaded = library()
     assert loaded is not None
     if loaded.gklx_rows(ctypes.addressof(call)):
-        raise MemoryError("the row kernel found no memory for a row of logits on each thread")
+        raise MemoryError(_NO_MEMORY)
+
+
+def prior_is_right(call: RowCall) -> bool:
+    """Whether the rows of the prior that a call uses are finite and not negative."""
+    loaded = library()
+    assert loaded is not None
+    status = loaded.gklx_check_prior(ctypes.addressof(call))
+    if status == 1:
+        raise MemoryError(_NO_MEMORY)
+    return bool(status == 0)
 
 
 def threads() -> int:

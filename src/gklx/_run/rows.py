@@ -16,7 +16,7 @@ import numpy as np
 
 from .._core.batch import Batch, over_ranks, uses_batch
 from .._core.call import Array, Call, Result, are_static
-from .._core.libraries import dtype_name
+from .._core.libraries import Library, dtype_name
 from . import cpu
 
 _PROCESS = os.getpid()  # a fork of it has another one
@@ -132,6 +132,25 @@ def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int]
     return found
 
 
+def prior_is_right(library: Library, prior: Array, labels: Array | None) -> bool | None:
+    """Whether a prior, or those rows of its table that labels choose, are finite and not negative.
+
+    Of arrays whose values can be read. None where the kernel does not take them.
+    """
+    host = _HOSTS.get(library.backend)
+    if host is None or cpu.instruction_set() is None or (library.backend == "numpy" and not prior.dtype.isnative):
+        return None
+    classes = prior.shape[-1]
+    prior = host.contiguous(prior, None)
+    request = cpu.RowCall(prior=host.address(prior), rows=math.prod(prior.shape[:-1]), classes=classes)
+    request.prior_type = cpu.TYPES[dtype_name(prior.dtype)]
+    if labels is not None and math.prod(labels.shape) < classes:
+        labels = host.contiguous(labels, library.namespace().int64)
+        request.labels, request.rows = host.address(labels), math.prod(labels.shape)
+    _set_threads(request, host)
+    return cpu.prior_is_right(request)
+
+
 def _request(call: Call, threads: int | None = None) -> tuple[cpu.RowCall, _Host, list[Array]]:
     """The kernel's call without results, and the arrays that must live as long as it."""
     arrays, formula, numbers, dtype = call.arrays, call.formula, call.numbers, call.dtype
@@ -182,14 +201,16 @@ def _request(call: Call, threads: int | None = None) -> tuple[cpu.RowCall, _Host
         formula.symmetric,
         formula.batch_normalized,
         cpu.REDUCTIONS[call.reduction],
-        0,
-        1 if rows * classes < 2 * _ONE_THREAD else host.threads(),
     )
-    if threads is not None:
-        request.threads = min(request.threads, threads)
+    _set_threads(request, host, threads)
+    return request, host, kept
+
+
+def _set_threads(request: cpu.RowCall, host: _Host, at_most: int | None = None) -> None:
+    count = 1 if request.rows * request.classes < 2 * _ONE_THREAD else host.threads()
+    request.threads = count if at_most is None else min(count, at_most)
     if request.threads > 1:
         request.parallel_for = host.parallel_for()
-    return request, host, kept
 
 
 def mask_layout(call: Call) -> tuple[Array, int, int]:
