@@ -209,8 +209,8 @@ def score_candidates(students: Mapping[str, Any], teacher: Any, labels: Any = No
     >>> teacher = np.random.default_rng(0).normal(size=(100, 10))
     >>> found = gklx.score_candidates({"fine": teacher.round(2), "coarse": teacher.round()}, teacher, losses=["kl"])
     >>> value, stderr = found.differences["coarse"]["kl"]
-    >>> found.students["fine"].losses["kl"].mean + value == found.students["coarse"].losses["kl"].mean
-    True
+    >>> print(f"{value:.5f} ± {stderr:.5f}")
+    0.03456 ± 0.00150
     """
     if not isinstance(students, Mapping):
         raise TypeError(f"students must be a mapping of names to logits, got {type(students).__name__}")
