@@ -439,8 +439,12 @@ def test_recipe_runs(torch, load_module, mnist, run, name):
     runs = json.loads((out / f"{name}.json").read_text())["runs"]
     assert len(runs) == len(experiment.conditions) * len(experiment.variants)
     assert printed.count("\n## ") == len(experiment.conditions)
-    by_variant = {found["variant"]: found["metrics"] for found in runs if found["condition"] == runs[0]["condition"]}
-    assert by_variant["kl"] != by_variant["symmetric-prior-0.5" if name == "ablation" else "gkl"]
+    # Two steps may leave two losses with the same accuracies under one condition, not under all.
+    kl, gkl = (
+        [found["metrics"] for found in runs if found["variant"] == variant]
+        for variant in ("kl", "symmetric-prior-0.5" if name == "ablation" else "gkl")
+    )
+    assert kl != gkl
 
 
 def test_jax_recipe_runs(load_module, mnist, run):
