@@ -1,11 +1,13 @@
 """The row kernel's handler for `jax.ffi`, called directly, against the definition."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 import pytest
 
 import backends
+import gklx
 import oracle
 from backends import BY_NAME
 from cases import CASES, MASKS, call, on, rounded
@@ -166,3 +168,19 @@ def test_results_do_not_depend_on_the_number_of_threads(jax):
     one, two = (rows(jax, case, s, t, arrays, threads=threads) for threads in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert_near(a, b, "float32", ulps=0)
+
+
+def test_calls_that_take_all_threads_of_xla_end(jax):
+    """Many calls at once, from several threads of Python and several times in a program: none waits for another."""
+    jnp, rng, count = jax.numpy, np.random.default_rng(0), 12
+    s, t = (rng.standard_normal((count, 300, 1000), np.float32) for _ in range(2))
+    expected = [float(gklx.kl(s[i], t[i])) for i in range(count)]
+
+    @jax.jit
+    def losses(s, t):
+        return jnp.stack([gklx.kl(s[i], t[i]) for i in range(count)])
+
+    s, t = jnp.asarray(s), jnp.asarray(t)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: losses(s, t), range(40)):
+            assert np.asarray(found).tolist() == expected

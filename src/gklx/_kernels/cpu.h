@@ -39,7 +39,8 @@ typedef struct {
   int32_t reduction;
   int32_t upstream_per_row, threads;
   // Null; else a loop on the threads of the library whose arrays these are. It calls `work` on parts of [begin, end), each
-  // of at least `grain`, and returns 0; with another status it has done nothing.
+  // of at least `grain`, and returns 0; with another status it has done nothing. It may leave out any part but the first:
+  // the kernel's parts take pieces of the work until there are none left.
   int32_t (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*work)(int64_t, int64_t, void *), void *context);
   // Results, null where not asked for.
   void *value;                    // REAL: one number, or [rows] under NONE

@@ -5,8 +5,10 @@
 // axis of the logits is the classes; the leading ones, any number of them, are the rows. `where` has the logits' shape.
 // Results: those of `Asked` that the attribute `asked` names, in that order.
 #include <algorithm>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 
@@ -149,7 +151,54 @@ struct Request {
   }
 };
 
-ffi::Error run(ffi::AnyBuffer student, ffi::AnyBuffer teacher, ffi::AnyBuffer numbers, ffi::RemainingArgs optional,
+// A loop on XLA's threads. All of them may be busy, in other calls of this handler too: the loop waits for those that have
+// begun and for no other.
+class Loop {
+ public:
+  using Work = void (*)(int64_t, int64_t, void*);
+
+  Loop(Work work, void* context) : work_(work), context_(context) {}
+
+  void run_part(int64_t part) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (over_) return;
+      ++running_;
+    }
+    work_(part, part + 1, context_);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--running_ == 0) idle_.notify_one();
+  }
+
+  void end() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    over_ = true;
+    idle_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  const Work work_;
+  void* const context_;
+  std::mutex mutex_;
+  std::condition_variable idle_;
+  int running_ = 0;
+  bool over_ = false;
+};
+
+thread_local ffi::ThreadPool* pool_of_call = nullptr;
+
+int32_t on_threads_of_xla(int64_t begin, int64_t end, int64_t, Loop::Work work, void* context) {
+  const auto loop = std::make_shared<Loop>(work, context);
+  try {
+    for (int64_t part = begin + 1; part < end; ++part) pool_of_call->Schedule([loop, part] { loop->run_part(part); });
+  } catch (const std::bad_alloc&) {  // the parts that run take the work of the others
+  }
+  loop->run_part(begin);
+  loop->end();
+  return 0;
+}
+
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer student, ffi::AnyBuffer teacher, ffi::AnyBuffer numbers, ffi::RemainingArgs optional,
                ffi::RemainingRets results, int32_t present, int32_t asked, int32_t decomposed, int32_t tempered,
                int32_t symmetric, int32_t batch_normalized, int32_t reduction, int32_t threads) {
   Request request;
@@ -177,6 +226,8 @@ ffi::Error run(ffi::AnyBuffer student, ffi::AnyBuffer teacher, ffi::AnyBuffer nu
     if (result.has_error()) return result.error();
     if (ffi::Error error = request.set_result(which, **result); error.failure()) return error;
   }
+  pool_of_call = &pool;
+  call.parallel_for = on_threads_of_xla;
   return gklx_rows(&call) == 0 ? ffi::Error::Success() : out_of_memory();
 }
 
@@ -186,6 +237,7 @@ GKLX_PUBLIC XLA_FFI_Error* gklx_jax_rows(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gklx_jax_rows, run,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
