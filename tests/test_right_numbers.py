@@ -249,6 +249,28 @@ def test_scale_of_the_prior(backend, dtype, scale, normalize):
         assert_close(one, backend.numpy(other), backend, wide, ulps=16)
 
 
+@pytest.mark.parametrize("gamma", [8.0, 60.0])
+def test_large_power_of_a_prior(backend, gamma):
+    """Its largest entry may be nearly twice a power of two, which to the power gamma is a large number."""
+    rng = np.random.default_rng(4)
+    s, t = rng.standard_normal((2, 3, 5))
+    prior = np.asarray([0.98, 0.97, 0.99, 0.5, 1e-3]) * np.asarray([[1.0], [1.5], [1.99]])
+    for size in (1.0, 1e37):
+        for normalize in ("batch", "samples"):
+            settings = {"gamma": gamma, "normalize": normalize, "reduction": "sum", "temperature": 1e3}
+            check(backend, "float32", ("gkl", settings, size * s, size * t, {"prior": prior / 2}))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_classes_without_a_gap_where_its_factor_overflows(backend, dtype, name):
+    """The factor of q - p is v / T, and in these rows q - p is 0: so is its product."""
+    s = np.asarray([[100.0, -1e4, -50.0, -70.0], [-60.0, -1e4, 3.0, -60.0]])
+    t = np.asarray([[90.0, -1e4, -40.0, -50.0], [-50.0, -1e4, 2.0, -1e4]])
+    v = np.asarray([2e38, 1e38]) if dtype != "float64" else np.asarray([1e308, 5e307])
+    settings = {"temperature": 1e-3, "reduction": "sum"} | ({"mse_weight": 0.0} if name != "kl" else {})
+    check(backend, dtype, (name, settings, s, t, {"sample_weight": v}))
+
+
 @pytest.mark.parametrize("scale", [1e-27, 1.1e-3, 5e12, 1.05e18])
 def test_large_logits_with_priors_far_from_one(backend, scale):
     """Products of both exceed the float's range although the loss does not."""

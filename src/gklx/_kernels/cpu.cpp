@@ -204,7 +204,7 @@ template <class R> struct Rower {
     report(row, found, true, false, x.s_total, x.t_total);
     if (!pass.to_student && !pass.to_teacher) return;
     const Rates<R> rates = rates_of(row, found, difference_scale<Careful> / (x.w_total == 0 ? 1 : x.w_total));
-    if ((infinite && rates.difference != 0) || is_infinite(rates.difference)) {
+    if ((infinite && rates.difference != 0) || is_infinite(rates.difference) || is_infinite(rates.gap)) {
       unbounded_gradients<Careful>(x, infinite, rates, R(of_row.gap), to_s, to_t);
     } else {
       find_gradients<Careful>(x, rates, R(of_row.gap), to_s, to_t);
@@ -363,7 +363,8 @@ template <class R> struct Rower {
       const R of_difference = weighted == 0 ? R(0) : rates.difference * weighted;
       const R p = x.et[j] * of_t, q = x.es[j] * of_s;
       if (pass.to_student) {
-        const R of_gap = rates.gap * ((q - p) - p * gap_sum);
+        const R gap_here = (q - p) - p * gap_sum;
+        const R of_gap = gap_here == 0 ? R(0) : rates.gap * gap_here;
         to_s[j] = difference_to_student ? of_gap - of_difference : of_gap;
       }
       if (pass.to_teacher) to_t[j] = difference_to_teacher ? of_difference : R(0);

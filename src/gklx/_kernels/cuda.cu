@@ -192,7 +192,7 @@ GKLX_BOTH REAL divisor_of(REAL base) { return larger(base, Real<REAL>::smallest_
 GKLX_BOTH REAL prior_weight(const Given &g, REAL x, REAL per_divisor) {
   if (g.gamma == REAL(0)) return REAL(1);
   const REAL relative = x * per_divisor;
-  return g.gamma == REAL(1) ? relative : exponential(log_power(relative, g.gamma));
+  return g.gamma == REAL(1) ? relative : exponential(log_power(relative, g.gamma, REAL(0)));
 }
 
 // --- classes ---------------------------------------------------------------------------------------------------------
@@ -484,10 +484,11 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of
-// them.
-GKLX_BOTH bool needs_no_care(const Partial &x) {
-  return x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
+// Whether a row's sums and gradients are those that `Careful` would have made: its logits are finite, and so are sums of
+// squares of them; and its weight makes no factor infinite, which in `Careful` times 0 is 0.
+GKLX_BOTH bool needs_no_care(const Given &g, int64_t row, const Partial &x) {
+  const bool finite = x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
+  return finite && given_weight(g, row) <= REAL(0x1p40);
 }
 
 // What is known of a row. REALs alone, so that it lies in an array of them.
@@ -879,7 +880,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) statistics(GIVEN, Ro
     Partial x = no_classes(origin);
     if (left) x = careful ? careful_statistics(g, row, lane, origin) : thread_statistics<false>(g, row, lane, origin);
     x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
-    if (!left || (!careful && !needs_no_care(x))) continue;
+    if (!left || (!careful && !needs_no_care(g, row, x))) continue;
     if (lane == 0) found[row] = finished(g, row, x, careful);
     left = false;
   }

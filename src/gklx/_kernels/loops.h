@@ -280,11 +280,14 @@ template <class R> R power_of_two_below(R x) {
   return real_of(Word(bits_of(x) >> Real<R>::fraction << Real<R>::fraction));
 }
 
-// (x / base)^gamma, base about the largest x: x itself, where gamma is 1 and no scale is in the way.
+// (x / base)^gamma: base is the largest x; or a power of two, where gamma is 1; and then x itself, where no scale is in
+// the way.
 template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
   const PriorSeen<R> seen = inspect_prior(x, n);
   const bool as_they_are = gamma == R(1) && is_ordinary(double(seen.largest));
-  const R base = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_base = R(1) / base;
+  const R scale = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_scale = R(1) / scale;
+  const bool raises = gamma != R(0) && gamma != R(1) && seen.largest > R(0);
+  const R log_largest = raises ? logarithm(seen.largest * per_scale) : R(0), base = raises ? seen.largest : scale;
   double total = 0;
   R largest = as_they_are ? base : R(0);
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
@@ -300,14 +303,14 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
     } else if (gamma == R(1)) {
       SIMD(reduction(+ : a))
       for (int64_t j = begin; j < end; ++j) {
-        w[j] = x[j] * per_base;
+        w[j] = x[j] * per_scale;
         a += w[j];
       }
-      largest = seen.largest * per_base;
+      largest = seen.largest * per_scale;
     } else {
       // Two short loops: in one, each exponential would have to wait for its logarithm.
       SIMD()
-      for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_base, gamma);
+      for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_largest);
       SIMD(reduction(+ : a) reduction(max : largest))
       for (int64_t j = begin; j < end; ++j) {
         R here = exponential(w[j]);
