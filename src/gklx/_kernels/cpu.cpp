@@ -135,6 +135,8 @@ template <class R> struct Rower {
     if (weight < 0) weight = double(nan_of<R>());
     Line<R> x;
     x.n = classes;
+    x.student_ahead = ahead(call.student, call.student_type, row);
+    x.teacher_ahead = ahead(call.teacher, call.teacher_type, row);
     x.s = widened(call.student, call.student_type, row, classes, scratch.s);
     x.t = widened(call.teacher, call.teacher_type, row, classes, scratch.t);
     Inspected<R> seen = inspect(x.s, x.t, classes);
@@ -160,6 +162,12 @@ template <class R> struct Rower {
     x.per_temperature = R(1) / temperature;
     if (seen.moderate) return finish<false>(row, weight, valid, x, {});
     finish<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
+  }
+
+  Ahead ahead(const void *logits, int32_t type, int64_t row) const {
+    constexpr int64_t longest = 8192;
+    const bool fetches = row + 1 < call.rows && call.classes <= longest;
+    return {fetches ? (const char *)logits + (row + 1) * call.classes * bytes_of(type) : nullptr, bytes_of(type)};
   }
 
   void absent(int64_t row) {
@@ -220,14 +228,19 @@ template <class R> struct Rower {
     x.s_total = x.t_total = 1;
     const bool own = !x.w;
     if ((own && spread) || needs_softmax()) {
-      if (temperature == R(1)) exponentials<R, Careful, false>(x);
-      else exponentials<R, Careful, true>(x);
+      if (temperature == R(1)) {
+        if (own || !spread) exponentials<R, Careful, false, false>(x);
+        else exponentials<R, Careful, false, true>(x, largest_weight);
+      } else {
+        if (own || !spread) exponentials<R, Careful, true, false>(x);
+        else exponentials<R, Careful, true, true>(x, largest_weight);
+      }
     }
     if (own) {  // the teacher's own softmax weighs most at its top; of several tops any one does
       x.w = x.et;
       x.w_total = x.t_total;
       if (spread) x.s_reference = x.s[top_class(x.t, x.n, x.t_top, true)];
-    } else if (spread && x.w_total > 0) {
+    } else if (!needs_softmax() && spread && x.w_total > 0) {
       find_reference(x, largest_weight);
     }
     if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then

@@ -27,6 +27,21 @@ constexpr int64_t CHUNK = GKLX_CHUNK;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Where the same classes of the next row lie, which the processor is asked to fetch while it works on this row.
+struct Ahead {
+  const char *row;  // null: there is none, or rows are so long that two of them would leave the cache
+  int64_t bytes;    // of a logit
+
+  void fetch(int64_t begin, int64_t end) const {
+#if defined(__GNUC__)
+    if (!row) return;
+    for (const char *at = row + begin * bytes; at < row + end * bytes; at += 64) __builtin_prefetch(at, 0, 2);
+#else
+    (void)begin, (void)end;
+#endif
+  }
+};
+
 // A row of valid classes. `w` are the class weights but for a factor.
 //
 // Differences d are taken from that of a reference, the class that weighs most: where it has nearly all weight, what d is
@@ -39,6 +54,7 @@ template <class R> struct Line {
   double s_total, t_total, w_total;  // the sums of es, et, w
   double z_student;                  // the sum of et (s - s_top)
   R mean;                            // of what d is larger than at the reference
+  Ahead student_ahead, teacher_ahead;
 };
 
 template <class R> struct Inspected {
@@ -78,17 +94,27 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
   return begin;
 }
 
-// Fills es, et and their sums, and finds the part of CE.
-template <class R, bool Careful, bool Tempered> APART void exponentials(Line<R> &x) {
-  const R *s = x.s, *t = x.t;
+// Fills es, et and their sums, and finds the part of CE; with weights other than the teacher's own, the reference as well.
+template <class R, bool Careful, bool Tempered, bool Weighed>
+APART void exponentials(Line<R> &x, R largest_weight = 0) {
+  const R *s = x.s, *t = x.t, *w = x.w;
+  R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
   double s_total = 0, t_total = 0, z_student = 0;
   for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
     const int64_t end = smaller(begin + CHUNK, x.n);
+    x.student_ahead.fetch(begin, end);
+    x.teacher_ahead.fetch(begin, end);
     R a = 0, b = 0, c = 0;
-    SIMD(reduction(+ : a, b, c))
+    SIMD(reduction(+ : a, b, c) reduction(max : s_reference, t_reference))
     for (int64_t j = begin; j < end; ++j) {
+      if (Weighed) {
+        bool weighs_most = w[j] == largest_weight;
+        R s_here = weighs_most ? s[j] : -Real<R>::inf, t_here = weighs_most ? t[j] : -Real<R>::inf;
+        s_reference = s_here > s_reference ? s_here : s_reference;
+        t_reference = t_here > t_reference ? t_here : t_reference;
+      }
       R z_s = s[j] - s_top, z_t = t[j] - t_top;
       R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
       R of_t = exponential(Tempered ? z_t * per_temperature : z_t);
@@ -107,9 +133,13 @@ template <class R, bool Careful, bool Tempered> APART void exponentials(Line<R> 
   x.s_total = s_total;
   x.t_total = t_total;
   x.z_student = Careful ? z_student * 0x1p30 : z_student;
+  if (Weighed && x.w_total > 0) {
+    x.s_reference = s_reference;
+    x.t_reference = t_reference;
+  }
 }
 
-// The reference where a prior or a power of the teacher's softmax weighs the classes.
+// The reference alone, where no softmax is asked for.
 template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
   const R *s = x.s, *t = x.t, *w = x.w;
   R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
