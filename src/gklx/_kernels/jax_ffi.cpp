@@ -198,9 +198,10 @@ int32_t on_threads_of_xla(int64_t begin, int64_t end, int64_t, Loop::Work work, 
   return 0;
 }
 
-ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer student, ffi::AnyBuffer teacher, ffi::AnyBuffer numbers, ffi::RemainingArgs optional,
-               ffi::RemainingRets results, int32_t present, int32_t asked, int32_t decomposed, int32_t tempered,
-               int32_t symmetric, int32_t batch_normalized, int32_t reduction, int32_t threads) {
+ffi::Error run(ffi::ThreadPool pool, ffi::AnyBuffer student, ffi::AnyBuffer teacher, ffi::AnyBuffer numbers,
+               ffi::RemainingArgs optional, ffi::RemainingRets results, int32_t present, int32_t asked,
+               int32_t decomposed, int32_t tempered, int32_t symmetric, int32_t batch_normalized, int32_t reduction,
+               int32_t threads) {
   Request request;
   gklx_call& call = request.call;
   call.ranks = 1;
