@@ -441,7 +441,12 @@ template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, c
 template <bool Careful>
 GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
   Partial x = no_classes(origin);
-  if (given_weight(g, row) == REAL(0)) return x;
+  const REAL v = given_weight(g, row);
+  if (v == REAL(0)) return x;
+  if (!Careful && !(v <= REAL(0x1p40))) {  // a factor may overflow, which in `Careful` is 0 where what it multiplies is
+    x.size = INF;
+    return x;
+  }
   const Lines lines = lines_of(g, row);
   const Margins margins = margins_of<Careful>(g);
   if (!Careful) x.seen = VALID;
@@ -484,11 +489,10 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// Whether a row's sums and gradients are those that `Careful` would have made: its logits are finite, and so are sums of
-// squares of them; and its weight makes no factor infinite, which in `Careful` times 0 is 0.
-GKLX_BOTH bool needs_no_care(const Given &g, int64_t row, const Partial &x) {
-  const bool finite = x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
-  return finite && given_weight(g, row) <= REAL(0x1p40);
+// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of
+// them.
+GKLX_BOTH bool needs_no_care(const Partial &x) {
+  return x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
 }
 
 // What is known of a row. REALs alone, so that it lies in an array of them.
@@ -880,7 +884,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) statistics(GIVEN, Ro
     Partial x = no_classes(origin);
     if (left) x = careful ? careful_statistics(g, row, lane, origin) : thread_statistics<false>(g, row, lane, origin);
     x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
-    if (!left || (!careful && !needs_no_care(g, row, x))) continue;
+    if (!left || (!careful && !needs_no_care(x))) continue;
     if (lane == 0) found[row] = finished(g, row, x, careful);
     left = false;
   }
