@@ -249,6 +249,14 @@ def test_scale_of_the_prior(backend, dtype, scale, normalize):
         assert_close(one, backend.numpy(other), backend, wide, ulps=16)
 
 
+def test_products_of_a_small_prior_keep_their_digits(backend):
+    """A weight times a difference is below the normal numbers, although the weights are not and their scale cancels."""
+    rng = np.random.default_rng(5)
+    s, t = 1e-3 * rng.standard_normal((2, 2, 5))
+    prior = 4e-37 * np.asarray([[1.0, 0.3, 0.9, 0.04, 0.05], [0.2, 0.04, 0.1, 0.5, 0.05]])
+    check(backend, "float32", ("gkl", {"mse_weight": 1e3, "ce_weight": 0.0}, s, t, {"prior": prior}))
+
+
 @pytest.mark.parametrize("gamma", [8.0, 60.0])
 def test_large_power_of_a_prior(backend, gamma):
     """Its largest entry may be nearly twice a power of two, which to the power gamma is a large number."""

@@ -115,6 +115,28 @@ def test_reverse_kl_and_low_quantiles(on):
     assert found.losses["gkl"] == pytest.approx(alone.losses["gkl"], rel=1e-12)
 
 
+@pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict"])
+def test_reverse_kl_of_classes_that_are_ruled_out(on):
+    """By both networks, and in one sample by the teacher alone."""
+    backends.needs(on)
+    s, t, left = S.copy(), T.copy(), np.delete(np.arange(S.shape[1]), [1, 4])
+    s[:, [1, 4]] = t[:, [1, 4]] = -np.inf
+    found = gklx.score(s, t, losses=["reverse_kl"], backend=on).losses["reverse_kl"]
+    x = reverse(S[:, left], T[:, left], 1.0)
+    assert (found.mean, found.min, found.max) == pytest.approx((x.mean(), x.min(), x.max()), rel=1e-10)
+    t[3, 2] = -np.inf
+    assert gklx.score(s, t, losses=["reverse_kl"], backend=on).losses["reverse_kl"].max == np.inf
+
+
+@pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict"])
+def test_reverse_kl_of_huge_logits(on):
+    backends.needs(on)
+    s, t = (1e17 * S).astype(np.float32), (1e17 * T).astype(np.float32)
+    found = gklx.score(s, t, losses=["reverse_kl"], backend=on).losses["reverse_kl"]
+    x = reverse(s.astype(np.float64), t.astype(np.float64))
+    assert (found.mean, found.min, found.max) == pytest.approx((x.mean(), x.min(), x.max()), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, "bfloat16"])
 def test_target_statistics_in_half_and_single_precision(tmp_path, dtype):
     if dtype == "bfloat16":
