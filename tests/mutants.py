@@ -58,7 +58,7 @@ def _replacements(node: ast.AST) -> Iterator[tuple[str, object]]:
             yield "ops", [_OPERATORS[type(op)]()]
         case ast.UnaryOp(op=ast.USub(), operand=operand) if not isinstance(operand, ast.Constant):
             yield "op", ast.UAdd()
-        case ast.keyword(arg="axis"):
+        case ast.keyword(arg="axis", value=value) if ast.unparse(value) != "0":
             yield "value", ast.Constant(0)
         case ast.UnaryOp(op=ast.Not() | ast.Invert(), operand=operand):
             yield "operand", ast.UnaryOp(node.op, operand)
@@ -180,6 +180,8 @@ _TESTS = (
     "test_right_numbers.py::test_same_fill_value_in_both_networks",
     "test_right_numbers.py::test_opposite_offsets_of_the_networks",
     "test_right_numbers.py::test_kl_is_not_negative",
+    "test_right_numbers.py::test_scaled_difference_beyond_the_largest_float_where_the_teacher_is_sure",
+    "test_right_numbers.py::test_power_of_a_subnormal_prior",
     "test_right_numbers.py::test_prior_of_zeros_gives_wmse_zero",
     "test_right_numbers.py::test_scale_of_the_prior",
     "test_right_numbers.py::test_products_of_a_small_prior_keep_their_digits",
@@ -317,6 +319,22 @@ EQUIVALENT: dict[str, str] = {
     "batch.factors_of: 0.0  ->  1.0  in  of_energy = xp.where(v == 0, 0.0, of_energy)": (
         "a sample of weight 0 has no valid class, so that E is 0"
     ),
+    "formulas.kullback_leibler: 0.0  ->  1.0  in  near = xp.where(is_near, ratio, 0.0)": "what is not near is not used",
+    "formulas.kullback_leibler: 0.0  ->  1.0  in  "
+    "far = p * xp.where(xp.isinf(ratio), 0.0, ratio) + (q - p)  # p is 0 there, or the row is unreachable": (
+        "times 0, or replaced by infinity"
+    ),
+    "formulas.samples: weights is None or around is None  ->  weights is None and around is None": (
+        "there are both or none"
+    ),
+    "formulas.class_weights: xp.isnan  ->  xp.isinf": (
+        "NumPy's priors are read and refused; test_invalid_arguments_of_a_compiled_loss_give_nan"
+    ),
+    "row.h: return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);  ->  "
+    "return gamma == R(1) ? base : gamma == R(1.0) ? R(1) : std::pow(base, gamma);": "the power 0 is 1, more slowly",
+    "loops.h: const R log_largest = raises ? logarithm(seen.largest * per_scale) : R(0), "
+    "base = raises ? seen.largest : scale;  ->  const R log_largest = raises ? logarithm(seen.largest * per_scale) : "
+    "R(1.0), base = raises ? seen.largest : scale;": "it is used where the prior is raised, or all of it is 0",
     "loops.h: R largest = as_they_are ? base : R(0);  ->  R largest = as_they_are ? base : R(1.0);": (
         "the base is no larger than the largest weight, whose quotient is therefore at least 1"
     ),

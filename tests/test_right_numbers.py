@@ -364,6 +364,22 @@ def test_smallest_temperature(backend):
     assert backend.numpy(entries)[1] > 1e37
 
 
+def test_scaled_difference_beyond_the_largest_float_where_the_teacher_is_sure(backend):
+    """p L is 0 where p is, although L is not finite."""
+    s, t = np.asarray([[3e38, -3e38, 1e38]]), np.asarray([[3e38, -3e38, -1e38]])
+    check(backend, "float32", *(("kl", {"temperature": 0.25}, s, x, {}) for x in (t, np.asarray([[3e38, 1e38, -3e38]]))))
+
+
+def test_power_of_a_subnormal_prior(backend):
+    """Its largest entry is a power of two, by which nothing is rounded."""
+    if backend.library.backend == "jax":
+        pytest.skip("XLA takes subnormal numbers for 0")
+    rng = np.random.default_rng(6)
+    s, t = rng.standard_normal((2, 2, 4))
+    prior = np.asarray([[1.0, 0.5, 1e-40, 2e-42], [0.25, 3e-41, 0.1, 0.25]])
+    check(backend, "float32", *(("gkl", {"gamma": gamma}, s, t, {"prior": prior}) for gamma in (0.05, 0.3)))
+
+
 def test_kl_is_not_negative(backend, dtype):
     """For rows one rounding apart. KL is at most (max d − min d)² / 8."""
     rng = np.random.default_rng(7)

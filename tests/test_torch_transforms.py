@@ -435,7 +435,8 @@ def test_compiled_half_precision_masked_rows_agree_with_eager(compiled, half):
 @supports("compiler")
 @pytest.mark.parametrize("wrong", ["sample_weight", "prior", "labels"])
 @pytest.mark.parametrize("with_masked_class", [False, True])
-def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, with_masked_class):
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, with_masked_class, gamma):
     compile_, _ = compiled
     s, t = torch.randn(2, 4, 7).unbind()
     if with_masked_class:
@@ -443,7 +444,7 @@ def test_invalid_arguments_of_a_compiled_loss_give_nan(compiled, wrong, with_mas
     s.requires_grad_()
     given = {"sample_weight": torch.ones(4), "prior": torch.rand(7, 7), "labels": torch.arange(4)}
     given[wrong][1] = -1
-    value = compile_(partial(gklx.gkl, gamma=1.0))(s, t, **given)
+    value = compile_(partial(gklx.gkl, gamma=gamma))(s, t, **given)
     value.backward()
     assert value.isnan()
     assert s.grad[1].isnan().all()
