@@ -328,7 +328,7 @@ EQUIVALENT: dict[str, str] = {
         "there are both or none"
     ),
     "formulas.class_weights: xp.isnan  ->  xp.isinf": (
-        "NumPy's priors are read and refused; test_invalid_arguments_of_a_compiled_loss_give_nan"
+        "NumPy's priors are read and refused; test_errors_are_the_same_on_every_backend"
     ),
     "row.h: return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);  ->  "
     "return gamma == R(1) ? base : gamma == R(1.0) ? R(1) : std::pow(base, gamma);": "the power 0 is 1, more slowly",

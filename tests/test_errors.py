@@ -127,6 +127,8 @@ def test_errors_are_the_same_on_every_backend(backend):
         assert np.isnan(backend.numpy(loss(s, t, sample_weight=negative)))
         assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(TABLE - 1), labels=backend.array(LABELS))))
         assert np.isnan(backend.numpy(loss(s, t, prior=backend.array(S - 1))))
+        equally_weighing = backend.wrap(functools.partial(gklx.gkl, gamma=0.0))
+        assert np.isnan(backend.numpy(equally_weighing(s, t, prior=backend.array(S - 1))))
 
 
 @pytest.mark.parametrize("samples", [2, 5])
