@@ -269,6 +269,12 @@ EQUIVALENT: dict[str, str] = {
     "formulas.uses_energy: student and call.formula.symmetric  ->  student or call.formula.symmetric": (
         "what is computed in addition is not used"
     ),
+    "formulas.uses_energy: value and call.formula.decomposed  ->  value or call.formula.decomposed": (
+        "what is computed in addition is not used"
+    ),
+    "formulas.deviations: upwards | downwards  ->  upwards & downwards": (
+        "where one of them is infinite the sum of squares is so by itself"
+    ),
     "formulas.deviations: 0.0  ->  1.0  in  "
     "return Deviations(u, xp.where(weighs, centred, 0.0), (upwards | downwards)[..., 0])": (
         "a class without weight is multiplied by its weight"
