@@ -281,6 +281,14 @@ def test_classes_without_a_gap_where_its_factor_overflows(backend, dtype, name):
     check(backend, dtype, (name, settings, s, t, {"sample_weight": v}))
 
 
+def test_other_classes_where_the_factor_of_the_gap_overflows(backend, dtype):
+    wide = "float64" if dtype == "float64" else "float32"
+    v = backend.array(np.asarray([1e308 if wide == "float64" else 2e38]), wide)
+    s, t = (backend.array(np.asarray([x]), dtype) for x in ([0.0, 1.0, 2.0], [2.0, 1.0, 0.0]))
+    to_s = gklx.grad(partial(gklx.kl, temperature=1e-3, reduction="sum"))(s, t, sample_weight=v)
+    assert backend.numpy(to_s).tolist() == [[-INF, 0.0, INF]]
+
+
 @pytest.mark.parametrize("scale", [1e-27, 1.1e-3, 5e12, 1.05e18])
 def test_large_logits_with_priors_far_from_one(backend, scale):
     """Products of both exceed the float's range although the loss does not."""
