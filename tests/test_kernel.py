@@ -523,7 +523,7 @@ def test_prior_is_checked_at_every_place(kernel, dtype, classes):
             changed[classes // 2, place] = wrong
             assert not prior_is_right(kernel, changed), (wrong, place)
             assert not prior_is_right(kernel, changed, [0, classes // 2])
-            assert prior_is_right(kernel, changed, [classes // 2 + 1, -1, 2**40])  # a row of no label counts not
+            assert prior_is_right(kernel, changed, [classes // 2 + 1, -1, 2**40])  # names no wrong row
 
 
 def test_prior_without_labels_may_have_more_rows_than_classes(kernel):

@@ -281,7 +281,7 @@ def test_classes_without_a_gap_where_its_factor_overflows(backend, dtype, name):
     check(backend, dtype, (name, settings, s, t, {"sample_weight": v}))
 
 
-def test_other_classes_where_the_factor_of_the_gap_overflows(backend, dtype):
+def test_gap_times_an_overflowing_factor_is_infinite(backend, dtype):
     wide = "float64" if dtype == "float64" else "float32"
     v = backend.array(np.asarray([1e308 if wide == "float64" else 2e38]), wide)
     s, t = (backend.array(np.asarray([x]), dtype) for x in ([0.0, 1.0, 2.0], [2.0, 1.0, 0.0]))

@@ -49,8 +49,8 @@ def call_of(
 ) -> Call:
     """The checked call of one of the four losses.
 
-    `prior_is_right` tells fast whether a prior, or those of its rows that labels choose, are finite and not negative;
-    None where it cannot.
+    `prior_is_right` tells fast whether a prior, or its rows of some numbers alone, are finite and not negative; None
+    where it cannot.
     """
     named = {
         "student_logits": student_logits,
@@ -104,8 +104,10 @@ def call_of(
     if readable and prior is not None:
         if labels is not None:
             _label_values(xp, labels, given_labels, shape[-1], arrays[:2], where, sample_weight)
-        if not prior_is_right(library, prior, labels):
-            _prior_values(xp, arrays, prior)
+        # Of a table with more rows than samples, those that are used.
+        chosen = labels if labels is not None and math.prod(labels.shape) < shape[-1] else None
+        if not prior_is_right(library, prior, chosen):
+            _prior_values(xp, arrays, prior, chosen)
     return Call(library, xp, dtype, formula, reduction, checked, arrays, ranks)
 
 
@@ -350,16 +352,15 @@ def _as_float(name: str, value: Any) -> float:
 # --- values, where reading them is free -------------------------------------------------------------------------------
 
 
-def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array) -> None:
-    """Priors that are weights, in every sample that counts."""
-    labels, rows = arrays.labels, None
-    classes = prior.shape[-1]
-    if labels is not None and math.prod(labels.shape) < classes:  # of a table those rows that are used
-        rows = xp.reshape(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), (-1,))
+def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array, chosen: Array | None) -> None:
+    """Priors, or their chosen rows, that are weights in every sample that counts."""
+    rows = None
+    if chosen is not None:
+        rows = xp.reshape(xp.where(is_class(chosen, prior.shape[-1]), chosen, xp.zeros_like(chosen)), (-1,))
         prior = xp.take(prior, xp.astype(rows, xp.int32), axis=0)
     if not _all_weights(xp, prior):
         bad = ~((prior >= 0) & (prior < xp.inf))
-        if labels is None:
+        if arrays.labels is None:
             bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad, rows)}")

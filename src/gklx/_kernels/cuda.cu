@@ -443,7 +443,8 @@ GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const
   Partial x = no_classes(origin);
   const REAL v = given_weight(g, row);
   if (v == REAL(0)) return x;
-  if (!Careful && !(v <= REAL(0x1p40))) {  // a factor may overflow, which in `Careful` is 0 where what it multiplies is
+  // The gradients' factors may overflow. `Careful` then gives 0, and not NaN, where what they multiply is 0.
+  if (!Careful && !(v <= REAL(0x1p40))) {
     x.size = INF;
     return x;
   }

@@ -151,8 +151,8 @@ struct Request {
   }
 };
 
-// A loop on XLA's threads. All of them may be busy, in other calls of this handler too: the loop waits for those that have
-// begun and for no other.
+// A loop whose parts run on XLA's threads. Its end waits only for the parts that have begun: all threads may be waiting in
+// such loops themselves, and then no further part ever begins.
 class Loop {
  public:
   using Work = void (*)(int64_t, int64_t, void*);
@@ -185,13 +185,14 @@ class Loop {
   bool over_ = false;
 };
 
+// Of the call that runs on this thread: the kernel hands its `parallel_for` no argument for it, since PyTorch's has none.
 thread_local ffi::ThreadPool* pool_of_call = nullptr;
 
 int32_t on_threads_of_xla(int64_t begin, int64_t end, int64_t, Loop::Work work, void* context) {
   const auto loop = std::make_shared<Loop>(work, context);
   try {
     for (int64_t part = begin + 1; part < end; ++part) pool_of_call->Schedule([loop, part] { loop->run_part(part); });
-  } catch (const std::bad_alloc&) {  // the parts that run take the work of the others
+  } catch (const std::bad_alloc&) {  // the scheduled parts do the work of the others
   }
   loop->run_part(begin);
   loop->end();

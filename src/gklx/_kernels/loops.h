@@ -94,6 +94,9 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
   return begin;
 }
 
+// x in a class that weighs most, elsewhere less than any x.
+template <class R> R where_heaviest(R x, R w, R largest_weight) { return w == largest_weight ? x : -Real<R>::inf; }
+
 // Fills es, et and their sums, and finds the part of CE; with weights other than the teacher's own, the reference as well.
 template <class R, bool Careful, bool Tempered, bool Weighed>
 APART void exponentials(Line<R> &x, R largest_weight = 0) {
@@ -110,8 +113,7 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
     SIMD(reduction(+ : a, b, c) reduction(max : s_reference, t_reference))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
-        bool weighs_most = w[j] == largest_weight;
-        R s_here = weighs_most ? s[j] : -Real<R>::inf, t_here = weighs_most ? t[j] : -Real<R>::inf;
+        R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
         s_reference = s_here > s_reference ? s_here : s_reference;
         t_reference = t_here > t_reference ? t_here : t_reference;
       }
@@ -145,10 +147,7 @@ template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
   R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
   SIMD(reduction(max : s_reference, t_reference))
   for (int64_t j = 0; j < x.n; ++j) {
-    R s_here = s[j], t_here = t[j];
-    bool weighs_most = w[j] == largest_weight;
-    s_here = weighs_most ? s_here : -Real<R>::inf;
-    t_here = weighs_most ? t_here : -Real<R>::inf;
+    R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
     s_reference = s_here > s_reference ? s_here : s_reference;
     t_reference = t_here > t_reference ? t_here : t_reference;
   }
@@ -310,14 +309,14 @@ template <class R> R power_of_two_below(R x) {
   return real_of(Word(bits_of(x) >> Real<R>::fraction << Real<R>::fraction));
 }
 
-// (x / base)^gamma: base is the largest x; or a power of two, where gamma is 1; and then x itself, where no scale is in
-// the way.
+// (x / base)^gamma. The base is the largest x, or where gamma is 0 or 1 a power of two near it. Where gamma is 1 and the
+// largest x is near 1, the weights are x itself, and need not be written.
 template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
   const PriorSeen<R> seen = inspect_prior(x, n);
   const bool as_they_are = gamma == R(1) && is_ordinary(double(seen.largest));
   const R scale = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_scale = R(1) / scale;
   const bool raises = gamma != R(0) && gamma != R(1) && seen.largest > R(0);
-  const R log_largest = raises ? logarithm(seen.largest * per_scale) : R(0), base = raises ? seen.largest : scale;
+  const R log_base = raises ? logarithm(seen.largest * per_scale) : R(0), base = raises ? seen.largest : scale;
   double total = 0;
   R largest = as_they_are ? base : R(0);
   for (int64_t begin = 0; begin < n; begin += CHUNK) {
@@ -340,7 +339,7 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
     } else {
       // Two short loops: in one, each exponential would have to wait for its logarithm.
       SIMD()
-      for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_largest);
+      for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_base);
       SIMD(reduction(+ : a) reduction(max : largest))
       for (int64_t j = begin; j < end; ++j) {
         R here = exponential(w[j]);

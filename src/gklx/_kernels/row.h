@@ -187,10 +187,10 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// gamma log(x / largest), whose exponential is (x / largest)^gamma, for 0 <= x <= largest < 2 and gamma > 0; -inf for 0,
-// NaN for NaN.
-template <class R> GKLX_BOTH R log_power(R x, R gamma, R log_largest) {
-  return x > R(0) ? gamma * (logarithm(x) - log_largest) : x - Real<R>::inf;
+// gamma (log(x) - log(base)), whose exponential is (x / base)^gamma, for 0 <= x < 2 and gamma > 0; -inf for 0, NaN for
+// NaN.
+template <class R> GKLX_BOTH R log_power(R x, R gamma, R log_base) {
+  return x > R(0) ? gamma * (logarithm(x) - log_base) : x - Real<R>::inf;
 }
 
 // --- one class -------------------------------------------------------------------------------------------------------

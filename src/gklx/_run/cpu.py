@@ -16,7 +16,6 @@ MEAN, SUM, NONE = range(3)
 REDUCTIONS = {"mean": MEAN, "sum": SUM, "none": NONE}
 
 _SUFFIXES = (".so", ".dylib", ".dll")
-_NO_MEMORY = "the row kernel found no memory for a row of logits on each thread"
 
 
 class RowCall(ctypes.Structure):
@@ -60,10 +59,8 @@ def library() -> ctypes.CDLL | None:
     for path in [Path(elsewhere)] if elsewhere else [folder / f"rows{suffix}" for suffix in _SUFFIXES]:
         if path.exists():
             loaded = ctypes.CDLL(str(path))
-            loaded.gklx_rows.argtypes = [ctypes.c_void_p]
-            loaded.gklx_rows.restype = ctypes.c_int
-            loaded.gklx_check_prior.argtypes = [ctypes.c_void_p]
-            loaded.gklx_check_prior.restype = ctypes.c_int
+            for function in (loaded.gklx_rows, loaded.gklx_check_prior):
+                function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
             loaded.gklx_instruction_set.restype = ctypes.c_char_p
             return loaded
     return None
@@ -87,20 +84,19 @@ def serves_jax() -> bool:
 
 def run(call: RowCall) -> None:
     """Runs the kernel on a call that refers to live, contiguous arrays."""
-    loaded = library()
-    assert loaded is not None
-    if loaded.gklx_rows(ctypes.addressof(call)):
-        raise MemoryError(_NO_MEMORY)
+    _status("gklx_rows", call)
 
 
 def prior_is_right(call: RowCall) -> bool:
     """Whether the rows of the prior that a call uses are finite and not negative."""
-    loaded = library()
-    assert loaded is not None
-    status = loaded.gklx_check_prior(ctypes.addressof(call))
+    return _status("gklx_check_prior", call) == 0
+
+
+def _status(function: str, call: RowCall) -> int:
+    status: int = getattr(library(), function)(ctypes.addressof(call))
     if status == 1:
-        raise MemoryError(_NO_MEMORY)
-    return bool(status == 0)
+        raise MemoryError("the row kernel found no memory for a row of logits on each thread")
+    return status
 
 
 def threads() -> int:
