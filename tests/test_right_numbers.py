@@ -221,7 +221,7 @@ def test_prior_of_zeros_gives_wmse_zero(backend, dtype):
     assert_close(value, np.log(np.exp(s).sum()) - p @ s, backend, "float64", ulps=4)
 
 
-SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25, 1.0)
+SCALES = (1e-30, 1e-25, 1e-12, 1e12, 1e18, 1e25, 1.0, 3e38)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -247,6 +247,16 @@ def test_scale_of_the_prior(backend, dtype, scale, normalize):
         given = backend.array(s, dtype), backend.array(t, dtype)
         one, other = (gklx.gkl(*given, prior=backend.array(x * prior, wide)) for x in (scale, 1.0))
         assert_close(one, backend.numpy(other), backend, wide, ulps=16)
+
+
+@pytest.mark.parametrize("power", [-30, 30])
+def test_scale_of_the_prior_is_that_of_the_samples_that_count(backend, dtype, power):
+    """A sample of weight 0 leaves the batch's normaliser alone, whatever its own row of the prior holds."""
+    rng = np.random.default_rng(6)
+    s, t = rng.standard_normal((2, 3, 5))
+    prior = 10.0 ** (8 * power if dtype == "float64" else power) * rng.dirichlet(np.ones(5), 3)
+    prior[1] = 1.0
+    check(backend, dtype, ("gkl", {}, s, t, {"prior": prior, "sample_weight": np.asarray([1.0, 0.0, 2.0])}))
 
 
 def test_products_of_a_small_prior_keep_their_digits(backend):

@@ -144,7 +144,10 @@ def class_weights(call: Call, rows: Rows) -> ClassWeights:
         prior = xp.where(valid, xp.where(prior >= 0, prior, xp.nan), 0.0)
         base = xp.max(prior, axis=-1)
         heaviest = valid & (prior == base[..., None])
-        relative = (prior / xp.where(base == 0, 1.0, base)[..., None]) ** numbers.gamma
+        # A compiler may multiply by the reciprocal of what divides, and take a subnormal one for 0.
+        scale = xp.where(base > 1, 0.25 * xp.ones_like(base), 1.0)
+        divisor = xp.where(base == 0, 1.0, scale * base)
+        relative = (scale[..., None] * prior / divisor[..., None]) ** numbers.gamma
         relative = xp.where(xp.isnan(prior), xp.nan, relative)  # NaN^0 would be 1
     relative = xp.where(valid, relative, 0.0)
     total = xp.sum(relative, axis=-1)

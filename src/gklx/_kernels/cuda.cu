@@ -185,9 +185,6 @@ template <bool Careful> GKLX_BOTH REAL teacher_weight(const Given &g, REAL below
   return exponential_of<Careful>(Careful && below < lowest ? lowest : below, g.weighing);
 }
 
-// What a prior is divided by: an entry of it, or the smallest normal number, whose inverse is finite.
-GKLX_BOTH REAL divisor_of(REAL base) { return larger(base, Real<REAL>::smallest_normal); }
-
 // (x / divisor)^gamma.
 GKLX_BOTH REAL prior_weight(const Given &g, REAL x, REAL per_divisor) {
   if (g.gamma == REAL(0)) return REAL(1);
@@ -303,7 +300,7 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
     from.t_top = to.t_top;
   }
   if (WEIGHTS == PRIOR_POWER && to.base > from.base) {
-    const REAL by_weight = prior_weight(g, divisor_of(from.base), REAL(1) / divisor_of(to.base));
+    const REAL by_weight = prior_weight(g, invertible(from.base), REAL(1) / invertible(to.base));
     multiply(x.mass, by_weight);
     multiply(x.moment, by_weight);
     multiply(x.squares, by_weight);
@@ -331,7 +328,7 @@ GKLX_BOTH REAL weight_of(const Given &g, REAL below, REAL of_t, REAL prior, REAL
 // Adds some classes to a thread's sums.
 template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c, Partial &x) {
   const Origin &o = x.origin;
-  const REAL per_divisor = WEIGHTS == PRIOR_POWER ? REAL(1) / divisor_of(o.base) : REAL(0);
+  const REAL per_divisor = WEIGHTS == PRIOR_POWER ? REAL(1) / invertible(o.base) : REAL(0);
   REAL tau_total = 0, mass = 0, moment = 0, squares = 0, mean_logit = 0;
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k) {
@@ -567,7 +564,7 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, 
   if (r.undefined) r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = nan_of<REAL>();
   const bool unknown = WEIGHTS == PRIOR_POWER ? (x.seen & PRIOR_WRONG) || !has_label(g, row) : teacher_undefined;
   r.mass = unknown ? nan_of<REAL>() : value_of(mass_of(x));
-  if (WEIGHTS == PRIOR_POWER) r.base = divisor_of(o.base);
+  if (WEIGHTS == PRIOR_POWER) r.base = invertible(o.base);
   else r.base = REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
   r.reference = o.reference;
   r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / r.mass;
@@ -603,14 +600,6 @@ GKLX_BOTH Totals<REAL> thread_maxima(const RowStatistics *found, int64_t rows, b
 
 GKLX_BOTH Totals<REAL> merged(const Totals<REAL> &a, const Totals<REAL> &b) {
   return {larger(a.largest_weight, b.largest_weight), larger(a.largest_base, b.largest_base), 0, 0};
-}
-
-// The largest power of two that is not above x, as far as it and its reciprocal are normal.
-GKLX_BOTH REAL power_of_two_below(REAL x) {
-  using Word = Real<REAL>::Word;
-  constexpr REAL smallest = Real<REAL>::smallest_normal;
-  x = x < smallest ? smallest : x > 1 / smallest ? 1 / smallest : x;
-  return real_of(Word(bits_of(x) >> Real<REAL>::fraction << Real<REAL>::fraction));
 }
 
 struct BatchSums {

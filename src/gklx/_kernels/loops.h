@@ -302,13 +302,6 @@ template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
   return {largest, wrong != 0};
 }
 
-// The largest power of two that is not above x and whose inverse is finite.
-template <class R> R power_of_two_below(R x) {
-  using Word = typename Real<R>::Word;
-  x = x < Real<R>::smallest_normal ? Real<R>::smallest_normal : x;
-  return real_of(Word(bits_of(x) >> Real<R>::fraction << Real<R>::fraction));
-}
-
 // (x / base)^gamma. The base is the largest x, or where gamma is 0 or 1 a power of two near it. Where gamma is 1 and the
 // largest x is near 1, the weights are x itself, and need not be written.
 template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {

@@ -65,6 +65,17 @@ template <class R> GKLX_BOTH bool is_nan(R x) { return x != x; }
 template <class R> GKLX_BOTH bool is_infinite(R x) { return size_of(x) == Real<R>::inf; }
 template <class R> GKLX_BOTH R nan_of() { return Real<R>::inf - Real<R>::inf; }
 
+// The nearest number of which neither it nor its inverse is below the normal numbers, which a processor may take for 0.
+template <class R> GKLX_BOTH R invertible(R x) {
+  constexpr R smallest = Real<R>::smallest_normal;
+  return x < smallest ? smallest : x > 1 / smallest ? 1 / smallest : x;
+}
+
+// The largest power of two that is not above x, as far as it and its inverse are normal.
+template <class R> GKLX_BOTH R power_of_two_below(R x) {
+  return real_of(typename Real<R>::Word(bits_of(invertible(x)) >> Real<R>::fraction << Real<R>::fraction));
+}
+
 // --- half precisions -------------------------------------------------------------------------------------------------
 
 // Bits of float16 and bfloat16 to a float and back, rounded to even.
@@ -187,7 +198,7 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// gamma (log(x) - log(base)), whose exponential is (x / base)^gamma, for 0 <= x < 2 and gamma > 0; -inf for 0, NaN for
+// gamma (log(x) - log(base)), whose exponential is (x / base)^gamma, for finite x >= 0 and gamma > 0; -inf for 0, NaN for
 // NaN.
 template <class R> GKLX_BOTH R log_power(R x, R gamma, R log_base) {
   return x > R(0) ? gamma * (logarithm(x) - log_base) : x - Real<R>::inf;
