@@ -7,14 +7,17 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cpu.h"
 #include "row.h"
 
 #if defined(_MSC_VER)
 #define APART __declspec(noinline)
+#define SIMD_OF(lanes, ...) __pragma(omp simd __VA_ARGS__)
 #else
-#define APART __attribute__((noinline))  // a loop of its own keeps its numbers in registers
+#define APART __attribute__((noinline, flatten))  // a loop of its own, with all that it calls, keeps its numbers in registers
+#define SIMD_OF(lanes, ...) PRAGMA(omp simd simdlen(lanes.value) __VA_ARGS__)
 #endif
 
 namespace {
@@ -26,6 +29,26 @@ namespace {
 constexpr int64_t CHUNK = GKLX_CHUNK;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#if defined(__AVX512F__)
+constexpr int VECTOR = 64;  // bytes
+#elif defined(__AVX2__)
+constexpr int VECTOR = 32;
+#else
+constexpr int VECTOR = 16;
+#endif
+template <int N> using Lanes = std::integral_constant<int, N>;
+
+// `work(lanes, begin, end)` for chunks of the classes [0, n). What fills no vector of 64 bytes runs in vectors of 16:
+// compilers would take it one class at a time, up to 15 of them, as long as 15 whole vectors.
+template <class R, class Work> void in_chunks(int64_t n, Work work) {
+  constexpr Lanes<VECTOR / sizeof(R)> lanes;
+  const int64_t whole = VECTOR == 64 ? n - n % lanes : n;
+  for (int64_t begin = 0, end; begin < whole; begin = end) work(lanes, begin, end = smaller(begin + CHUNK, whole));
+  if constexpr (VECTOR == 64) {
+    if (whole < n) work(Lanes<16 / sizeof(R)>(), whole, n);
+  }
+}
 
 // Where the same classes of the next row lie, which the processor is asked to fetch while it works on this row.
 struct Ahead {
@@ -67,12 +90,19 @@ template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n)
   constexpr R limit = Real<R>::moderate;
   R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
   Word beyond = 0;
-  SIMD(reduction(max : s_top, t_top) reduction(| : beyond))
-  for (int64_t j = 0; j < n; ++j) {
-    s_top = s[j] > s_top ? s[j] : s_top;
-    t_top = t[j] > t_top ? t[j] : t_top;
-    beyond |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
-  }
+  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
+    R a = s_top, b = t_top;
+    Word c = 0;
+    SIMD_OF(lanes, reduction(max : a, b) reduction(| : c))
+    for (int64_t j = begin; j < end; ++j) {
+      a = s[j] > a ? s[j] : a;
+      b = t[j] > b ? t[j] : b;
+      c |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
+    }
+    s_top = a;
+    t_top = b;
+    beyond |= c;
+  });
   return {s_top, t_top, beyond == 0};
 }
 
@@ -105,17 +135,16 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
   double s_total = 0, t_total = 0, z_student = 0;
-  for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
-    const int64_t end = smaller(begin + CHUNK, x.n);
+  in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     x.student_ahead.fetch(begin, end);
     x.teacher_ahead.fetch(begin, end);
-    R a = 0, b = 0, c = 0;
-    SIMD(reduction(+ : a, b, c) reduction(max : s_reference, t_reference))
+    R a = 0, b = 0, c = 0, of_s_reference = s_reference, of_t_reference = t_reference;
+    SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : of_s_reference, of_t_reference))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
         R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
-        s_reference = s_here > s_reference ? s_here : s_reference;
-        t_reference = t_here > t_reference ? t_here : t_reference;
+        of_s_reference = s_here > of_s_reference ? s_here : of_s_reference;
+        of_t_reference = t_here > of_t_reference ? t_here : of_t_reference;
       }
       R z_s = s[j] - s_top, z_t = t[j] - t_top;
       R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
@@ -131,7 +160,9 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
     s_total += double(a);
     t_total += double(b);
     z_student += double(c);
-  }
+    s_reference = of_s_reference;
+    t_reference = of_t_reference;
+  });
   x.s_total = s_total;
   x.t_total = t_total;
   x.z_student = Careful ? z_student * 0x1p30 : z_student;
@@ -176,11 +207,10 @@ APART Sums sums(const Line<R> &x) {
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
   Sums found = {};
-  for (int64_t begin = 0; begin < x.n; begin += CHUNK) {
-    const int64_t end = smaller(begin + CHUNK, x.n);
+  in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     Product a = 0, b = 0;
     R g = 0, k = 0, r = 0;
-    SIMD(reduction(+ : a, b, g, k, r))
+    SIMD_OF(lanes, reduction(+ : a, b, g, k, r))
     for (int64_t j = begin; j < end; ++j) {
       const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
       const bool infinite = Careful && is_infinite(d.high);
@@ -212,7 +242,7 @@ APART Sums sums(const Line<R> &x) {
     found.gap += double(g);
     found.kl += double(k);
     found.reverse_kl += double(r);
-  }
+  });
   return found;
 }
 
@@ -229,23 +259,25 @@ APART void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
-  SIMD()
-  for (int64_t j = 0; j < x.n; ++j) {
-    R of_difference = 0, of_gap = 0;
-    if (To == GAP_AND_DIFFERENCE || Teacher) {
-      Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
-      R c = ((d.high - reference.high) + (d.low - reference.low)) - mean;
-      if (Careful) c = is_infinite(d.high) ? R(0) : c;
-      of_difference = rates.difference * (w[j] * c);
+  in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
+    SIMD_OF(lanes)
+    for (int64_t j = begin; j < end; ++j) {
+      R of_difference = 0, of_gap = 0;
+      if (To == GAP_AND_DIFFERENCE || Teacher) {
+        Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+        R c = ((d.high - reference.high) + (d.low - reference.low)) - mean;
+        if (Careful) c = is_infinite(d.high) ? R(0) : c;
+        of_difference = rates.difference * (w[j] * c);
+      }
+      if (To != NOT) {
+        R p = et[j] * of_t, q = es[j] * of_s;
+        of_gap = rates.gap * ((q - p) - p * gap_sum);
+      }
+      if (To == GAP) to_s[j] = of_gap;
+      if (To == GAP_AND_DIFFERENCE) to_s[j] = of_gap - of_difference;
+      if (Teacher) to_t[j] = of_difference;
     }
-    if (To != NOT) {
-      R p = et[j] * of_t, q = es[j] * of_s;
-      of_gap = rates.gap * ((q - p) - p * gap_sum);
-    }
-    if (To == GAP) to_s[j] = of_gap;
-    if (To == GAP_AND_DIFFERENCE) to_s[j] = of_gap - of_difference;
-    if (Teacher) to_t[j] = of_difference;
-  }
+  });
 }
 
 // --- class weights ---------------------------------------------------------------------------------------------------
@@ -262,10 +294,9 @@ template <class R, bool Normalizer>
 APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_tau, R *w) {
   constexpr R lowest = -Real<R>::largest / 2;
   double mass = 0, normalizer = 0;
-  for (int64_t begin = 0; begin < n; begin += CHUNK) {
-    const int64_t end = smaller(begin + CHUNK, n);
+  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
     R a = 0, b = 0;
-    SIMD(reduction(+ : a, b))
+    SIMD_OF(lanes, reduction(+ : a, b))
     for (int64_t j = begin; j < end; ++j) {
       R z = (t[j] - t_top) * per_tau;
       z = z < lowest ? lowest : z;
@@ -275,7 +306,7 @@ APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_t
     }
     mass += double(a);
     normalizer += double(b);
-  }
+  });
   return {w, mass, mass, Normalizer ? 1 / normalizer : 1, R(1)};
 }
 
@@ -293,12 +324,18 @@ template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
   using Word = typename Real<R>::Word;
   R largest = 0;
   Word wrong = 0;
-  SIMD(reduction(max : largest) reduction(| : wrong))
-  for (int64_t j = 0; j < n; ++j) {
-    R here = x[j];
-    largest = here > largest ? here : largest;
-    wrong |= here >= R(0) ? Word(0) : Word(1);
-  }
+  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
+    R a = largest;
+    Word b = 0;
+    SIMD_OF(lanes, reduction(max : a) reduction(| : b))
+    for (int64_t j = begin; j < end; ++j) {
+      R here = x[j];
+      a = here > a ? here : a;
+      b |= here >= R(0) ? Word(0) : Word(1);
+    }
+    largest = a;
+    wrong |= b;
+  });
   return {largest, wrong != 0};
 }
 
@@ -312,18 +349,17 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
   const R log_base = raises ? logarithm(seen.largest * per_scale) : R(0), base = raises ? seen.largest : scale;
   double total = 0;
   R largest = as_they_are ? base : R(0);
-  for (int64_t begin = 0; begin < n; begin += CHUNK) {
-    const int64_t end = smaller(begin + CHUNK, n);
+  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
     R a = 0;
     if (as_they_are) {
-      SIMD(reduction(+ : a))
+      SIMD_OF(lanes, reduction(+ : a))
       for (int64_t j = begin; j < end; ++j) a += x[j];
     } else if (gamma == R(0)) {
       for (int64_t j = begin; j < end; ++j) w[j] = R(1);
       a = R(end - begin);
       largest = R(1);
     } else if (gamma == R(1)) {
-      SIMD(reduction(+ : a))
+      SIMD_OF(lanes, reduction(+ : a))
       for (int64_t j = begin; j < end; ++j) {
         w[j] = x[j] * per_scale;
         a += w[j];
@@ -331,18 +367,20 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       largest = seen.largest * per_scale;
     } else {
       // Two short loops: in one, each exponential would have to wait for its logarithm.
-      SIMD()
+      SIMD_OF(lanes)
       for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_base);
-      SIMD(reduction(+ : a) reduction(max : largest))
+      R b = largest;
+      SIMD_OF(lanes, reduction(+ : a) reduction(max : b))
       for (int64_t j = begin; j < end; ++j) {
         R here = exponential(w[j]);
         w[j] = here;
         a += here;
-        largest = here > largest ? here : largest;
+        b = here > b ? here : b;
       }
+      largest = b;
     }
     total += double(a);
-  }
+  });
   double mass = seen.wrong ? double(nan_of<R>()) : as_they_are ? total / double(base) : total;
   return {as_they_are ? x : w, total, mass, double(base), largest};
 }
