@@ -66,7 +66,7 @@ def _in_graph(formula: tuple[bool, ...], numbers: tuple[Any, ...], reduction: st
     opened = None
     if not are_static(numbers):  # numbers that the compiler has left open
         opened, numbers = torch.stack([torch.ones((), dtype=torch.float64) * x for x in numbers]), ()
-    return torch.ops.gklx.loss(
+    return _Loss.apply(  # type: ignore[no-untyped-call]
         *arrays, None, list(formula), list(numbers), opened, reduction, [value, student, teacher]
     )
 
@@ -112,32 +112,41 @@ def _shapes(
     return value, to_student, to_teacher
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *arrays, _, formula, numbers, opened, reduction, asked = inputs
-    ctx.settings = formula, numbers, reduction
-    ctx.ahead = asked[1:]
-    ctx.set_materialize_grads(False)
-    # What was made ahead is all that a backward pass needs, unless another gradient is to be made then.
-    wanted = ctx.needs_input_grad[:2]
-    complete = all(made for made, needed in zip(ctx.ahead, wanted, strict=True) if needed)
-    ctx.complete = complete
-    ctx.save_for_backward(*((output[1], output[2]) if complete else (*arrays, opened)))
+class _Loss(torch.autograd.Function):
+    """The operator with its autograd rule.
 
+    The rule is not registered with the operator: the compiler, which has followed it, would meet it again at each call.
+    """
 
-def _backward(ctx: Any, upstream: Any, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * len(ctx.needs_input_grad)
-    if upstream is None:
-        return nothing
-    formula, numbers, reduction = ctx.settings
-    wanted = list(ctx.needs_input_grad[:2])
-    if ctx.complete:
-        factor = upstream.unsqueeze(-1) if reduction == "none" else upstream
-        gradients = [x * factor if needed else None for x, needed in zip(ctx.saved_tensors, wanted, strict=True)]
-    else:
-        *arrays, opened = ctx.saved_tensors
-        _, *found = torch.ops.gklx.loss(*arrays, upstream, formula, numbers, opened, reduction, [False, *wanted])
-        gradients = [x if needed else None for x, needed in zip(found, wanted, strict=True)]
-    return *gradients, *nothing[2:]
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return torch.ops.gklx.loss(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        *arrays, _, formula, numbers, opened, reduction, asked = inputs
+        ctx.settings = formula, numbers, reduction
+        ctx.set_materialize_grads(False)
+        # What was made ahead is all that a backward pass needs, unless another gradient is to be made then.
+        ahead, wanted = asked[1:], ctx.needs_input_grad[:2]
+        ctx.complete = all(made for made, needed in zip(ahead, wanted, strict=True) if needed)
+        ctx.save_for_backward(*((output[1], output[2]) if ctx.complete else (*arrays, opened)))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Any, *_: Any) -> Any:
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if upstream is None:
+            return nothing
+        formula, numbers, reduction = ctx.settings
+        wanted = list(ctx.needs_input_grad[:2])
+        if ctx.complete:
+            factor = upstream.unsqueeze(-1) if reduction == "none" else upstream
+            gradients = [x * factor if needed else None for x, needed in zip(ctx.saved_tensors, wanted, strict=True)]
+        else:
+            *arrays, opened = ctx.saved_tensors
+            _, *found = torch.ops.gklx.loss(*arrays, upstream, formula, numbers, opened, reduction, [False, *wanted])
+            gradients = [x if needed else None for x, needed in zip(found, wanted, strict=True)]
+        return *gradients, *nothing[2:]
 
 
 def _dtype(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
@@ -152,4 +161,3 @@ torch.library.register_fake("gklx::loss", _shapes, lib=_LIBRARY)
 _LIBRARY.define("copy(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("copy", torch.clone, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("gklx::copy", torch.clone, lib=_LIBRARY)
-torch.library.register_autograd("gklx::loss", _backward, setup_context=_keep, lib=_LIBRARY)
