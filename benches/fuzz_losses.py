@@ -123,7 +123,7 @@ def add_prior(rng: np.random.Generator, pick: random.Random, shape: tuple[int, .
         return
     size = (classes,) if kind == "labels" else shape[:-1]
     prior = rng.dirichlet(np.full(classes, pick.choice([0.05, 1.0, 100.0])), size)
-    prior *= 10.0 ** pick.choice([0, 0, 0, -25, -12, 12, 18, pick.uniform(-25, 18)])
+    prior *= 10.0 ** pick.choice([0, 0, 0, -25, -12, 12, 18, 38, pick.uniform(-25, 38)])
     prior[rng.random(prior.shape) < pick.choice([0, 0, 0.3])] = 0.0
     if pick.random() < 0.15 and len(prior.shape) > 1:
         prior[0] = 0.0

@@ -185,6 +185,7 @@ _TESTS = (
     "test_right_numbers.py::test_power_of_a_subnormal_prior",
     "test_right_numbers.py::test_prior_of_zeros_gives_wmse_zero",
     "test_right_numbers.py::test_scale_of_the_prior",
+    "test_right_numbers.py::test_wmse_without_a_difference_is_zero_though_its_factor_overflows",
     "test_right_numbers.py::test_scale_of_the_prior_is_that_of_the_samples_that_count",
     "test_right_numbers.py::test_products_of_a_small_prior_keep_their_digits",
     "test_right_numbers.py::test_large_power_of_a_prior",
@@ -279,13 +280,13 @@ EQUIVALENT: dict[str, str] = {
     "formulas.class_weights: 1.0  ->  2.0  in  divisor = xp.where(base == 0, 1.0, scale * base)": (
         "0 divided by whichever number is 0"
     ),
-    "formulas.class_weights: 0.25  ->  0.5  in  scale = xp.where(base > 1, 0.25 * xp.ones_like(base), 1.0)": (
+    "formulas.class_weights: 0.25  ->  0.5  in  scale = xp.where(base > largest, 0.25 * xp.ones_like(base), 1.0)": (
         "NumPy divides; test_scale_of_the_prior, in XLA"
     ),
-    "formulas.class_weights: 1.0  ->  2.0  in  scale = xp.where(base > 1, 0.25 * xp.ones_like(base), 1.0)": (
+    "formulas.class_weights: 1.0  ->  2.0  in  scale = xp.where(base > largest, 0.25 * xp.ones_like(base), 1.0)": (
         "divisor and divided have the factor, too"
     ),
-    "formulas.class_weights: base > 1  ->  base <= 1": "NumPy divides; test_scale_of_the_prior, in XLA",
+    "formulas.class_weights: base > largest  ->  base <= largest": "NumPy divides; test_scale_of_the_prior, in XLA",
     "formulas.deviations: upwards | downwards  ->  upwards & downwards": (
         "where one of them is infinite the sum of squares is so by itself"
     ),
@@ -340,8 +341,13 @@ EQUIVALENT: dict[str, str] = {
     "batch.batch_of: 0.0  ->  1.0  in  mass = xp.where(v == 0, 0.0, _mass(call, weights, base_scale))": (
         "its square is multiplied by v, which is 0"
     ),
-    "batch.factors_of: 0.0  ->  1.0  in  of_energy = xp.where(v == 0, 0.0, of_energy)": (
-        "a sample of weight 0 has no valid class, so that E is 0"
+    "batch.factors_of: 0.0  ->  1.0  in  "
+    "of_energy = xp.where((v == 0) | (numbers.mse_weight == 0), 0.0, of_energy)  # where W is NaN, too": (
+        "E of a sample of weight 0, which has no valid class, is 0; NumPy computes no E of weight 0"
+    ),
+    "batch.factors_of: (v == 0) | (numbers.mse_weight == 0)  ->  (v == 0) & (numbers.mse_weight == 0)": (
+        "NumPy computes no E of weight 0; "
+        "test_wmse_of_weight_zero_leaves_nan_of_the_teacher_out_of_its_gradient, in XLA"
     ),
     "formulas.kullback_leibler: 0.0  ->  1.0  in  near = xp.where(is_near, ratio, 0.0)": "what is not near is not used",
     "formulas.kullback_leibler: 0.0  ->  1.0  in  "
@@ -360,6 +366,9 @@ EQUIVALENT: dict[str, str] = {
     "formulas.energy: call.xp.isnan  ->  call.xp.isinf": "what it is multiplied by is NaN there",
     "formulas.class_weights: xp.isnan  ->  xp.isinf": (
         "NumPy's priors are read and refused; test_errors_are_the_same_on_every_backend"
+    ),
+    "loops.h: wrong |= b;  ->  wrong &= b;": (
+        "NumPy's priors are read and refused; test_kernel.py's test_invalid_prior_entry_gives_nan"
     ),
     "row.h: return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);  ->  "
     "return gamma == R(1) ? base : gamma == R(1.0) ? R(1) : std::pow(base, gamma);": "the power 0 is 1, more slowly",

@@ -259,6 +259,32 @@ def test_scale_of_the_prior_is_that_of_the_samples_that_count(backend, dtype, po
     check(backend, dtype, ("gkl", {}, s, t, {"prior": prior, "sample_weight": np.asarray([1.0, 0.0, 2.0])}))
 
 
+def test_wmse_without_a_difference_is_zero_though_its_factor_overflows(backend, dtype):
+    """Networks that differ by one number in all classes, and weights whose square is infinite."""
+    t = np.asarray([[1.0, 2.0, 3.0], [0.5, 0.25, 2.0]])
+    prior = backend.array(np.asarray([[1e25, 2e25, 5e25], [3e25, 1e25, 1e25]]), "float32")
+    given = backend.array(t + 4.0, dtype), backend.array(t, dtype)
+
+    def everything(mse_weight):
+        loss = partial(gklx.gkl, gamma=30.0, normalize="samples", mse_weight=mse_weight)
+
+        def of(s, t, prior):
+            value, gradients = gklx.value_and_grad(loss, (0, 1))(s, t, prior=prior)
+            return value, *gradients, loss(s, t, prior=prior, reduction="none")
+
+        return [backend.numpy(x) for x in backend.wrap(of)(*given, prior)]
+
+    for x, of_ce in zip(everything(1.0), everything(0.0), strict=True):
+        assert (abs(x - of_ce) <= 1e-15).all()
+
+
+def test_wmse_of_weight_zero_leaves_nan_of_the_teacher_out_of_its_gradient(backend, dtype):
+    """Where the numbers are traced as well, as under `jax.jit`."""
+    s, t = np.asarray([[1.0, 2.0], [3.0, 5.0]]), np.asarray([[2.0, NAN], [4.0, 1.0]])
+    problems = [(name, {"mse_weight": 0.0}, s, t, {}) for name in ("dkl", "ikl", "gkl")]
+    check(backend, dtype, *problems, ("gkl", {"mse_weight": 0.0, "gamma": 0.5}, s, t, {}))
+
+
 def test_products_of_a_small_prior_keep_their_digits(backend):
     """A weight times a difference is below the normal numbers, although the weights are not and their scale cancels."""
     rng = np.random.default_rng(5)

@@ -103,7 +103,7 @@ def factors_of(
         else:
             mass = _mass(call, weights, xp.ones_like(weights.base))
             of_energy = of_energy * mass * mass
-        of_energy = xp.where(v == 0, 0.0, of_energy)
+        of_energy = xp.where((v == 0) | (numbers.mse_weight == 0), 0.0, of_energy)  # where W is NaN, too
     return Factors(of_ce, of_energy)
 
 

@@ -145,7 +145,8 @@ def class_weights(call: Call, rows: Rows) -> ClassWeights:
         base = xp.max(prior, axis=-1)
         heaviest = valid & (prior == base[..., None])
         # A compiler may multiply by the reciprocal of what divides, and take a subnormal one for 0.
-        scale = xp.where(base > 1, 0.25 * xp.ones_like(base), 1.0)
+        largest = 1.0 / float(xp.finfo(call.dtype).smallest_normal)
+        scale = xp.where(base > largest, 0.25 * xp.ones_like(base), 1.0)
         divisor = xp.where(base == 0, 1.0, scale * base)
         relative = (scale[..., None] * prior / divisor[..., None]) ** numbers.gamma
         relative = xp.where(xp.isnan(prior), xp.nan, relative)  # NaN^0 would be 1

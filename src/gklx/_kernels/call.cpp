@@ -183,7 +183,7 @@ double loss_of(const gklx_call &c, const Row &row, const Totals<double> &totals)
   if (c.mse_weight != 0) {
     const double base = c.batch_normalized ? row.base / totals.largest_base : row.base;
     const double factor = mass_factor(row.mass, base_power(c, base), c.batch_normalized, totals);
-    if (factor != 0) loss += c.mse_weight * factor * row.loss_mse;
+    loss += scaled(c.mse_weight * factor, row.loss_mse);
   }
   if (c.ce_weight != 0) loss += c.ce_weight * row.loss_ce;
   return loss;

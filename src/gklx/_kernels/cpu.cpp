@@ -373,11 +373,10 @@ template <class R> struct Rower {
       R c = is_infinite(d.high) ? d.high : others;
       if (!infinite) c = ((d.high - reference.high) + (d.low - reference.low)) - x.mean;
       const R weighted = x.w[j] == 0 ? R(0) : infinite ? c : x.w[j] * c;
-      const R of_difference = weighted == 0 ? R(0) : rates.difference * weighted;
+      const R of_difference = scaled(rates.difference, weighted);
       const R p = x.et[j] * of_t, q = x.es[j] * of_s;
       if (pass.to_student) {
-        const R gap_here = (q - p) - p * gap_sum;
-        const R of_gap = gap_here == 0 ? R(0) : rates.gap * gap_here;
+        const R of_gap = scaled(rates.gap, (q - p) - p * gap_sum);
         to_s[j] = difference_to_student ? of_gap - of_difference : of_gap;
       }
       if (pass.to_teacher) to_t[j] = difference_to_teacher ? of_difference : R(0);

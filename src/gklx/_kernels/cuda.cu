@@ -658,12 +658,6 @@ GKLX_BOTH Factors factors_of(const Given &g, const Asked &a, const RowStatistics
   return f;
 }
 
-// Factor * x, but 0 where one of the two is 0 though the other be infinite or NaN.
-GKLX_BOTH REAL scaled(REAL factor, REAL x) {
-  if (factor == REAL(0) || (x == REAL(0) && is_infinite(factor))) return REAL(0);
-  return factor * x;
-}
-
 GKLX_BOTH void write_losses(const Given &g, const Asked &a, const RowStatistics &r, int64_t row) {
   if (a.kl) a.kl[row] = r.kl;
   if (a.ce) a.ce[row] = r.ce;
@@ -768,6 +762,15 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
     }
   }
   return sums;
+}
+
+// A row whose factors overflow goes to the loop that takes care, in which a difference is a quarter of d.
+GKLX_BOTH RowStatistics careful_for(RowStatistics r, const Factors &f) {
+  if (r.careful || !(is_infinite(f.ce) || is_infinite(f.energy))) return r;
+  r.careful = true;
+  r.reference = {REAL(0.25) * r.reference.high, REAL(0.25) * r.reference.low};
+  r.mean *= REAL(0.25);
+  return r;
 }
 
 GKLX_APART Sums careful_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
@@ -906,12 +909,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, con
   const int at = threadIdx.x, lane = at % GROUP;
   const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + at / GROUP;
   const bool in = row < rows;
-  const RowStatistics r = found[in ? row : 0];
-  if (in && lane == 0) factors[at / GROUP] = with_upstream(a, factors_of(g, a, r), row);
-  const bool summed = in && needs_sums(a, r);
+  const RowStatistics known = found[in ? row : 0];
+  if (in && lane == 0) factors[at / GROUP] = with_upstream(a, factors_of(g, a, known), row);
+  const bool summed = in && needs_sums(a, known);
   const bool any_summed = __syncthreads_or(summed);
   Sums sums = {{0, 0}, {0, 0}};
-  if (in) sums = thread_results(g, a, r, factors[at / GROUP], summed, row, lane);
+  const Factors f = factors[at / GROUP];
+  const RowStatistics r = careful_for(known, f);
+  if (in) sums = thread_results(g, a, r, f, summed, row, lane);
   if (any_summed) sums = all_merged(sums, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
   if (in && lane == 0) write_losses(g, a, summed ? settled(r, sums) : r, row);
 }

@@ -265,6 +265,11 @@ template <class R> GKLX_BOTH R power_of_base(R base, R gamma) {
   return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);
 }
 
+// Factor * x, but 0 where the factor is 0 though x be infinite or NaN, or x is 0 though the factor overflowed.
+template <class R> GKLX_BOTH R scaled(R factor, R x) {
+  return factor == R(0) || (x == R(0) && is_infinite(factor)) ? R(0) : factor * x;
+}
+
 // What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
 template <class R> GKLX_BOTH R share_of(R weight, bool mean, R ranks, const Totals<R> &totals) {
   if (!mean) return weight;
