@@ -144,7 +144,7 @@ def class_weights(call: Call, rows: Rows) -> ClassWeights:
         prior = xp.where(valid, xp.where(prior >= 0, prior, xp.nan), 0.0)
         base = xp.max(prior, axis=-1)
         heaviest = valid & (prior == base[..., None])
-        # A compiler may multiply by the reciprocal of what divides, and take a subnormal one for 0.
+        # A compiler may multiply by a base's reciprocal, and take a subnormal one for 0: the largest are quartered.
         largest = 1.0 / float(xp.finfo(call.dtype).smallest_normal)
         scale = xp.where(base > largest, 0.25 * xp.ones_like(base), 1.0)
         divisor = xp.where(base == 0, 1.0, scale * base)

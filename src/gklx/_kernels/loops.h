@@ -12,11 +12,12 @@
 #include "cpu.h"
 #include "row.h"
 
+// APART: a loop of its own, with what it calls, keeps its numbers in registers.
 #if defined(_MSC_VER)
 #define APART __declspec(noinline)
 #define SIMD_OF(lanes, ...) __pragma(omp simd __VA_ARGS__)
 #else
-#define APART __attribute__((noinline, flatten))  // a loop of its own, with all that it calls, keeps its numbers in registers
+#define APART __attribute__((noinline, flatten))
 #define SIMD_OF(lanes, ...) PRAGMA(omp simd simdlen(lanes.value) __VA_ARGS__)
 #endif
 
@@ -40,7 +41,7 @@ constexpr int VECTOR = 16;
 template <int N> using Lanes = std::integral_constant<int, N>;
 
 // `work(lanes, begin, end)` for chunks of the classes [0, n). What fills no vector of 64 bytes runs in vectors of 16:
-// compilers would take it one class at a time, up to 15 of them, as long as 15 whole vectors.
+// compilers would take it one class at a time, each as long as a whole vector.
 template <class R, class Work> void in_chunks(int64_t n, Work work) {
   constexpr Lanes<VECTOR / sizeof(R)> lanes;
   const int64_t whole = VECTOR == 64 ? n - n % lanes : n;

@@ -198,8 +198,7 @@ template <class R> GKLX_BOTH R logarithm(R x) {
 }
 #endif
 
-// gamma (log(x) - log(base)), whose exponential is (x / base)^gamma, for finite x >= 0 and gamma > 0; -inf for 0, NaN for
-// NaN.
+// gamma (log(x) - log(base)), whose exponential is (x / base)^gamma, for x >= 0 and gamma > 0; -inf for 0, NaN for NaN.
 template <class R> GKLX_BOTH R log_power(R x, R gamma, R log_base) {
   return x > R(0) ? gamma * (logarithm(x) - log_base) : x - Real<R>::inf;
 }
