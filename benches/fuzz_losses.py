@@ -73,7 +73,7 @@ def problem(rng: np.random.Generator, dtypes: tuple[str, ...]) -> Problem:
         settings["mse_weight"], settings["ce_weight"] = pick.choice([(1.0, 1.0), (20.0, 4.0), (0.0, 1.0), (1.0, 0.0)])
     if name in ("ikl", "gkl"):
         settings["weight_temperature"] = pick.choice(temperatures)
-        add_prior(rng, pick, shape, arrays)
+        add_prior(rng, pick, shape, arrays, np.finfo(compute_dtype).tiny)
     if name == "gkl":
         settings["gamma"] = pick.choice([0.0, 0.5, 1.0, 2.0, 8.0, pick.uniform(0, 3)])
         settings["symmetric"], settings["normalize"] = pick.random() < 0.7, pick.choice(["batch", "batch", "samples"])
@@ -116,8 +116,14 @@ def logits(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...]
     return s, t
 
 
-def add_prior(rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
-    """Add a prior to the arrays, or a prior and labels, or neither."""
+def add_prior(
+    rng: np.random.Generator, pick: random.Random, shape: tuple[int, ...], arrays: dict[str, Any], smallest: float
+) -> None:
+    """Add a prior to the arrays, or a prior and labels, or neither.
+
+    An entry whose quotient by its row's largest is below the smallest normal number counts as 0, or keeps a part of
+    its digits. Such a one is 0 here.
+    """
     kind, classes = pick.choice(["none", "rows", "labels"]), shape[-1]
     if kind == "none":
         return
@@ -125,6 +131,7 @@ def add_prior(rng: np.random.Generator, pick: random.Random, shape: tuple[int, .
     prior = rng.dirichlet(np.full(classes, pick.choice([0.05, 1.0, 100.0])), size)
     prior *= 10.0 ** pick.choice([0, 0, 0, -25, -12, 12, 18, 38, pick.uniform(-25, 38)])
     prior[rng.random(prior.shape) < pick.choice([0, 0, 0.3])] = 0.0
+    prior[prior < 2 * smallest * prior.max(axis=-1, keepdims=True)] = 0.0
     if pick.random() < 0.15 and len(prior.shape) > 1:
         prior[0] = 0.0
     arrays["prior"] = prior

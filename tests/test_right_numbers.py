@@ -285,6 +285,16 @@ def test_wmse_of_weight_zero_leaves_nan_of_the_teacher_out_of_its_gradient(backe
     check(backend, dtype, *problems, ("gkl", {"mse_weight": 0.0, "gamma": 0.5}, s, t, {}))
 
 
+def test_undefined_normalizer_reaches_classes_without_weight(backend, dtype):
+    """The teacher's NaN in one sample leaves the batch without a normaliser, and so without gradients of the wMSE."""
+    t = np.asarray([[0.0, -2000.0], [0.0, 0.0], [NAN, 0.0]])
+    s = np.asarray([[NAN, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    wide = backend.array(s, dtype), backend.array(t, dtype)
+    for loss in (gklx.gkl, partial(gklx.gkl, gamma=2.0)):
+        for gradient in backend.wrap(gklx.value_and_grad(loss, (0, 1)))(*wide)[1]:
+            assert np.isnan(backend.numpy(gradient)).all()
+
+
 def test_products_of_a_small_prior_keep_their_digits(backend):
     """A weight times a difference is below the normal numbers, although the weights are not and their scale cancels."""
     rng = np.random.default_rng(5)

@@ -97,10 +97,9 @@ template <class R> struct Rower {
     if (!pass.to_student && !pass.to_teacher) return;
     const R nan = nan_of<R>();
     const Rates<R> rates = rates_of(row, found, 1);
-    const R of_gap = rates.gap == 0 ? R(0) : nan;
+    const R of_gap = scaled(rates.gap, nan);
     for (int64_t j = 0; j < n; ++j) {
-      const bool none = rates.difference == 0 || (w && w[j] == 0 && !is_nan(found.mass));
-      const R difference = none ? R(0) : nan;
+      const R difference = scaled(rates.difference, w && w[j] == 0 && !is_nan(found.mass) ? R(0) : nan);
       scratch.to_s[j] = difference_to_student ? of_gap - difference : of_gap;
       scratch.to_t[j] = difference;
     }
