@@ -122,7 +122,7 @@ def add_prior(
     """Add a prior to the arrays, or a prior and labels, or neither.
 
     An entry whose quotient by its row's largest is below the smallest normal number counts as 0, or keeps a part of
-    its digits. Such a one is 0 here.
+    its digits. Such entries are made 0.
     """
     kind, classes = pick.choice(["none", "rows", "labels"]), shape[-1]
     if kind == "none":

@@ -62,7 +62,7 @@ extern "C" void gradients(GIVEN, const RowStatistics *found, ASKED) {
   const Asked a = ASKED_FOR;
   for (int64_t row = 0; row < rows; ++row) {
     const Factors f = with_upstream(a, factors_of(g, a, found[row]), row);
-    const RowStatistics r = careful_for(found[row], f);
+    const RowStatistics r = careful_for(g, found[row], f);
     const bool summed = needs_sums(a, r);
     Sums sums[GROUP];
     for (int lane = 0; lane < GROUP; ++lane) sums[lane] = thread_results(g, a, r, f, summed, row, lane);

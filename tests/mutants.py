@@ -367,7 +367,7 @@ EQUIVALENT: dict[str, str] = {
     "formulas.class_weights: xp.isnan  ->  xp.isinf": (
         "NumPy's priors are read and refused; test_errors_are_the_same_on_every_backend"
     ),
-    "loops.h: wrong |= b;  ->  wrong &= b;": (
+    "loops.h: wrong |= invalid;  ->  wrong &= invalid;": (
         "NumPy's priors are read and refused; test_kernel.py's test_invalid_prior_entry_gives_nan"
     ),
     "row.h: return gamma == R(1) ? base : gamma == R(0) ? R(1) : std::pow(base, gamma);  ->  "

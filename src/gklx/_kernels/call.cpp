@@ -185,15 +185,14 @@ double loss_of(const gklx_call &c, const Row &row, const Totals<double> &totals)
     const double factor = mass_factor(row.mass, base_power(c, base), c.batch_normalized, totals);
     loss += scaled(c.mse_weight * factor, row.loss_mse);
   }
-  if (c.ce_weight != 0) loss += c.ce_weight * row.loss_ce;
-  return loss;
+  return loss + scaled(c.ce_weight, row.loss_ce);
 }
 
 void write_value(const gklx_call &c, const std::vector<Row> &rows, const Totals<double> &totals) {
   double value = 0;
   for (int64_t i = 0; i < c.rows; ++i) {
     const double share = share_of(rows[i].weight, c.reduction == MEAN, c.ranks, totals);
-    const double entry = share == 0 ? 0 : share * loss_of(c, rows[i], totals);
+    const double entry = scaled(share, loss_of(c, rows[i], totals));
     if (c.reduction == NONE) set_real(c, c.value, i, entry);
     value += entry;
   }

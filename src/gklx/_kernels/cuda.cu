@@ -438,13 +438,7 @@ template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, c
 template <bool Careful>
 GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
   Partial x = no_classes(origin);
-  const REAL v = given_weight(g, row);
-  if (v == REAL(0)) return x;
-  // The gradients' factors may overflow. `Careful` then gives 0, and not NaN, where what they multiply is 0.
-  if (!Careful && !(v <= REAL(0x1p40))) {
-    x.size = INF;
-    return x;
-  }
+  if (given_weight(g, row) == REAL(0)) return x;
   const Lines lines = lines_of(g, row);
   const Margins margins = margins_of<Careful>(g);
   if (!Careful) x.seen = VALID;
@@ -764,9 +758,11 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
   return sums;
 }
 
-// A row whose factors overflow goes to the loop that takes care, in which a difference is a quarter of d.
-GKLX_BOTH RowStatistics careful_for(RowStatistics r, const Factors &f) {
-  if (r.careful || !(is_infinite(f.ce) || is_infinite(f.energy))) return r;
+// Where the gradients' factors overflow, `Careful` gives 0, and not NaN, if what they multiply is 0. A row that had no need
+// of it before is moved to its units: there a difference is a quarter of d.
+GKLX_BOTH RowStatistics careful_for(const Given &g, RowStatistics r, const Factors &f) {
+  const bool overflows = is_infinite(f.ce * g.inverse_temperature) || is_infinite(f.energy);
+  if (r.careful || !overflows) return r;
   r.careful = true;
   r.reference = {REAL(0.25) * r.reference.high, REAL(0.25) * r.reference.low};
   r.mean *= REAL(0.25);
@@ -915,7 +911,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, con
   const bool any_summed = __syncthreads_or(summed);
   Sums sums = {{0, 0}, {0, 0}};
   const Factors f = factors[at / GROUP];
-  const RowStatistics r = careful_for(known, f);
+  const RowStatistics r = careful_for(g, known, f);
   if (in) sums = thread_results(g, a, r, f, summed, row, lane);
   if (any_summed) sums = all_merged(sums, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
   if (in && lane == 0) write_losses(g, a, summed ? settled(r, sums) : r, row);

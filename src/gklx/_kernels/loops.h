@@ -46,9 +46,7 @@ template <class R, class Work> void in_chunks(int64_t n, Work work) {
   constexpr Lanes<VECTOR / sizeof(R)> lanes;
   const int64_t whole = VECTOR == 64 ? n - n % lanes : n;
   for (int64_t begin = 0, end; begin < whole; begin = end) work(lanes, begin, end = smaller(begin + CHUNK, whole));
-  if constexpr (VECTOR == 64) {
-    if (whole < n) work(Lanes<16 / sizeof(R)>(), whole, n);
-  }
+  if (whole < n) work(Lanes<16 / sizeof(R)>(), whole, n);
 }
 
 // Where the same classes of the next row lie, which the processor is asked to fetch while it works on this row.
@@ -92,17 +90,17 @@ template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n)
   R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
   Word beyond = 0;
   in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
-    R a = s_top, b = t_top;
-    Word c = 0;
-    SIMD_OF(lanes, reduction(max : a, b) reduction(| : c))
+    R s_max = s_top, t_max = t_top;
+    Word outside = 0;
+    SIMD_OF(lanes, reduction(max : s_max, t_max) reduction(| : outside))
     for (int64_t j = begin; j < end; ++j) {
-      a = s[j] > a ? s[j] : a;
-      b = t[j] > b ? t[j] : b;
-      c |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
+      s_max = s[j] > s_max ? s[j] : s_max;
+      t_max = t[j] > t_max ? t[j] : t_max;
+      outside |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
     }
-    s_top = a;
-    t_top = b;
-    beyond |= c;
+    s_top = s_max;
+    t_top = t_max;
+    beyond |= outside;
   });
   return {s_top, t_top, beyond == 0};
 }
@@ -139,13 +137,13 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
   in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     x.student_ahead.fetch(begin, end);
     x.teacher_ahead.fetch(begin, end);
-    R a = 0, b = 0, c = 0, of_s_reference = s_reference, of_t_reference = t_reference;
-    SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : of_s_reference, of_t_reference))
+    R a = 0, b = 0, c = 0, s_max = s_reference, t_max = t_reference;
+    SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : s_max, t_max))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
         R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
-        of_s_reference = s_here > of_s_reference ? s_here : of_s_reference;
-        of_t_reference = t_here > of_t_reference ? t_here : of_t_reference;
+        s_max = s_here > s_max ? s_here : s_max;
+        t_max = t_here > t_max ? t_here : t_max;
       }
       R z_s = s[j] - s_top, z_t = t[j] - t_top;
       R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
@@ -161,8 +159,8 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
     s_total += double(a);
     t_total += double(b);
     z_student += double(c);
-    s_reference = of_s_reference;
-    t_reference = of_t_reference;
+    s_reference = s_max;
+    t_reference = t_max;
   });
   x.s_total = s_total;
   x.t_total = t_total;
@@ -326,16 +324,16 @@ template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
   R largest = 0;
   Word wrong = 0;
   in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
-    R a = largest;
-    Word b = 0;
-    SIMD_OF(lanes, reduction(max : a) reduction(| : b))
+    R max = largest;
+    Word invalid = 0;
+    SIMD_OF(lanes, reduction(max : max) reduction(| : invalid))
     for (int64_t j = begin; j < end; ++j) {
       R here = x[j];
-      a = here > a ? here : a;
-      b |= here >= R(0) ? Word(0) : Word(1);
+      max = here > max ? here : max;
+      invalid |= here >= R(0) ? Word(0) : Word(1);
     }
-    largest = a;
-    wrong |= b;
+    largest = max;
+    wrong |= invalid;
   });
   return {largest, wrong != 0};
 }
@@ -370,15 +368,15 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       // Two short loops: in one, each exponential would have to wait for its logarithm.
       SIMD_OF(lanes)
       for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_base);
-      R b = largest;
-      SIMD_OF(lanes, reduction(+ : a) reduction(max : b))
+      R max = largest;
+      SIMD_OF(lanes, reduction(+ : a) reduction(max : max))
       for (int64_t j = begin; j < end; ++j) {
         R here = exponential(w[j]);
         w[j] = here;
         a += here;
-        b = here > b ? here : b;
+        max = here > max ? here : max;
       }
-      largest = b;
+      largest = max;
     }
     total += double(a);
   });
