@@ -270,10 +270,10 @@ def main() -> int:
 # Mutants that compute the same, that differ where any outcome is right, or that NumPy does not reach (the test that
 # detects them is named).
 EQUIVALENT: dict[str, str] = {
-    "formulas.uses_energy: student and call.formula.symmetric  ->  student or call.formula.symmetric": (
+    "formulas.uses_energy: asked.student and formula.symmetric  ->  asked.student or formula.symmetric": (
         "what is computed in addition is not used"
     ),
-    "formulas.uses_energy: value and call.formula.decomposed  ->  value or call.formula.decomposed": (
+    "formulas.uses_energy: asked.value and formula.decomposed  ->  asked.value or formula.decomposed": (
         "what is computed in addition is not used"
     ),
     "formulas.uses_energy: False  ->  True  in  return False": "the factor of what is computed in addition is 0",

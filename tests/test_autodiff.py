@@ -11,6 +11,7 @@ from backends import BY_NAME
 from cases import CASES, call, loss_of, on
 from closeness import assert_close, assert_near
 from gklx._autodiff import value_and_gradients
+from gklx._core.call import Asked
 
 pytestmark = pytest.mark.version_dependent_jax
 
@@ -126,14 +127,14 @@ def test_torch_forward_computes_only_the_requested_gradients(torch, monkeypatch,
     asked = []
     evaluate = adapter.evaluate
 
-    def spy(call, *batch, **wanted):
+    def spy(call, wanted, *batch, **given):
         asked.append(wanted)
-        return evaluate(call, *batch, **wanted)
+        return evaluate(call, wanted, *batch, **given)
 
     monkeypatch.setattr(adapter, "evaluate", spy)
     s, t, _ = arguments("torch", CASES[0])
     gklx.gkl(s.requires_grad_(), t).backward()
-    assert asked == [{"value": True, "student": True, "teacher": False}]
+    assert asked == [Asked(value=True, student=True)]
 
 
 def test_torch_terms_are_differentiable(torch):
@@ -240,6 +241,6 @@ def test_numpy_value_and_gradients_come_from_one_pass():
     from gklx.losses import call_builder
 
     s, t, _ = call(CASES[0], "none")
-    result = value_and_gradients(call_builder(gklx.gkl)(s, t), student=True, teacher=False, value=True)
+    result = value_and_gradients(call_builder(gklx.gkl)(s, t), Asked(value=True, student=True))
     assert result.teacher is None
     assert_near(result.value, gklx.gkl(s, t), "float64", ulps=0)

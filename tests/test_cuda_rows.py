@@ -23,7 +23,9 @@ from backends import BY_NAME
 from cases import CASES, MASKS, Case, call, loss_of, on
 from closeness import assert_near, ulps_of
 from gklx._core.batch import uses_batch
+from gklx._core.call import Asked
 from gklx._run import blocks, cuda, cuda_launch, dispatch
+from gklx._run.sample_losses import sample_losses
 from gklx.transforms import _unwrapped as call_builder
 from test_precision import MANY, logits, scale_of
 
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.cuda_kernels
 
 HERE = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parents[1] / "_kernels"
+ALL = Asked(value=True, student=True, teacher=True)
 ALL_CASES = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -113,12 +116,11 @@ def compare(on_cpu, case, dtype, s, t, given, ulps, reduction="mean", dtypes=Non
     upstream = np.asarray(1.7, dtype=own.dtype)
     if reduction == "none":
         upstream = np.linspace(0.3, 2.0, int(np.prod(s.shape[:-1])), dtype=own.dtype).reshape(s.shape[:-1])
-    asked = {"value": True, "student": True, "teacher": True, "upstream": upstream}
     with np.errstate(all="ignore"):
-        found = cuda.evaluate(own, device=on_cpu, **asked)
+        found = cuda.evaluate(own, ALL, upstream=upstream, device=on_cpu)
         wide = {name: x.astype("float64") if x.dtype.kind == "f" else x for name, x in given.items()}
         exact = call_of(case, s.astype("float64"), t.astype("float64"), wide, reduction)
-        expected = blocks.evaluate(exact, **asked | {"upstream": upstream.astype("float64")})
+        expected = blocks.evaluate(exact, ALL, upstream=upstream.astype("float64"))
     computed = np.dtype(own.dtype).name
     assert_near(np.asarray(found.value, dtype="float64"), expected.value, computed, ulps=4 * ulps, by="entry")
     for one, other, name in ((found.student, expected.student, s), (found.teacher, expected.teacher, t)):
@@ -282,9 +284,8 @@ def test_invalid_prior_entry_gives_nan(on_cpu, gamma, entry):
     prior = given["prior"].copy()
     prior[1, 2] = prior[2, 3] = entry
     own = own._replace(arrays=own.arrays._replace(prior=prior))
-    asked = {"value": True, "student": True, "teacher": True}
     with np.errstate(all="ignore"):
-        found, expected = cuda.evaluate(own, device=on_cpu, **asked), blocks.evaluate(own, **asked)
+        found, expected = cuda.evaluate(own, ALL, device=on_cpu), blocks.evaluate(own, ALL)
     assert np.isnan(found.value).tolist() == [False, True, False, False, False]
     for one, other in zip(found[:3], expected[:3], strict=True):
         assert_near(one, other, "float64", ulps=64)
@@ -297,7 +298,7 @@ def test_invalid_label_gives_nan(on_cpu):
         bad = np.where(np.arange(5) == 2, label, given["labels"])
         own = call_of(case, s, t, given, "none")
         own = own._replace(arrays=own.arrays._replace(labels=bad), formula=own.formula._replace(batch_normalized=False))
-        found = cuda.evaluate(own, device=on_cpu, value=True, student=True, teacher=True)
+        found = cuda.evaluate(own, ALL, device=on_cpu)
         assert np.isnan(found.value).tolist() == [False, False, True, False, False]
         for gradient in found[1:3]:
             assert np.isnan(gradient).all(axis=-1).tolist() == [False, False, True, False, False]
@@ -307,14 +308,13 @@ def test_invalid_label_gives_nan(on_cpu):
 def test_only_the_requested_results_are_computed(on_cpu):
     case = next(case for case in CASES if case.id == "gkl")
     own = call_of(case, *call(case, "none"))
-    for asked in ({"value": True}, {"student": True}, {"teacher": True}):
-        found = cuda.evaluate(own, device=on_cpu, **asked)
-        made = {name for name in ("value", "student", "teacher") if getattr(found, name) is not None}
-        assert made == set(asked)
-    known = cuda.evaluate(own, device=on_cpu, value=True).batch
+    for asked in (Asked(value=True), Asked(student=True), Asked(teacher=True)):
+        found = cuda.evaluate(own, asked, device=on_cpu)
+        assert [x is not None for x in found[:3]] == list(asked)
+    known = cuda.evaluate(own, Asked(value=True), device=on_cpu).batch
     half = own._replace(arrays=own.arrays._replace(student=own.arrays.student[:2], teacher=own.arrays.teacher[:2]))
-    part = cuda.evaluate(half, known, device=on_cpu, student=True).student
-    assert_near(part, blocks.evaluate(own, student=True).student[:2], "float64", ulps=16)
+    part = cuda.evaluate(half, Asked(student=True), known, device=on_cpu).student
+    assert_near(part, blocks.evaluate(own, Asked(student=True)).student[:2], "float64", ulps=16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -331,10 +331,10 @@ def test_sample_losses_agree_with_the_formulas(on_cpu, monkeypatch, case, mask, 
     wide = {name: x.astype("float64") if x.dtype.kind == "f" else x for name, x in given.items()}
     monkeypatch.setattr(dispatch.rows, "serves", lambda call: False)
     with np.errstate(all="ignore"):
-        exact = dispatch.sample_losses([call_of(case, s.astype("float64"), t.astype("float64"), wide)])
+        exact = sample_losses([call_of(case, s.astype("float64"), t.astype("float64"), wide)])
         monkeypatch.setattr(cuda, "serves", lambda call: True)
         monkeypatch.setattr(cuda, "samples", partial(cuda.samples, device=on_cpu))
-        found = dispatch.sample_losses([own])
+        found = sample_losses([own])
     assert found.has_valid.tolist() == exact.has_valid.tolist()
     assert found.undefined.tolist() == exact.undefined.tolist()
     assert exact.undefined.tolist() == [False, mask == "none", mask == "none", False, False]
@@ -405,21 +405,21 @@ def test_kl_of_close_rows_keeps_its_digits(on_cpu, size):
     t = (3 * rng.standard_normal((50, 1_000))).astype("float32")
     s = (t + size * rng.standard_normal(t.shape)).astype("float32")
     kl = CASES[0]
-    found = cuda.evaluate(call_of(kl, s, t, {}, "none"), device=on_cpu, value=True).value
+    found = cuda.evaluate(call_of(kl, s, t, {}, "none"), Asked(value=True), device=on_cpu).value
     exact = gklx.kl(s.astype("float64"), t.astype("float64"), reduction="none")
     assert (abs(found - exact) / exact).max() < 2e-6 / size
     assert (found >= 0).all()
-    assert (cuda.evaluate(call_of(kl, t, t, {}, "none"), device=on_cpu, value=True).value == 0).all()
+    assert (cuda.evaluate(call_of(kl, t, t, {}, "none"), Asked(value=True), device=on_cpu).value == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-12, 1e12, 1e30])
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in ("gkl-prior", "gkl-rows")], ids=lambda c: c.id)
 def test_scale_of_a_prior_cancels(on_cpu, case, scale):
     s, t, given = call(case, "samples")
-    expected = blocks.evaluate(call_of(case, s, t, given), value=True, student=True)
+    expected = blocks.evaluate(call_of(case, s, t, given), Asked(value=True, student=True))
     small = {**given, "prior": (scale * given["prior"]).astype("float32")}
     own = call_of(case, s.astype("float32"), t.astype("float32"), small)
-    found = cuda.evaluate(own, device=on_cpu, value=True, student=True)
+    found = cuda.evaluate(own, Asked(value=True, student=True), device=on_cpu)
     assert_near(float(found.value), expected.value, "float32", ulps=64)
     assert_near(found.student.astype("float64"), expected.student, "float32", ulps=64)
 
@@ -435,7 +435,7 @@ def test_power_of_an_underflowing_probability_is_kept(on_cpu):
 @ALL_CASES
 def test_masked_classes_have_gradient_positive_zero(on_cpu, case):
     s, t, given = call(case, "elements")
-    found = cuda.evaluate(call_of(case, s, t, given), device=on_cpu, student=True, teacher=True)
+    found = cuda.evaluate(call_of(case, s, t, given), Asked(student=True, teacher=True), device=on_cpu)
     for gradient in found[1:3]:
         outside = gradient[~given["where"]]
         assert (outside == 0).all()
@@ -616,7 +616,7 @@ def test_tensors_of_any_layout_reach_the_kernels(torch_on_kernels):
     assert pairs[4][0].is_neg()
     for student, teacher in pairs:
         call = call_builder(gklx.gkl)(student, teacher, reduction="sum")
-        found = cuda.evaluate(call, value=True, student=True, teacher=True)
+        found = cuda.evaluate(call, ALL)
         exact = gklx.value_and_grad(partial(gklx.gkl, reduction="sum"), (0, 1))(
             student.detach().double(), teacher.detach().double()
         )
@@ -638,15 +638,10 @@ def test_labels_priors_and_masks_of_other_dtypes_are_converted(torch_on_kernels)
     own = {name: torch.tensor(x) for name, x in given.items()}
     own |= {"labels": own["labels"].to(torch.int32), "prior": own["prior"].T.contiguous().T.double()}
     own["sample_weight"] = torch.arange(5)
-    found = cuda.evaluate(
-        call_builder(loss_of(case))(torch.tensor(s).float(), torch.tensor(t).float(), **own),
-        value=True,
-        student=True,
-        teacher=True,
-    )
+    found = cuda.evaluate(call_builder(loss_of(case))(torch.tensor(s).float(), torch.tensor(t).float(), **own), ALL)
     given["sample_weight"] = np.arange(5.0)
     with np.errstate(all="ignore"):
-        exact = blocks.evaluate(call_of(case, s, t, given), value=True, student=True, teacher=True)
+        exact = blocks.evaluate(call_of(case, s, t, given), ALL)
     for one, other in zip(found[:3], exact[:3], strict=True):
         assert_near(np.asarray(one.double()), other, "float32", ulps=64)
 
@@ -680,7 +675,7 @@ def test_launching_moves_and_reads_no_values(case, mask):
     for reduction in ("mean", "sum", "none"):
         with OnlyMetaTensors():
             own = call_builder(loss_of(case, reduction=reduction))(s, t, **given)
-            found = cuda.evaluate(own, device=device, value=True, student=True, teacher=True)
+            found = cuda.evaluate(own, ALL, device=device)
         assert found.value.shape == ((5,) if reduction == "none" else ())
         assert started == ["statistics", *(["batch"] if uses_batch(own) else []), "gradients"]
         started.clear()
@@ -803,8 +798,8 @@ def test_on_a_gpu_kernels_agree_with_the_formulas(case, mask, library):
 
     own = call_builder(loss_of(case))(put(s), put(t), **{name: put(x) for name, x in given.items()})
     assert cuda.serves(own)
-    found = cuda.evaluate(own, value=True, student=True, teacher=True)
-    expected = blocks.evaluate(own, value=True, student=True, teacher=True)
+    found = cuda.evaluate(own, ALL)
+    expected = blocks.evaluate(own, ALL)
     for one, other in zip(found[:3], expected[:3], strict=True):
         one, other = (np.asarray(x.get() if library == "cupy" else x.cpu(), dtype="float64") for x in (one, other))
         assert_near(one, other, "float32", ulps=128)

@@ -11,7 +11,7 @@ import backends
 import dumps
 import gklx
 from gklx._cli import main
-from gklx._run.dispatch import sample_losses
+from gklx._run.sample_losses import sample_losses
 from gklx._scoring import memory, statistics
 from gklx._scoring.gates import parsed_gate
 from gklx._scoring.samples import overlaps

@@ -263,8 +263,8 @@ def test_a_fault_of_the_kernel_in_jax(few, monkeypatch):
 
     true_evaluate = xla.evaluate
 
-    def evaluate(call, **asked):
-        found = true_evaluate(call, **asked)
+    def evaluate(call, asked):
+        found = true_evaluate(call, asked)
         if not cpu.serves_jax():
             return found
         return found._replace(value=None if found.value is None else found.value * (1 + 1e-4))
@@ -311,8 +311,8 @@ def test_a_sign_in_the_gradient_of_one_library(few, monkeypatch, of):
     if of == "analytic":
         true = gklx._autodiff.value_and_gradients
 
-        def flipped(problem, **asked):
-            found = true(problem, **asked)
+        def flipped(problem, asked):
+            found = true(problem, asked)
             if library_of(problem.arrays.student).backend != "torch" or found.teacher is None:
                 return found
             return found._replace(teacher=-found.teacher)
@@ -525,13 +525,14 @@ def test_command(few, capsys, format_):
     assert err.startswith("gklx: error: backends must be among numpy, torch, ")
 
 
+@pytest.mark.long
 @pytest.mark.side_by_side
 @pytest.mark.together
 @pytest.mark.parametrize("library", ["dask", "jax", "torch", "array_api_strict", "numpy"])
 def test_command_finds_no_fault_in_any_case(library):
-    """A test each: the first three take a minute or two, and do not wait for one another."""
+    """A test each: those of PyTorch and JAX take half a minute."""
     backends.needs(library)
-    flags = os.environ["XLA_FLAGS"].replace(backends.EIGHT_DEVICES, "")
+    flags = os.environ["XLA_FLAGS"].replace(backends.EIGHT_DEVICES, "").strip()
     command = [sys.executable, "-m", "gklx", "verify", "--backend", library]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "XLA_FLAGS": flags})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 import numpy as np
 
 from . import _autodiff
-from ._core.call import Array, Call
+from ._core.call import Array, Asked, Call
 from ._core.checks import whole_number
 from ._generic import ArrayT, TupleGeneric
 from .losses import call_builder, kl
@@ -223,6 +223,6 @@ def _evaluate(call: Call, numbers: tuple[int, ...], *, value: bool) -> tuple[Arr
     """The value, if wanted, and the gradients in the order of `numbers`, each in its logits' dtype."""
     if call.reduction == "none":
         raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
-    result = _autodiff.value_and_gradients(call, student=0 in numbers, teacher=1 in numbers, value=value)
+    result = _autodiff.value_and_gradients(call, Asked(value, 0 in numbers, 1 in numbers))
     found = (result.student, result.teacher)
     return result.value, tuple(found[n] for n in numbers)

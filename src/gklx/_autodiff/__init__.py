@@ -4,13 +4,13 @@ Each module offers three functions:
 
     tracks(call) -> bool     could the library be differentiating through the call's logits?
     attach(call) -> value    the loss, with the analytic gradients registered as its derivative
-    with_gradients(call, value=, student=, teacher=) -> Result
+    with_gradients(call, asked) -> Result
                              as `evaluate`, the value as from `attach`
 """
 
 from types import ModuleType
 
-from .._core.call import Array, Call, Result
+from .._core.call import Array, Asked, Call, Result
 from .._core.libraries import Library
 from .._run.dispatch import evaluate
 
@@ -20,14 +20,14 @@ def value(call: Call) -> Array:
     adapter = _adapter(call.library)
     if adapter is not None and adapter.tracks(call):
         return adapter.attach(call)
-    return evaluate(call, value=True).value
+    return evaluate(call, Asked(value=True)).value
 
 
-def value_and_gradients(call: Call, *, student: bool, teacher: bool, value: bool) -> Result:
+def value_and_gradients(call: Call, asked: Asked) -> Result:
     """Value and gradients in one evaluation; a value that may be differentiated again is attached as in `value`."""
     adapter = _adapter(call.library)
     compute = adapter.with_gradients if adapter is not None and adapter.tracks(call) else evaluate
-    found: Result = compute(call, value=value, student=student, teacher=teacher)
+    found: Result = compute(call, asked)
     return found
 
 

@@ -39,11 +39,11 @@ def attach(call: Call) -> Array:
     return _loss(plan, call.arrays.student, call.arrays.teacher, rest)
 
 
-def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> Result:
+def with_gradients(call: Call, asked: Asked) -> Result:
     """As `evaluate`, all of it differentiable again."""
     plan, rest = _separated(call)
     s, t = call.arrays.student, call.arrays.teacher
-    found, to_student, to_teacher = _with_gradients(plan, Asked(value, student, teacher), s, t, rest)
+    found, to_student, to_teacher = _with_gradients(plan, asked, s, t, rest)
     return Result(
         found,
         None if to_student is None else to_student.astype(s.dtype),
@@ -67,7 +67,7 @@ def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
-    return _evaluated(plan, Asked(value=True, student=False, teacher=False), student, teacher, rest).value
+    return _evaluated(plan, Asked(value=True), student, teacher, rest).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
@@ -92,7 +92,7 @@ def _with_gradients(plan: _Plan, asked: Asked, student: Array, teacher: Array, r
 
 def _evaluated(plan: _Plan, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
     call = _call(plan, student, teacher, rest)
-    return (xla.evaluate if xla.serves(call) else blocks.evaluate)(call, **asked._asdict())
+    return (xla.evaluate if xla.serves(call) else blocks.evaluate)(call, asked)
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
@@ -102,7 +102,7 @@ def _with_gradients_jvp(plan: _Plan, asked: Asked, primals: Any, tangents: Any) 
 
     def apart(student: Array, teacher: Array) -> tuple[Any, ...]:
         call = _call(plan, student, teacher, rest)
-        found = blocks.evaluate(call, student=asked.student, teacher=asked.teacher)
+        found = blocks.evaluate(call, asked._replace(value=False))
         return _loss(plan, student, teacher, rest) if asked.value else None, found.student, found.teacher
 
     directions = (jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x for x in d_logits)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._core.batch import Batch
-from .._core.call import Arrays, Call, Result
+from .._core.call import Arrays, Asked, Call, Result
 from .._run.dispatch import evaluate, kernel_of
 
 _NOT_ARRAYS = 1  # arguments of the functions before the arrays: the call
@@ -41,15 +41,15 @@ def attach(call: Call) -> torch.Tensor:
     return value
 
 
-def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> Result:
+def with_gradients(call: Call, asked: Asked) -> Result:
     """As `evaluate`, the value as from `attach`."""
     if torch.compiler.is_compiling():
         from . import torch_operator
 
         if torch_operator.serves(call):
-            return torch_operator.with_gradients(call, value=value, student=student, teacher=teacher)
-    found = evaluate(call, student=student, teacher=teacher)
-    return found._replace(value=attach(call)) if value else found
+            return torch_operator.with_gradients(call, asked)
+    found = evaluate(call, asked._replace(value=False))
+    return found._replace(value=attach(call)) if asked.value else found
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Loss(torch.autograd.Function):
     # By name: PyTorch's compiler tells by their number whether the forward pass takes a context.
     @staticmethod
     def forward(plan: _Plan, student: Any, teacher: Any, prior: Any, labels: Any, weight: Any, where: Any) -> Any:
-        found = evaluate(_on(plan.call, (student, teacher, prior, labels, weight, where)), value=True)
+        found = evaluate(_on(plan.call, (student, teacher, prior, labels, weight, where)), Asked(value=True))
         return found.value, *(found.batch or ())
 
     @staticmethod
@@ -132,12 +132,12 @@ class _EagerLoss(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *arrays: Any) -> Any:
         student, teacher, dtype = call.arrays.student, call.arrays.teacher, call.dtype
         ahead = student.is_cpu or kernel_of(call) != "cuda"  # a CPU need not ask
-        found = evaluate(
-            call,
+        asked = Asked(
             value=True,
             student=ahead and ctx.needs_input_grad[1] and student.dtype == dtype,
             teacher=ahead and ctx.needs_input_grad[2] and teacher.dtype == dtype,
         )
+        found = evaluate(call, asked)
         ctx.call, ctx.batch, ctx.statistics = _without_arrays(call), found.batch, found.statistics
         ctx.set_materialize_grads(False)
         # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
@@ -202,7 +202,7 @@ def _gradients(
     call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None, statistics: Any = None
 ) -> list[Any]:
     """The gradients that are asked for, in their logits' dtypes."""
-    found = evaluate(call, batch, student=wanted[0], teacher=wanted[1], upstream=upstream, statistics=statistics)
+    found = evaluate(call, Asked(False, *wanted), batch, upstream=upstream, statistics=statistics)
     return [found.student, found.teacher]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import array_api_compat.torch as xp
 import torch
 
-from .._core.call import Arrays, Call, Formula, Numbers, Result, are_static
+from .._core.call import Arrays, Asked, Call, Formula, Numbers, Result, are_static
 from .._core.libraries import library_named
 from .._run.dispatch import evaluate
 
@@ -44,14 +44,16 @@ def attach(call: Call) -> torch.Tensor:
     return value
 
 
-def with_gradients(call: Call, *, value: bool, student: bool, teacher: bool) -> Result:
+def with_gradients(call: Call, asked: Asked) -> Result:
     """As `evaluate`, the value as from `attach`."""
     arrays = call.arrays._replace(student=call.arrays.student.detach(), teacher=call.arrays.teacher.detach())
     _, to_student, to_teacher = _in_graph(
-        tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, False, student, teacher
+        tuple(call.formula), tuple(call.numbers), call.reduction, *arrays, False, asked.student, asked.teacher
     )
     return Result(
-        attach(call) if value else None, to_student if student else None, to_teacher if teacher else None, None
+        attach(call) if asked.value else None,
+        to_student if asked.student else None,
+        to_teacher if asked.teacher else None,
     )
 
 
@@ -92,7 +94,7 @@ def _loss(
     arrays = Arrays(student, teacher, prior, labels, sample_weight, where)
     found_numbers = Numbers(*(numbers if opened is None else opened.tolist()))
     call = Call(_PYTORCH, xp, _dtype(student, teacher), Formula(*formula), reduction, found_numbers, arrays, None)  # type: ignore[arg-type]
-    found = evaluate(call, value=asked[0], student=asked[1], teacher=asked[2], upstream=upstream)
+    found = evaluate(call, Asked(*asked), upstream=upstream)
     return tuple(
         like.new_empty(0) if x is None else x.contiguous()
         for x, like in zip((found.value, found.student, found.teacher), (student, student, teacher), strict=True)

@@ -101,10 +101,10 @@ class Call(NamedTuple):
 class Asked(NamedTuple):
     """Which results an evaluation is to make."""
 
-    value: bool
-    student: bool
+    value: bool = False
+    student: bool = False
     """The gradient with respect to the student's logits."""
-    teacher: bool
+    teacher: bool = False
     """The gradient with respect to the teacher's logits."""
 
 

@@ -25,7 +25,7 @@ mathematically infinite is infinite and never inf - inf.
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from .call import Array, Call, Number, is_static
+from .call import Array, Asked, Call, Number, is_static
 
 
 class Softmax(NamedTuple):
@@ -317,8 +317,9 @@ def scaled(xp: ModuleType, factor: Array, x: Array) -> Array:
     return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)
 
 
-def uses_energy(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> bool:
+def uses_energy(call: Call, asked: Asked) -> bool:
     """Whether the wMSE, or KL's gradient to the teacher, has a part in what is asked for."""
     if is_static(call.numbers.mse_weight, 0.0):
         return False
-    return teacher or (student and call.formula.symmetric) or (value and call.formula.decomposed)
+    formula = call.formula
+    return asked.teacher or (asked.student and formula.symmetric) or (asked.value and formula.decomposed)

@@ -12,39 +12,31 @@ from types import EllipsisType
 from .._core import batch as batches
 from .._core import formulas
 from .._core.batch import Batch
-from .._core.call import Array, Call, Result
+from .._core.call import Array, Asked, Call, Result
 
 _Block = tuple[slice | EllipsisType, ...]
 
 
-def evaluate(
-    call: Call,
-    shared: Batch | None = None,
-    *,
-    value: bool = False,
-    student: bool = False,
-    teacher: bool = False,
-    upstream: Array | None = None,
-) -> Result:
+def evaluate(call: Call, asked: Asked, shared: Batch | None = None, *, upstream: Array | None = None) -> Result:
     """As `dispatch.evaluate`."""
     if shared is None and batches.uses_batch(call):
         shared = batches.over_ranks(call, batch(call))
     blocks = list(_blocks(call))
     if len(blocks) == 1:
-        return _evaluated(call, shared, value, student, teacher, upstream)
+        return _evaluated(call, asked, shared, upstream)
     xp, arrays = call.xp, call.arrays
-    to_student = xp.empty_like(arrays.student) if student else None
-    to_teacher = xp.empty_like(arrays.teacher) if teacher else None
+    to_student = xp.empty_like(arrays.student) if asked.student else None
+    to_teacher = xp.empty_like(arrays.teacher) if asked.teacher else None
     values = []
     for block in blocks:
         own = upstream[block] if upstream is not None and call.reduction == "none" else upstream
-        found = _evaluated(_part(call, block), shared, value, student, teacher, own)
+        found = _evaluated(_part(call, block), asked, shared, own)
         if to_student is not None:
             to_student[block] = found.student
         if to_teacher is not None:
             to_teacher[block] = found.teacher
         values.append(found.value)
-    return Result(_joined(call, values) if value else None, to_student, to_teacher, shared)
+    return Result(_joined(call, values) if asked.value else None, to_student, to_teacher, shared)
 
 
 def batch(call: Call) -> Batch:
@@ -59,27 +51,25 @@ def _batch_of(call: Call) -> Batch:
     return batches.batch_of(call, v, weights)
 
 
-def _evaluated(
-    call: Call, shared: Batch | None, value: bool, student: bool, teacher: bool, upstream: Array | None
-) -> Result:
+def _evaluated(call: Call, asked: Asked, shared: Batch | None, upstream: Array | None) -> Result:
     """All rows of a call at once."""
     xp, arrays = call.xp, call.arrays
     rows = formulas.rows_of(call)
     weights = around = None
-    if formulas.uses_energy(call, value=value, student=student, teacher=teacher):
+    if formulas.uses_energy(call, asked):
         weights = formulas.class_weights(call, rows)
         around = formulas.deviations(call, rows, weights)
     v = formulas.sample_weights(call.xp, call.arrays.sample_weight, rows.has_valid, call.dtype)
     loss = to_student = to_teacher = None
-    if value:
+    if asked.value:
         of = formulas.samples(call, rows, weights, around)
         loss = formulas.value_of(call, of, batches.factors_of(call, v, weights, shared))
         loss = xp.astype(loss, call.dtype, copy=False)  # NumPy 1 widens a single sample's numbers
     factors = batches.factors_of(call, v, weights, shared, upstream)
-    if student:
+    if asked.student:
         to_student = formulas.student_gradient(call, rows, around, factors)
         to_student = xp.astype(to_student, arrays.student.dtype, copy=False)
-    if teacher:
+    if asked.teacher:
         to_teacher = formulas.teacher_gradient(call, rows, around, factors)
         to_teacher = xp.astype(to_teacher, arrays.teacher.dtype, copy=False)
     return Result(loss, to_student, to_teacher, shared)

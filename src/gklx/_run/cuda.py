@@ -14,7 +14,7 @@ import numpy as np
 
 from .._core import batch as batches
 from .._core.batch import Batch
-from .._core.call import Array, Call, Result, are_static
+from .._core.call import Array, Asked, Call, Result, are_static
 from .._core.libraries import dtype_name
 from . import cpu, cuda_launch, rows
 from .cuda_launch import THREADS, Device, Options
@@ -48,11 +48,9 @@ def serves(call: Call) -> bool:
 
 def evaluate(
     call: Call,
+    asked: Asked,
     shared: Batch | None = None,
     *,
-    value: bool = False,
-    student: bool = False,
-    teacher: bool = False,
     upstream: Array | None = None,
     statistics: Array | None = None,
     device: Device | None = None,
@@ -65,9 +63,9 @@ def evaluate(
         statistics = run.statistics()
     if shared is None and batches.uses_batch(call):
         shared = batches.over_ranks(call, run.batch(statistics))
-    loss = device.empty(arrays.student.shape[:-1], call.dtype) if value else None
-    to_student = device.empty(arrays.student.shape, arrays.student.dtype) if student else None
-    to_teacher = device.empty(arrays.teacher.shape, arrays.teacher.dtype) if teacher else None
+    loss = device.empty(arrays.student.shape[:-1], call.dtype) if asked.value else None
+    to_student = device.empty(arrays.student.shape, arrays.student.dtype) if asked.student else None
+    to_teacher = device.empty(arrays.teacher.shape, arrays.teacher.dtype) if asked.teacher else None
     run.results(statistics, shared, upstream, loss=loss, to_student=to_student, to_teacher=to_teacher)
     if loss is not None and call.reduction != "none":
         loss = call.xp.sum(loss)

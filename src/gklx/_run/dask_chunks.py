@@ -42,32 +42,31 @@ class _Value(NamedTuple):
     mse: Array | None
 
 
-def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
+def evaluate(call: Call, asked: Asked) -> Result:
     """As `dispatch.evaluate`: graphs."""
     s, t = call.arrays.student, call.arrays.teacher
     plan = _Plan(call.formula, call.reduction, call.numbers, np.dtype(call.dtype).name, cpu.kernel_allowed())
     of_rows, of_logits, given = tuple(range(s.ndim - 1)), tuple(range(s.ndim)), _with_axes(call.arrays)
-    if batches.uses_batch(call) and not (student or teacher):
+    if batches.uses_batch(call) and not (asked.student or asked.teacher):
         return Result(_value(call, plan, given), None, None)
     shared: list[Any] = [None, None]  # the sums over the batch and their axes, as `blockwise` takes them
     if batches.uses_batch(call):
         parts = _tasks(partial(_batch, plan), of_rows, *given, concatenate=True)
         shared = [_tasks(partial(_merged, plan), (), parts, of_rows, concatenate=False), ()]
-    asked = partial(_evaluated, plan, Asked(value, student, teacher))
-    found = _tasks(asked, of_rows, *shared, *given, concatenate=True)
+    found = _tasks(partial(_evaluated, plan, asked), of_rows, *shared, *given, concatenate=True)
 
     def result(number: int, axes: tuple[int, ...], dtype: Any) -> Array:
         made = dict.fromkeys(axes[len(of_rows) :], s.shape[-1])
         return _tasks(itemgetter(number), axes, found, of_rows, like=s, dtype=dtype, new_axes=made)
 
     loss = None
-    if value and call.reduction == "none":
+    if asked.value and call.reduction == "none":
         loss = result(0, of_rows, call.dtype)
-    elif value:
+    elif asked.value:
         values = _tasks(itemgetter(0), of_rows, found, of_rows)
         loss = _tasks(_total, (), values, of_rows, concatenate=False, like=s, dtype=call.dtype)
-    to_student = _chunked_as(s, result(1, of_logits, s.dtype)) if student else None
-    to_teacher = _chunked_as(t, result(2, of_logits, t.dtype)) if teacher else None
+    to_student = _chunked_as(s, result(1, of_logits, s.dtype)) if asked.student else None
+    to_teacher = _chunked_as(t, result(2, of_logits, t.dtype)) if asked.teacher else None
     return Result(loss, to_student, to_teacher)
 
 
@@ -148,10 +147,10 @@ def _batch_of(plan: _Plan, call: Call) -> Batch:
 
 def _result_of(plan: _Plan, call: Call, shared: Batch | None, asked: Asked) -> Result:
     if plan.kernel and rows.serves(call):
-        return rows.evaluate(call, shared, threads=1, **asked._asdict())
+        return rows.evaluate(call, asked, shared, threads=1)
     if plan.kernel and cuda.serves(call):
-        return cuda.evaluate(call, shared, **asked._asdict())
-    return blocks.evaluate(call, shared, **asked._asdict())
+        return cuda.evaluate(call, asked, shared)
+    return blocks.evaluate(call, asked, shared)
 
 
 def _batch(plan: _Plan, *arrays: Any) -> Batch:
@@ -174,7 +173,7 @@ def _value_alone(plan: _Plan, *arrays: Any) -> _Value:
 
     def value(**numbers: float) -> Array:
         some = call._replace(numbers=call.numbers._replace(**numbers))
-        return _result_of(plan, some, own, Asked(value=True, student=False, teacher=False)).value
+        return _result_of(plan, some, own, Asked(value=True)).value
 
     if not batches.uses_batch_mass(call):
         return _Value(own, value(), None)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .._core.batch import Batch, over_ranks, uses_batch
-from .._core.call import Array, Call, Result, are_static
+from .._core.call import Array, Asked, Call, Result, are_static
 from .._core.libraries import Library, dtype_name
 from . import cpu
 
@@ -62,11 +62,9 @@ def serves(call: Call) -> bool:
 
 def evaluate(
     call: Call,
+    asked: Asked,
     shared: Batch | None = None,
     *,
-    value: bool = False,
-    student: bool = False,
-    teacher: bool = False,
     upstream: Array | None = None,
     threads: int | None = None,
 ) -> Result:
@@ -81,14 +79,14 @@ def evaluate(
         request.totals = given.ctypes.data
         request.ranks = 1 if call.ranks is None else call.ranks.size
     found = to_student = to_teacher = None
-    if value:
+    if asked.value:
         shape = arrays.student.shape[:-1] if call.reduction == "none" else ()
         found = host.empty(shape, call.dtype, arrays.student)
         request.value = host.address(found)
-    if student:
+    if asked.student:
         to_student = host.empty_like(arrays.student)
         request.to_student = host.address(to_student)
-    if teacher:
+    if asked.teacher:
         to_teacher = host.empty_like(arrays.teacher)
         request.to_teacher = host.address(to_teacher)
     if upstream is not None:

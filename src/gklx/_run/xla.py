@@ -15,15 +15,16 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from .._core.call import Array, Arrays, Call, Formula, Numbers, Reduction, Result, are_static
+from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Reduction, Result, are_static
 from .._core.libraries import library_named
 from . import blocks, cpu
 
 _LIBRARY = library_named("jax")
 _TARGET = "gklx_rows"
 _OPTIONAL = Arrays._fields[2:]
-_PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}  # the bits that jax_ffi.cpp names
-_ASKED = {"value": 1, "student": 2, "teacher": 4}
+# The bits that jax_ffi.cpp names.
+_PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}
+_ASKED = (1, 2, 4)
 
 
 class _Plan(NamedTuple):
@@ -32,7 +33,7 @@ class _Plan(NamedTuple):
     formula: Formula
     reduction: Reduction
     present: tuple[str, ...]
-    asked: tuple[str, ...]
+    asked: Asked
     threads: int
     """How many the kernel may use; 0 where the formulas run."""
 
@@ -50,19 +51,18 @@ def is_traced(call: Call) -> bool:
     return any(isinstance(x, jax.core.Tracer) for x in (*call.arrays, *call.numbers))
 
 
-def evaluate(call: Call, *, value: bool = False, student: bool = False, teacher: bool = False) -> Result:
+def evaluate(call: Call, asked: Asked) -> Result:
     """As `dispatch.evaluate`, the gradients in the dtype computed in."""
-    asked = [name for name, wanted in zip(_ASKED, (value, student, teacher), strict=True) if wanted]
-    if not asked:
+    if not any(asked):
         return Result(None, None, None)
     given = call.arrays
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
     threads = cpu.threads() if _has_kernel() else 0
-    plan = _Plan(call.formula, call.reduction, tuple(present), tuple(asked), threads)
+    plan = _Plan(call.formula, call.reduction, tuple(present), asked, threads)
     numbers = np.asarray(call.numbers, call.dtype) if are_static(call.numbers) else _stacked(call)
     run = _run if is_traced(call) else _compiled
-    found = run(plan, given.student, given.teacher, numbers, *(getattr(given, name) for name in present))
-    return Result(**({"value": None, "student": None, "teacher": None} | dict(zip(asked, found, strict=True))))
+    found = iter(run(plan, given.student, given.teacher, numbers, *(getattr(given, name) for name in present)))
+    return Result(*(next(found) if wanted else None for wanted in asked))
 
 
 def _stacked(call: Call) -> Array:
@@ -90,15 +90,17 @@ def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Arra
         **dict(zip(plan.present, optional, strict=True))
     )
     call = Call(_LIBRARY, jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
-    value, to_student, to_teacher = (name in plan.asked for name in _ASKED)
-    found = blocks.evaluate(call, value=value, student=to_student, teacher=to_teacher)
-    return [getattr(found, name) for name in plan.asked]
+    return _wanted(plan, blocks.evaluate(call, plan.asked)[:3])
 
 
 def _shapes(student: Any, teacher: Any, numbers: Any, *_: Any, plan: _Plan) -> list[Any]:
-    shapes = {"value": student.shape[:-1] if plan.reduction == "none" else (), "student": student.shape}
-    shapes["teacher"] = teacher.shape
-    return [jax.core.ShapedArray(shapes[name], student.dtype) for name in plan.asked]
+    shape = student.shape[:-1] if plan.reduction == "none" else ()
+    shapes = _wanted(plan, (shape, student.shape, teacher.shape))
+    return [jax.core.ShapedArray(each, student.dtype) for each in shapes]
+
+
+def _wanted(plan: _Plan, results: tuple[Any, Any, Any]) -> list[Any]:
+    return [x for x, wanted in zip(results, plan.asked, strict=True) if wanted]
 
 
 def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
@@ -109,7 +111,7 @@ def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
     attributes = {
         **plan.formula._asdict(),
         "present": sum(_PRESENT[name] for name in plan.present),
-        "asked": sum(_ASKED[name] for name in plan.asked),
+        "asked": sum(_wanted(plan, _ASKED)),
         "reduction": cpu.REDUCTIONS[plan.reduction],
         "threads": plan.threads,
     }

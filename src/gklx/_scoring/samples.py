@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core.call import Array
 from .._core.libraries import Library, device_like, library_of, to_numpy
-from .._run.dispatch import sample_losses
+from .._run.sample_losses import sample_losses
 from ..losses import call_builder, dkl, gkl, ikl, kl
 from ..prior import class_sums
 from .backend import Backend
