@@ -37,10 +37,11 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases that other ones cover, and marks those whose programs are compiled with optimisations.
+    """Deselects the cases that other ones cover, marks those whose programs are compiled with optimisations, sorts.
 
     Deselected is what a costly backend does not run, and under `GKLX_SAMPLE=N` all but about one in N cases of each
-    parametrised test: the same ones in every run.
+    parametrised test: the same ones in every run. Tests that take long come first: at the end of a run one process
+    would wait for them.
     """
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
@@ -64,6 +65,7 @@ def pytest_collection_modifyitems(config, items):
     if out:
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def not_sampled(items):

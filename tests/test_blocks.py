@@ -206,6 +206,7 @@ def padded(torch, dtype):
     return s, t, weight
 
 
+@pytest.mark.long
 @pytest.mark.supports("memory of a few row blocks", "PyTorch")
 @pytest.mark.parametrize("wanted", [(True, False), (True, True)], ids=["student", "both"])
 def test_torch_memory_of_vocabulary_size_bfloat16_is_a_few_row_blocks(monkeypatch, wanted):

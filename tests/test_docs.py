@@ -112,6 +112,7 @@ FRAMEWORK_BLOCKS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("test", "framework", "library"), FRAMEWORK_BLOCKS)
 def test_framework_block_prints_what_the_page_shows(test, framework, library):
     """In a separate process: Keras has one backend per process, and frameworks give warnings of their own."""

@@ -3,6 +3,7 @@
 PyTorch: processes of a gloo group on this machine. JAX: eight virtual devices of the host. Dask: chunks of rows.
 """
 
+import multiprocessing
 import os
 import sys
 from functools import partial
@@ -43,7 +44,12 @@ def on_ranks(size, scenario, folder):
     torch = pytest.importorskip("torch")
     if not torch.distributed.is_available():
         pytest.skip("this PyTorch was built without torch.distributed")
-    torch.multiprocessing.spawn(_rank, (size, scenario, str(folder / "rendezvous")), nprocs=size)
+    method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():  # one process imports for all ranks of all tests
+        method = "forkserver"
+        multiprocessing.set_forkserver_preload(["torch._dynamo", __name__])
+    arguments = (size, scenario, str(folder / "rendezvous"))
+    torch.multiprocessing.start_processes(_rank, arguments, nprocs=size, start_method=method)
 
 
 def _rank(rank, size, scenario, meeting):
@@ -111,6 +117,7 @@ def every_loss(rank, size):
                     assert torch.isfinite(parts.ce)
 
 
+@pytest.mark.long
 @pytest.mark.supports("batch split over devices", "PyTorch")
 def test_torch_ranks_have_their_part_of_the_whole_batch(tmp_path):
     on_ranks(4, every_loss, tmp_path)
@@ -203,6 +210,7 @@ def transformed(rank, size):
     assert_same(torch.func.jacfwd(inside)(s[rows], t[rows]) / size, exact)
 
 
+@pytest.mark.long
 @pytest.mark.supports("batch split over devices", "PyTorch")
 def test_torch_ranks_under_compile_checkpoint_and_func(tmp_path):
     on_ranks(2, transformed, tmp_path)

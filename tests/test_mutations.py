@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 SAMPLES = {"formulas": 20, "kernel": 8}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each mutant lives in a fork")
 @pytest.mark.parametrize("execution", SAMPLES)
 def test_mutants_are_detected(execution, tmp_path):

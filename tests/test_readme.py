@@ -20,7 +20,7 @@ FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(*at.groups(), README[: at.start()].count("\n") + 2) for at in FENCED.finditer(README)]
 PYTHON = [(body, line) for kind, body, line in BLOCKS if kind == "python"]
 COMMANDS = [body.rstrip("\n") for kind, body, _ in BLOCKS if kind == "sh"]
-TESTS = "python3 -m pip install nox && python3 -m nox"
+TESTS = "python3 -m pip install 'nox[uv]' && python3 -m nox"
 SCORE = "python3 -m pip install '.[cli]' && python3 -m gklx score "
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
