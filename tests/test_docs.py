@@ -32,6 +32,7 @@ EXEMPT = {
 
 # Frameworks whose blocks each run in a process of their own, and the libraries on which they run.
 FRAMEWORKS = {"keras": ("torch", "jax"), "lightning": ("torch",), "transformers": ("torch",), "accelerate": ("torch",)}
+NEEDED = {"transformers": ("accelerate",)}  # by its trainer
 
 
 def name_of(page):
@@ -117,8 +118,9 @@ FRAMEWORK_BLOCKS = [
 def test_framework_block_prints_what_the_page_shows(test, framework, library):
     """In a separate process: Keras has one backend per process, and frameworks give warnings of their own."""
     backends.needs(library)
-    if importlib.util.find_spec(framework) is None:
-        pytest.skip(f"{framework} is not installed")
+    for module in (framework, *NEEDED.get(framework, ())):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
     code = f"import test_docs; print(end=test_docs.problems(test_docs.doctest_at({test.filename!r}, {test.lineno})))"
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("src", "tests"))
     environment = os.environ | {"KERAS_BACKEND": library, "PYTHONPATH": paths}
