@@ -186,6 +186,7 @@ _TESTS = (
     "test_right_numbers.py::test_prior_of_zeros_gives_wmse_zero",
     "test_right_numbers.py::test_scale_of_the_prior",
     "test_right_numbers.py::test_wmse_without_a_difference_is_zero_though_its_factor_overflows",
+    "test_right_numbers.py::test_masked_classes_beside_sample_weights",
     "test_right_numbers.py::test_scale_of_the_prior_is_that_of_the_samples_that_count",
     "test_right_numbers.py::test_products_of_a_small_prior_keep_their_digits",
     "test_right_numbers.py::test_large_power_of_a_prior",
@@ -287,6 +288,26 @@ EQUIVALENT: dict[str, str] = {
         "divisor and divided have the factor, too"
     ),
     "formulas.class_weights: base > largest  ->  base <= largest": "NumPy divides; test_scale_of_the_prior, in XLA",
+    "formulas.class_weights: 0.25 * xp.ones_like(base)  ->  0.25 / xp.ones_like(base)": "either is a quarter",
+    "formulas.class_weights: 1.0 / float(xp.finfo(call.dtype).smallest_normal)  ->  "
+    "1.0 * float(xp.finfo(call.dtype).smallest_normal)": "smaller priors may be quartered as well",
+    "formulas.class_weights: 1.0  ->  2.0  in  largest = 1.0 / float(xp.finfo(call.dtype).smallest_normal)": (
+        "NumPy divides; test_scale_of_the_prior, in XLA"
+    ),
+    "formulas.class_weights: 0.5  ->  1.0  in  lowest = 0.5 * float(xp.finfo(call.dtype).min)": "exp of either is 0",
+    "formulas._prior_rows: index.ndim == 1  ->  index.ndim != 1": (
+        "NumPy takes rows by indices of any shape; test_blocks.py and test_right_numbers.py, in array-api-strict"
+    ),
+    "formulas.deviations: 1.0  ->  2.0  in  "
+    "u = weights.relative / xp.where(weights.total == 0, 1.0, weights.total)[..., None]": (
+        "0 divided by whichever number is 0"
+    ),
+    "formulas.scaled: 0.0  ->  1.0  in  factor = xp.where(xp.isinf(factor) & (x == 0), 0.0, factor)": (
+        "it is multiplied by 0"
+    ),
+    "formulas.scaled: 0.0  ->  1.0  in  return factor * xp.where((factor == 0) & ~xp.isfinite(x), 0.0, x)": (
+        "it is multiplied by 0"
+    ),
     "formulas.deviations: upwards | downwards  ->  upwards & downwards": (
         "where one of them is infinite the sum of squares is so by itself"
     ),

@@ -249,6 +249,24 @@ def test_scale_of_the_prior(backend, dtype, scale, normalize):
         assert_close(one, backend.numpy(other), backend, wide, ulps=16)
 
 
+def test_masked_classes_beside_sample_weights(backend, dtype):
+    """A masked class takes no part in the softmax, nor in the scale of its row's prior, though it weighs most."""
+    rng = np.random.default_rng(8)
+    s, t = 3.0 * rng.standard_normal((2, 4, 6))
+    where = np.ones((4, 6), dtype=bool)
+    where[:, 2] = where[1, 4] = where[3, :2] = False
+    prior = (1e-200 if dtype == "float64" else 1e-30) * rng.dirichlet(np.ones(6), 4)
+    prior[~where] = 1.0
+    given = {"where": where, "sample_weight": np.asarray([1.0, 2.0, 0.0, 0.5])}
+    check(
+        backend,
+        dtype,
+        ("kl", {"temperature": 2.0}, s, t, given),
+        ("gkl", {"gamma": 0.5}, s, t, given),
+        ("gkl", {"gamma": 2.0}, s, t, {**given, "prior": prior}),
+    )
+
+
 @pytest.mark.parametrize("power", [-30, 30])
 def test_scale_of_the_prior_is_that_of_the_samples_that_count(backend, dtype, power):
     """A sample of weight 0 leaves the batch's normaliser alone, whatever its own row of the prior holds."""
