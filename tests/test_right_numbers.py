@@ -1,6 +1,7 @@
 """Kinds of inputs that once gave wrong numbers, against the definitions in decimal arithmetic."""
 
 import math
+from decimal import Decimal
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ import backends
 import exact
 import gklx
 from cases import LOSSES
-from closeness import assert_close
+from closeness import assert_close, assert_near
 
 # NumPy says so where a result is beyond the float's range.
 pytestmark = [
@@ -335,6 +336,18 @@ def test_large_power_of_a_prior(backend, wide, gamma):
             check(backend, wide, ("gkl", settings, size * s, size * t, {"prior": prior / 2}))
 
 
+@pytest.mark.parametrize("gamma", [0.3, 2.9])
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_power_of_a_prior_whatever_its_digits(backend, wide, gamma):
+    """Where two classes weigh 1 and x, and differ in d by 1, twice their wMSE is x to the power gamma."""
+    x = np.linspace(0.5, 1.0, 999, dtype=wide)
+    prior = backend.array(np.stack([np.ones_like(x), x], axis=-1), wide)
+    s, t = (backend.array(np.stack([np.zeros_like(x), each], axis=-1), wide) for each in (0 * x, 0 * x + 1))
+    loss = partial(gklx.gkl, gamma=gamma, normalize="samples", ce_weight=0.0, reduction="none")
+    exact_power = np.asarray([float(Decimal(float(each)) ** Decimal(float(np.dtype(wide).type(gamma)))) for each in x])
+    assert_near(backend.numpy(2 * backend.wrap(loss)(s, t, prior=prior)), exact_power, wide, ulps=6, by="entry")
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_classes_without_a_gap_where_its_factor_overflows(backend, dtype, name):
     """The factor of q - p is v / T, and in these rows q - p is 0: so is its product."""
@@ -441,6 +454,23 @@ def test_scaled_difference_beyond_the_largest_float_where_the_teacher_is_sure(ba
     s = np.asarray([[3e38, -3e38, 1e38]])
     for t in (np.asarray([[3e38, -3e38, -1e38]]), np.asarray([[3e38, 1e38, -3e38]])):
         check(backend, "float32", ("kl", {"temperature": 0.25}, s, t, {}))
+
+
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_kl_whatever_the_ratio_of_the_probabilities(backend, wide):
+    """Each class's part of KL has a form for p near q and another one, which must meet."""
+    x = np.linspace(-4.0, 4.0, 161)
+    s, t = np.zeros((161, 2)), np.stack([np.zeros_like(x), x], axis=-1)
+    check(backend, wide, ("kl", {}, s, t, {}), ("kl", {}, t, s, {}))
+
+
+def test_rows_of_huge_logits_alone(backend):
+    """A row without a moderate logit in one of its networks; the temperature brings its loss back into the range."""
+    huge = np.asarray([[3e38, -3e38, 1e38], [-2e38, -3e38, -1e38]])
+    moderate = np.asarray([[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]])
+    settings = [("kl", {"temperature": 1e3}), ("dkl", {"temperature": 1e20}), ("gkl", {"temperature": 1e3})]
+    problems = [(*each, huge, moderate, {}) for each in settings] + [(*each, moderate, huge, {}) for each in settings]
+    check(backend, "float32", *problems)
 
 
 def test_power_of_a_subnormal_prior(backend):

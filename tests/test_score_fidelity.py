@@ -137,6 +137,16 @@ def test_reverse_kl_of_huge_logits(on):
     assert (found.mean, found.min, found.max) == pytest.approx((x.mean(), x.min(), x.max()), rel=1e-5)
 
 
+@pytest.mark.parametrize("on", ["numpy"])
+def test_reverse_kl_whatever_the_ratio_of_the_probabilities(on, tmp_path):
+    """Each class's part has a form for p near q and another one; KL, of the networks exchanged, has its own."""
+    x = np.linspace(-4.0, 4.0, 161)
+    s, t = np.zeros((161, 2)), np.stack([np.zeros_like(x), x], axis=-1)
+    gklx.score(s, t, losses=["reverse_kl"], backend=on, per_sample=tmp_path / "found.npy")
+    found, expected = np.load(tmp_path / "found.npy")["reverse_kl"], gklx.kl(t, s, reduction="none")
+    np.testing.assert_allclose(found, expected, rtol=1e-14, atol=1e-17)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, "bfloat16"])
 def test_target_statistics_in_half_and_single_precision(tmp_path, dtype):
     if dtype == "bfloat16":

@@ -179,7 +179,7 @@ GKLX_BOTH double logarithm_near_1(double f) {
   double z = f / (2.0 + f), z2 = z * z, z4 = z2 * z2;
   double low = quartic(z2, z4, 1.0 / 3, 1.0 / 5, 1.0 / 7, 1.0 / 9);
   double high = quartic(z2, z4, 1.0 / 11, 1.0 / 13, 1.0 / 15, 1.0 / 17);
-  return 2.0 * (z + z * z2 * (low + z4 * z4 * (high + z4 * z4 * (1.0 / 19 + z2 / 21))));
+  return 2.0 * (z + z * z2 * (low + z4 * z4 * (high + z4 * z4 * (1.0 / 19))));
 }
 
 // log(x) for finite x > 0: x = 2^n (1 + f).
