@@ -185,6 +185,7 @@ _TESTS = (
     "test_right_numbers.py::test_power_of_a_subnormal_prior",
     "test_right_numbers.py::test_kl_whatever_the_ratio_of_the_probabilities",
     "test_right_numbers.py::test_rows_of_huge_logits_alone",
+    "test_right_numbers.py::test_sum_of_huge_differences",
     "test_right_numbers.py::test_prior_of_zeros_gives_wmse_zero",
     "test_right_numbers.py::test_scale_of_the_prior",
     "test_right_numbers.py::test_wmse_without_a_difference_is_zero_though_its_factor_overflows",
@@ -413,6 +414,28 @@ EQUIVALENT: dict[str, str] = {
     "return totals.weight == R(0) ? R(1.0) : ranks * (weight / totals.largest_weight / totals.weight);": (
         "no sample has a valid class then"
     ),
+    "loops.h: invalid |= here >= R(0) ? Word(0) : Word(1);  ->  invalid &= here >= R(0) ? Word(0) : Word(1);": (
+        "NumPy's priors are read and refused; test_kernel.py's test_invalid_prior_entry_gives_nan"
+    ),
+    "loops.h: if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));  ->  "
+    "if (Careful) c += of_t == R(0) && z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));": (
+        "CE is infinite where the student alone rules a class out"
+    ),
+    "loops.h: if (Weighed && x.w_total > 0) {  ->  if (Weighed || x.w_total > 0) {": (
+        "the teacher's own weights are added up later, and where all weights are 0 nothing comes of the reference"
+    ),
+    "loops.h: const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore  ->  "
+    "const R mean = Gap && Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore": (
+        "it is 0 until it is known"
+    ),
+    "loops.h: const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);  ->  "
+    "const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(1.0);": "KL alone uses it",
+    "loops.h: if (Careful) deviation = infinite ? R(0) : deviation;  ->  "
+    "if (Careful) deviation = infinite ? R(1.0) : deviation;": "the class weighs 0, or the row's results are infinite",
+    "loops.h: if (Careful) c = is_infinite(d.high) ? R(0) : c;  ->  "
+    "if (Careful) c = is_infinite(d.high) ? R(1.0) : c;": "it is multiplied by a weight or a factor of 0",
+    "loops.h: if (Careful) part = infinite || q == R(0) ? p : part;  ->  "
+    "if (Careful) part = infinite && q == R(0) ? p : part;": "the other form gives p as well, or the sum is infinite",
     "loops.h: while (begin + 1 < n && x[begin] != top) ++begin;  ->  "
     "while (begin - 1 < n && x[begin] != top) ++begin;": "the largest logit is one of them",
 }

@@ -473,6 +473,13 @@ def test_rows_of_huge_logits_alone(backend):
     check(backend, "float32", *problems)
 
 
+def test_sum_of_huge_differences(backend):
+    """The mean of the differences is finite where their sum is beyond the largest float."""
+    t = np.asarray([[3e38, 3e38, 3e38, -3e38, -3e38, -2e38]])
+    settings = {"mse_weight": 1e-3, "normalize": "samples"}
+    check(backend, "float32", ("gkl", settings, np.zeros_like(t), t, {"prior": np.full_like(t, 0.2)}))
+
+
 def test_power_of_a_subnormal_prior(backend):
     """Its largest entry is a power of two, by which nothing is rounded."""
     if backend.library.backend == "jax":
