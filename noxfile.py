@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,8 +52,11 @@ if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-if "PIP_FIND_LINKS" in os.environ:  # uv does not read pip's settings
-    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+# uv does not read pip's settings, and would fetch what lies on this machine.
+asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+if links := os.environ.get("PIP_FIND_LINKS") or found:
+    os.environ.setdefault("UV_FIND_LINKS", links)
 nox.options.sessions = [
     "lint",
     "types",
