@@ -52,11 +52,6 @@ if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
-# uv does not read pip's settings, and would fetch what lies on this machine.
-asked = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
-found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-if links := os.environ.get("PIP_FIND_LINKS") or found:
-    os.environ.setdefault("UV_FIND_LINKS", links)
 nox.options.sessions = [
     "lint",
     "types",
@@ -74,6 +69,18 @@ nox.options.sessions = [
     "docs",
     "package",
 ]
+
+
+@functools.cache
+def _find_links() -> dict[str, str]:
+    """The environment that tells uv, which does not read pip's settings, where pip finds wheels on this machine."""
+    if "UV_FIND_LINKS" in os.environ:
+        return {}
+    links = os.environ.get("PIP_FIND_LINKS")
+    if links is None:
+        command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+        links = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {"UV_FIND_LINKS": links} if links else {}
 
 
 _built: list[pathlib.Path] = []
@@ -105,7 +112,7 @@ def _install(session: nox.Session, extras: list[str], *more: str) -> None:
     wheel = _wheel(session)
     # Python compiles what it imports; of the thousands of files of a library that is a small part.
     options = ("--no-compile", "-c", "tests/constraints.txt")
-    session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more)
+    session.install(*options, f"{wheel}[{','.join(['cli', *extras])}]", *more, env=_find_links())
 
 
 # With these flags XLA compiles in a quarter of the time. Its own passes still run; LLVM does not optimise their result.
@@ -285,8 +292,8 @@ def fuzz(session: nox.Session) -> None:
     def run(program: str, seconds: str) -> None:
         session.run("python", *program.split(), *(session.posargs or ["--seconds", seconds, "--seed", "0"]))
 
-    with ThreadPoolExecutor(2) as two:  # programs at a time
-        list(two.map(run, *zip(*programs, strict=True)))
+    with ThreadPoolExecutor(2) as pool:  # two programs at a time
+        list(pool.map(lambda program: run(*program), programs))
 
 
 @nox.session(python=PYTHONS[0])

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects the cases that other ones cover, marks those whose programs are compiled with optimisations, sorts.
+    """Deselects cases that others cover, marks those whose programs are compiled with optimisations, orders the tests.
 
     Deselected is what a costly backend does not run, and under `GKLX_SAMPLE=N` all but about one in N cases of each
     parametrised test: the same ones in every run. Tests that take long come first: at the end of a run one process

@@ -24,7 +24,7 @@ _TARGET = "gklx_rows"
 _OPTIONAL = Arrays._fields[2:]
 # The bits that jax_ffi.cpp names.
 _PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}
-_ASKED = (1, 2, 4)
+_ASKED = (1, 2, 4)  # value, student, teacher
 
 
 class _Plan(NamedTuple):
