@@ -67,6 +67,6 @@ extern "C" void gradients(GIVEN, const RowStatistics *found, ASKED) {
     Sums sums[GROUP];
     for (int lane = 0; lane < GROUP; ++lane) sums[lane] = thread_results(g, a, r, f, summed, row, lane);
     const Sums all = all_merged(sums, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
-    write_losses(g, a, summed ? settled(r, all) : r, row);
+    write_losses(g, a, summed ? settled(g, r, all) : r, row);
   }
 }

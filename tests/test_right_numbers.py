@@ -481,6 +481,28 @@ def test_sum_of_huge_differences(backend):
     check(backend, "float32", ("gkl", settings, np.zeros_like(t), t, {"prior": np.full_like(t, 0.2)}))
 
 
+def test_sum_of_huge_logits_under_an_even_teacher(backend):
+    """The mean of the student's logits is finite where their sum is beyond the largest float."""
+    s = np.full((1, 256), -4e36)
+    s[0, 3] = 0.0
+    t = np.zeros_like(s)
+    check(backend, "float32", ("kl", {}, s, t, {}), ("dkl", {"mse_weight": 0}, s, t, {}))
+
+
+@pytest.mark.parametrize("size", [2.0**56, 1e18])
+def test_sum_of_huge_squares(backend, size):
+    """The mean of the squared differences, here all the same, is finite where their sum is beyond the largest float."""
+    t = np.full((1, 20_000), size)
+    t[:, ::2] = -size
+    given = [backend.array(x, "float32") for x in (np.zeros_like(t), t)]
+    loss = partial(gklx.gkl, ce_weight=0.0, normalize="samples", prior=backend.array(np.full_like(t, 5e-5), "float32"))
+    value, gradients = gklx.value_and_grad(loss, (0, 1))(*given)
+    rounding = 1e-4  # XLA on a CPU adds one class after the other, here 20,000 times with the same rounding
+    assert backend.numpy(value) == pytest.approx(size**2 / 2, rel=rounding)
+    for sign, found in zip((-1, 1), gradients, strict=True):
+        np.testing.assert_allclose(backend.numpy(found), sign * t * 5e-5, rtol=rounding)
+
+
 def test_power_of_a_subnormal_prior(backend):
     """Its largest entry is a power of two, by which nothing is rounded."""
     if backend.library.backend == "jax":

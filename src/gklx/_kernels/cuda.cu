@@ -154,6 +154,7 @@ struct Given {
   Rate per_temperature, per_weight_temperature;  // times log2(e), as is the next
   Rate weighing;                                 // gamma / weight_temperature
   REAL inverse_temperature, gamma;
+  REAL per_class;  // at most 1 / classes, a power of two: sums of weights up to 1 times huge numbers do not overflow
 };
 
 GKLX_BOTH bool is_valid(const Given &g, int64_t row, int64_t j, REAL s, REAL t) {
@@ -255,6 +256,7 @@ struct Partial {
   Total s_total, t_total;   // of the exponentials at T
   Sum tau_total;            // of the teacher's at the weights' temperature
   Sum mass;                 // of the weights w
+  // These are multiplied by `per_class`.
   Sum moment, squares;      // of w times what d is larger than at the reference, and times the square of that
   Sum mean_logit;           // of the teacher's exponentials times what s is above the origin
   REAL above, below;        // of the classes with d = +inf, and -inf: the largest height; NONE where there is none
@@ -278,7 +280,7 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
     if (from.s_top != -INF) {
       const REAL by = from.s_top - to.s_top;
       multiply(x.s_total, exponential_of<true>(by, g.per_temperature));
-      if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * by);
+      if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * g.per_class * by);
     }
     from.s_top = to.s_top;
   }
@@ -310,9 +312,9 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
   if (to.peak >= from.peak && !same) {  // of equally heavy classes either one will do, but for all sums the same
     const REAL by = deviation(to.reference, from.reference);
     const Sum mass = mass_of(x);
-    if (DECOMPOSED) add(x.squares, by * (mass.high * by - REAL(2) * x.moment.high));
-    add(x.moment, -(mass.high * by));
-    x.moment.low -= mass.low * by;
+    if (DECOMPOSED) add(x.squares, by * (mass.high * g.per_class * by - REAL(2) * x.moment.high));
+    add(x.moment, -(mass.high * g.per_class * by));
+    x.moment.low -= mass.low * g.per_class * by;
     from.reference = to.reference;
   }
   from.peak = larger(to.peak, from.peak);
@@ -340,14 +342,15 @@ template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c,
     const REAL w = weight_of<Careful>(g, below, of_t, c.prior[k], per_divisor);
     if (!Careful || (is_finite(s) && is_finite(t))) {
       const REAL away = deviation(difference_at<REAL, Careful>(t, s), o.reference);
-      moment += w * away;
-      if (DECOMPOSED) squares += (w * away) * away;
+      const REAL weighted = (g.per_class * w) * away;
+      moment += weighted;
+      if (DECOMPOSED) squares += weighted * away;
     } else if (s == -INF) {
       x.above = larger(height_of(c, k), x.above);
     } else if (t == -INF) {
       x.below = larger(WEIGHTS == PRIOR_POWER ? c.prior[k] : REAL(0), x.below);
     }
-    if (DECOMPOSED && (!Careful || z_s != -INF)) mean_logit += of_t * z_s;
+    if (DECOMPOSED && (!Careful || z_s != -INF)) mean_logit += (g.per_class * of_t) * z_s;
     if (WEIGHTS == TEACHER_POWER) tau_total += exponential_of<Careful>(below, g.per_weight_temperature);
     if (WEIGHTS != PROBABILITIES) mass += w;
     add(x.s_total, of_s);
@@ -520,9 +523,12 @@ GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   const Origin &o = x.origin;
   const Sum s_total = sum_of(x.s_total);
   const REAL log_s_total = logarithm(s_total.high) + s_total.low / s_total.high;
-  if (DECOMPOSED) r.ce = log_s_total - value_of(x.mean_logit) * r.per_t_total * g.inverse_temperature;
+  if (DECOMPOSED) {
+    const REAL mean_logit = value_of(x.mean_logit) * (r.per_t_total / g.per_class);
+    r.ce = log_s_total - mean_logit * g.inverse_temperature;
+  }
   if (r.careful) return;
-  const REAL squares = value_of(x.squares) / r.mass, square = r.mean * r.mean;
+  const REAL squares = value_of(x.squares) / (r.mass * g.per_class), square = r.mean * r.mean;
   r.energy = r.mass == REAL(0) ? REAL(0) : REAL(0.5) * (squares - square);
   r.knows_energy = r.mass == REAL(0) || squares - square >= squares / 16;
   if (WEIGHTS != PROBABILITIES) return;
@@ -561,7 +567,7 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, 
   if (WEIGHTS == PRIOR_POWER) r.base = invertible(o.base);
   else r.base = REAL(1) / (WEIGHTS == PROBABILITIES ? t_total : value_of(x.tau_total));
   r.reference = o.reference;
-  r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / r.mass;
+  r.mean = r.mass == REAL(0) ? REAL(0) : value_of(x.moment) / (r.mass * g.per_class);
   bool above, below;  // of weight
   if (WEIGHTS == PRIOR_POWER) {
     const REAL per_divisor = REAL(1) / r.base;
@@ -665,7 +671,7 @@ GKLX_BOTH void write_losses(const Given &g, const Asked &a, const RowStatistics 
 
 // Losses whose digits cancel in the sums of the statistics.
 struct Sums {
-  Sum kl, squares;
+  Sum kl, squares;  // the squares are multiplied by `per_class`
 };
 
 GKLX_BOTH bool needs_sums(const Asked &a, const RowStatistics &r) {
@@ -687,10 +693,11 @@ template <bool Careful> GKLX_BOTH REAL centred(const RowStatistics &r, const Dif
   return !r.infinite ? c : is_infinite(d.high) ? d.high : r.others;
 }
 
-GKLX_BOTH RowStatistics settled(RowStatistics r, const Sums &sums) {
+GKLX_BOTH RowStatistics settled(const Given &g, RowStatistics r, const Sums &sums) {
   const REAL scale = r.careful ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
   if (!r.knows_kl) r.kl = value_of(sums.kl);
-  if (!r.knows_energy) r.energy = r.mass == REAL(0) ? REAL(0) : scale * value_of(sums.squares) / r.mass;
+  const REAL mass = r.mass * g.per_class;
+  if (!r.knows_energy) r.energy = mass == REAL(0) ? REAL(0) : scale * value_of(sums.squares) / mass;
   settle(r);
   return r;
 }
@@ -738,7 +745,7 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
           spread = Careful ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
           if (a.symmetric) gap -= spread;
           if (Summed) {
-            squares += (w * away) * away;
+            squares += ((g.per_class * w) * away) * away;
             const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
             const REAL ratio = (deviation(d, top) * half_scale) * doubled - r.log_ratio;
             kl += Careful && (is_infinite(d.high) || p == REAL(0)) ? q : divergence(p, q, ratio);
@@ -790,12 +797,13 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
   const STUDENT *student, const TEACHER *teacher, const REAL *prior, const int64_t *labels,                      \
       const REAL *given_weights, const uint8_t *where, int64_t rows, int64_t classes, int64_t where_row_stride,  \
       int64_t where_class_stride, REAL per_temperature, REAL per_temperature_low, REAL per_weight_temperature,   \
-      REAL per_weight_temperature_low, REAL weighing, REAL weighing_low, REAL inverse_temperature, REAL gamma
+      REAL per_weight_temperature_low, REAL weighing, REAL weighing_low, REAL inverse_temperature, REAL gamma,         \
+      REAL per_class
 
 #define GATHERED                                                                                                 \
   {student, teacher, prior, labels, given_weights, where, rows, classes, where_row_stride, where_class_stride,   \
    {per_temperature, per_temperature_low}, {per_weight_temperature, per_weight_temperature_low},                 \
-   {weighing, weighing_low}, inverse_temperature, gamma}
+   {weighing, weighing_low}, inverse_temperature, gamma, per_class}
 
 // The four numbers of a batch are null where the samples share nothing.
 #define ASKED                                                                                                       \
@@ -914,7 +922,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, con
   const RowStatistics r = careful_for(g, known, f);
   if (in) sums = thread_results(g, a, r, f, summed, row, lane);
   if (any_summed) sums = all_merged(sums, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
-  if (in && lane == 0) write_losses(g, a, summed ? settled(r, sums) : r, row);
+  if (in && lane == 0) write_losses(g, a, summed ? settled(g, r, sums) : r, row);
 }
 
 #endif
