@@ -89,6 +89,35 @@ def test_dev_stdout_is_written_when_it_is_a_pipe():
     assert _python('with replacing("/dev/stdout") as part: part.write_text("new")') == "new"
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no descriptors by name here")
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
+def test_file_behind_a_descriptor_is_written_where_the_descriptor_stands(tmp_path, name):
+    log = tmp_path / "log"
+    log.write_text("kept ")
+    if name == "link":
+        name = str(tmp_path / "link")
+        os.symlink("/dev/stdout", name)
+    elif not os.path.exists(name):
+        pytest.skip("no such path here")
+    before, names = log.stat().st_ino, os.listdir(tmp_path)
+    with log.open("a") as out:
+        _python(f"with replacing({name!r}) as part: part.write_text('new')", stdout=out)
+    assert log.read_text() == "kept new"
+    assert (log.stat().st_ino, os.listdir(tmp_path)) == (before, names)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="no descriptors by name here")
+def test_check_writable_refuses_descriptors_that_are_not_open_to_be_written_to(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with (tmp_path / "x").open() as file:
+        path = f"/dev/fd/{file.fileno()}"
+        with pytest.raises(ValueError, match=r"^/dev/fd/\d+: must be a descriptor that is open to be written to"):
+            check_writable(path)
+    for closed in (path, f"/dev/fd/{2**70}"):
+        with pytest.raises(ValueError, match=r"^/dev/fd/\d+: must be a descriptor that is open to be written to"):
+            check_writable(closed)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on files here")
 def test_full_disk_raises_an_error_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "x"
@@ -117,11 +146,11 @@ def test_read_only_file_is_replaced_and_stays_read_only(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o440
 
 
-def _python(code):
+def _python(code, stdout=subprocess.PIPE):
     source = f"from gklx._scoring.atomic import replacing\n{code}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", source], env=environment, stdout=stdout, text=True, check=True, timeout=60
     ).stdout
 
 
@@ -158,6 +187,17 @@ with replacing({str(path)!r}) as part:
     started[1].communicate()
     assert path.read_text() == "half"
     assert sorted(os.listdir(tmp_path)) == sorted([name, other.name, f".{name[:40]}.01234567.part"])
+
+
+def test_folder_that_cannot_be_listed_is_written_to(tmp_path, monkeypatch):
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    with monkeypatch.context() as patched:  # permissions do not hold for root
+        patched.setattr(type(tmp_path), "iterdir", refused)
+        with replacing(tmp_path / "x") as part:
+            part.write_text("new")
+    assert os.listdir(tmp_path) == ["x"]
 
 
 def test_check_writable_refuses_folders_and_missing_folders(tmp_path):

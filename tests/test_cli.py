@@ -283,7 +283,7 @@ def test_files_of_different_shapes_are_refused(fails, save):
         (lambda y: y > 3, "labels must be integers, got bool"),
         (lambda y: y + np.asarray([1] + [0] * 898) * 10, "labels must lie in [0, 10), got 1"),
         (lambda y: np.where(np.arange(899) == 17, -100, y), "got -100 at sample 17"),
-        (lambda y: np.where(np.arange(899) == 17, 2**64 - 1, y.astype(np.uint64)), "at sample 17"),
+        (lambda y: np.where(np.arange(899) == 17, 2**64 - 1, y.astype(np.uint64)), f"got {2**64 - 1} at sample 17"),
     ],
 )
 def test_invalid_labels_are_refused(fails, save, change, message):
@@ -305,6 +305,12 @@ def test_invalid_labels_are_refused(fails, save, change, message):
         (["--loss", "kl,"], "--loss: must be of kl, dkl, ikl, gkl, reverse_kl, with commas between, got 'kl,'"),
         (["--loss", "kl", "mse"], "unrecognized arguments: mse"),
         (["--loss"], "argument --loss: expected one argument"),
+        (["--memory", "0.5"], "argument --memory: must be a size such as 2GB or 500MiB, got 0.5"),
+        (["--memory", "9" * 400], "argument --memory: must be a size such as 2GB or 500MiB, got 999"),
+        (["--output", ""], "output must be the name of what to write, got an empty one"),
+        (["--per-sample", ""], "per_sample must be the name of what to write, got an empty one"),
+        (["--plot", ""], "plot must be the name of what to write, got an empty one"),
+        (["--work-dir", ""], "work_dir must be the name of what to write, got an empty one"),
         (["--backend", "tensorflow"], "argument --backend: invalid choice"),
         (["--format", "xml"], "argument --format: invalid choice"),
         (["--device", "nowhere"], "device nowhere: NumPy cannot compute there"),
@@ -445,6 +451,28 @@ def test_output_is_ascii_on_an_ascii_stream():
     assert "?" not in done.stdout
 
 
+@pytest.mark.library_independent
+@pytest.mark.parametrize("terminal", [{"FORCE_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}], ids=str)
+def test_report_in_a_file_does_not_depend_on_the_terminal(tmp_path, terminal):
+    done = process("score", *FILES, "--output", str(tmp_path / "report.txt"), env={**os.environ, **terminal})
+    assert (done.returncode, done.stdout) == (0, "")
+    report = (tmp_path / "report.txt").read_text(encoding="utf-8")
+    assert report.startswith("899 samples · 10 classes")
+    assert "± standard error" in report
+    assert "\x1b" not in report
+
+
+@pytest.mark.library_independent
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no such device here")
+def test_report_is_appended_to_the_file_behind_dev_stdout(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("kept\n")
+    argv = [sys.executable, "-m", "gklx", "score", *FILES, "--output", "/dev/stdout"]
+    with log.open("a") as out:
+        subprocess.run(argv, stdout=out, check=True, timeout=60)
+    assert log.read_text(encoding="utf-8").startswith("kept\n899 samples")
+
+
 def test_import_does_not_load_the_command():
     code = "import sys, gklx; print([m for m in sys.modules if m.startswith(('rich', 'gklx._cli', 'gklx._scoring'))])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -453,7 +481,12 @@ def test_import_does_not_load_the_command():
 
 @pytest.mark.parametrize(
     ("argv", "absent"),
-    [(["score", *FILES], "rich"), (["score", *FILES], "psutil"), (["verify", "--backend", "numpy"], "rich")],
+    [
+        (["score", *FILES], "rich"),
+        (["score", *FILES], "psutil"),
+        (["score", *FILES, "--memory", "1GB"], "psutil"),
+        (["verify", "--backend", "numpy"], "rich"),
+    ],
 )
 @pytest.mark.library_independent
 def test_command_without_the_cli_extra_names_it(argv, absent):

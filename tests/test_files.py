@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import warnings
 import zipfile
 from multiprocessing.reduction import ForkingPickler
@@ -314,7 +315,9 @@ def test_order_of_shards_with_equal_numbers_is_fixed(tmp_path, monkeypatch):
 def test_label_shards_may_differ_in_dtype(tmp_path):
     np.save(tmp_path / "y0.npy", np.arange(3, dtype=np.uint8))
     np.save(tmp_path / "y1.npy", np.arange(3, 5))
+    np.save(tmp_path / "y2.npy", np.asarray([2**64 - 100], dtype=np.uint64))
     assert open_labels(str(tmp_path / "y*.npy")).read(1, 5).tolist() == [1, 2, 3, 4]
+    assert open_labels(str(tmp_path / "y*.npy")).read(1, 6).tolist() == [1, 2, 3, 4, 2**64 - 100]
 
 
 # --- other processes and threads --------------------------------------------------------------------------------------
@@ -502,6 +505,7 @@ def sparse_safetensors(path, shape):
         ("c.npy", lambda path: sparse_npy(path, (250_000, 1000), False), 2500, None),
         ("one.npy", lambda path: sparse_npy(path, (1, 250_000, 1000), False), 2500, None),
         ("f.npy", lambda path: sparse_npy(path, (10_000, 25_000), True), 16, 2),
+        ("one f.npy", lambda path: sparse_npy(path, (1, 10_000, 25_000), True), 16, 2),
         ("x.safetensors", lambda path: sparse_safetensors(path, (250_000, 1000)), 2500, 20),
         ("one.safetensors", lambda path: sparse_safetensors(path, (1, 250_000, 1000)), 2500, 20),
     ],
@@ -727,6 +731,31 @@ def test_truncated_archive_is_refused(tmp_path, kind):
     fails(name, r"(archive|\.safetensors file) is damaged or cut short \(")
 
 
+def test_undecodable_name_in_an_archive_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, é=np.zeros((2, 2)))
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    assert fails(path, r"the \.npz archive is damaged or cut short \('utf-8' codec").startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_header_that_promises_too_much_is_not_read(tmp_path, kind):
+    path, long = tmp_path / f"x.{kind}", 2**26
+    start = b"\x93NUMPY\x02\x00" + struct.pack("<I", long)
+    if kind == "npy":
+        path.write_bytes(start)
+        os.truncate(path, long)
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("x.npy", start + bytes(long))
+    tracemalloc.start()
+    try:
+        fails(path, r"^.*x\.np[yz]: the \.npy file is damaged or cut short \(")
+        assert tracemalloc.get_traced_memory()[1] < 2**21
+    finally:
+        tracemalloc.stop()
+
+
 def test_damaged_compressed_member_is_an_error(tmp_path):
     name = save("packed", tmp_path / "x", rng.standard_normal((5000, 4)))
     path = Path(name.partition("::")[0])
@@ -764,6 +793,17 @@ def test_zarr_chunk_is_unpacked_once(tmp_path, monkeypatch):
         assert rows.held_bytes == 3 * 48 * max(b - a for a, b in bands)
         taken.clear()
         format_zarr.forget()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks", "numbers"),
+    [((30, 5), (1000, 20), 20_000), ((30, 5), (7, 3), 42), ((2, 30, 5), (1, 40, 4), 320), ((5, 6, 7), (2, 4, 7), 112)],
+)
+def test_zarr_counts_whole_chunks(tmp_path, shape, chunks, numbers):
+    """Of a chunk that reaches beyond the array all is unpacked."""
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(tmp_path / "x.zarr", shape=shape, dtype="f8", chunks=chunks)[...] = 1
+    assert open_logits(tmp_path / "x.zarr").held_bytes == 3 * 8 * numbers
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")

@@ -3,7 +3,8 @@
 import psutil
 import pytest
 
-from gklx._scoring.memory import Needs, parse_size, rows_and_threads
+from gklx._scoring.memory import Needs, rows_and_threads
+from gklx._scoring.sizes import parse_size
 
 pytestmark = pytest.mark.library_independent
 
@@ -16,7 +17,9 @@ def test_sizes_are_parsed(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 apples", "0", "1e9", "2GBB", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "2 apples", "0", "1e9", "2GBB", "nan", "0.5", pytest.param("9" * 400, id="400 nines")]
+)
 def test_invalid_sizes_are_refused(text):
     with pytest.raises(ValueError, match=r"^memory must be a size such as 2GB or 500MiB"):
         parse_size(text)

@@ -1,6 +1,10 @@
 """A run of `gklx score` that is spread over a Dask cluster: the numbers are those of one process."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -52,6 +56,47 @@ def test_error_on_a_worker_is_one_line(files, scheduler, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     message = f"gklx: error: {tmp_path / 'y.npy'}: labels must lie in [0, {CLASSES}), got {CLASSES} at sample 2222\n"
     assert done.stderr == message
+
+
+def test_error_on_a_worker_of_the_own_cluster_is_one_line(files, tmp_path):
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    labels = np.load(files[2])
+    labels[5] = -100
+    np.save(tmp_path / "y.npy", labels)
+    done = command(*files[:2], "--labels", tmp_path / "y.npy", "--backend", "dask")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gklx: error: {tmp_path / 'y.npy'}: labels must lie in [0, {CLASSES}), got -100")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_interrupted_cluster_is_one_line(files, tmp_path):
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may inherit it ignored\n"
+        "import gklx._scoring.run as run, gklx._cli as cli\n"
+        "run.scored = lambda *args: (os.kill(os.getpid(), signal.SIGINT), time.sleep(1))\n"
+        "sys.exit(cli.main())\n"
+    )
+    argv = ["score", *files[:2], "--backend", "dask", "--work-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, timeout=60)
+    line = "gklx: interrupted after 0 of 3,000 samples; the same command goes on from there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", line)
+
+
+@pytest.mark.parametrize("address", ["foo", "foo://127.0.0.1:1", "tls://127.0.0.1:1"])
+def test_address_of_no_scheduler_is_refused_at_once(files, tmp_path, address):
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    start = time.monotonic()
+    done = command(*files[:2], "--backend", "dask", "--scheduler", address)
+    assert time.monotonic() - start < 15
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gklx: error: scheduler {address}: no Dask scheduler answers there (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_scheduler_needs_the_dask_backend():

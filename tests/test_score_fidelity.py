@@ -343,6 +343,23 @@ def test_padding_in_the_reports(run, files, tmp_path):
     assert np.isnan(values["kl"][MASK == 0]).all()
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_labels_beyond_the_signed_integers_do_not_wrap(run, fails, files, tmp_path, array):
+    labels = np.where(MASK == 1, TARGETS, -100).astype(np.uint64)
+    where, masked = 2**64 - 100, int((MASK == 0).sum())
+    if array:
+        assert gklx.score(S, T, labels, where_label=where).masked == masked
+        with pytest.raises(ValueError, match=rf"^labels: labels must lie in \[0, {C}\), got {where} at sample "):
+            gklx.score(S, T, labels, where_label=-100)
+        return
+    np.save(tmp_path / "labels.npy", labels)
+    argv = [files["s"], files["t"], "--labels", tmp_path / "labels.npy"]
+    out, _ = run(*argv, "--where-label", where, "--per-sample", tmp_path / "values.npy", "--format", "json")
+    assert json.loads(out)["masked"] == masked
+    assert np.load(tmp_path / "values.npy")["label"].tolist() == np.where(MASK == 1, TARGETS, -1).tolist()
+    assert f"got {where} at sample " in fails(*argv, "--where-label", "-100")
+
+
 @pytest.mark.parametrize("what", ["labels", "targets"])
 def test_error_of_a_negative_label_names_the_where_label_option(fails, files, tmp_path, what):
     labels = TARGETS.copy()
@@ -553,6 +570,21 @@ def test_gates_apply_to_every_candidate(run, files):
     assert err.count("\n") == 1
 
 
+def test_gates_know_every_result(run, files):
+    masked = int((MASK == 0).sum())
+    gates = ["--fail-if", "classes > 39", "--fail-if", "masked > 0"]
+    _, err = run(files["s"], files["t"], "--loss", "kl", "--sample-weight", files["mask"], *gates, status=3)
+    assert err == f"gklx: classes is {C}: fails by classes > 39\ngklx: masked is {masked}: fails by masked > 0\n"
+    value, stderr = gklx.score_candidates({"s": S, "w": W}, T, losses=["kl"]).differences["w"]["kl"]
+    name = "difference_from_first.kl"
+    gates = [x for end in ("", ".value", ".stderr") for x in ("--fail-if", f"{name}{end} > 0")]
+    _, err = run(files["s"], files["w"], files["t"], "--loss", "kl", *gates, status=3)
+    assert err.splitlines() == [
+        f"gklx: {files['w']}: {name}{end} is {x:.6g}: fails by {name}{end} > 0"
+        for end, x in (("", value), (".value", value), (".stderr", stderr))
+    ]
+
+
 def test_undefined_number_fails_its_gate(run, files, tmp_path):
     np.save(tmp_path / "one.npy", S[:1])
     _, err = run(tmp_path / "one.npy", tmp_path / "one.npy", "--fail-if", "kl.stderr > 1", status=3)
@@ -575,6 +607,8 @@ def test_undefined_number_fails_its_gate(run, files, tmp_path):
         ("reverse_kl.mean > 1", "reverse_kl.mean is no number of this report"),
         ("perplexity.ratio > 1", "perplexity.ratio is no number of this report without targets"),
         ("top_k_overlap.5 < 1", "top_k_overlap.5 is no number of this report: --top-k asks for none"),
+        ("masked > 1", "masked is no number of this report without --sample-weight or --where-label"),
+        ("difference_from_first.kl > 1", "difference_from_first.kl is no number of this report with a single student"),
         ("classes.x < 1", "classes.x is no number of this report"),
     ],
 )

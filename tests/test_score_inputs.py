@@ -230,6 +230,13 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER), {"backend": "mlx"}, ValueError, r"^backend must be one of numpy"),
         ((STUDENT, TEACHER), {"memory": "2 apples"}, ValueError, r"^memory must be a size such as 2GB"),
         ((STUDENT, TEACHER), {"memory": 1000}, ValueError, r"^memory must be at least [\d,]+ MB for 6 classes"),
+        (
+            (STUDENT, TEACHER),
+            {"memory": 0},
+            ValueError,
+            r"^memory must be at least [\d,]+ MB for 6 classes .*got 0 MB$",
+        ),
+        ((STUDENT, TEACHER), {"plot": ""}, ValueError, r"^plot must be the name of what to write, got an empty one$"),
         ((STUDENT, TEACHER), {"scheduler": "tcp://x"}, ValueError, r"^scheduler needs backend \"dask\""),
         ((STUDENT, TEACHER), {"backend": "dask"}, ValueError, r"needs files that its workers can open"),
         ((STUDENT, TEACHER), {"per_sample": "x.txt"}, ValueError, r"x\.txt"),

@@ -328,15 +328,15 @@ def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
-@pytest.mark.parametrize("kind", ["npy", "npz", "zarr", "prior"])
+@pytest.mark.parametrize("kind", ["npy", "fortran", "npz", "zarr", "prior"])
 def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
     """As the operating system counts it, for files of 600 MB; the bound is little more than what NumPy needs."""
-    shape = {"zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
+    shape = {"fortran": (150_000, 1000), "zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
     paths = []
     for name in ("student", "teacher"):
-        x = np.zeros(shape, np.float16)
+        x = np.zeros(shape, np.float16, "F" if kind == "fortran" else "C")
         x[::500] = 1
-        paths.append(tmp_path / f"{name}.{'npy' if kind == 'prior' else kind}")
+        paths.append(tmp_path / f"{name}.{kind if kind in ('npz', 'zarr') else 'npy'}")
         if kind == "npz":
             np.savez_compressed(paths[-1], x)
         elif kind == "zarr":  # in one chunk of 60 MB
@@ -421,6 +421,22 @@ def test_sketched_quantiles_are_close(monkeypatch):
             assert abs(rank - q) < 0.001, (name, key)
         same = own._replace(**{key: getattr(exact.losses[name], key) for key in quantiles})
         assert same == exact.losses[name]
+
+
+def test_sketched_quantiles_have_each_infinity_at_its_own_end(monkeypatch):
+    pytest.importorskip("datasketches")
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((2, 4000, 3))
+    s[:600, 0] = -np.inf
+    exact, sketched = [], []
+    for found, most in ((exact, 4000), (sketched, 1000)):
+        monkeypatch.setattr(statistics, "EXACT_QUANTILES", most)
+        for weight in (1, -1):
+            found.append(gklx.score(s, t, losses=["dkl"], mse_weight=weight, ce_weight=0).losses["dkl"])
+    assert (exact[0].p90, exact[1].p10) == (np.inf, -np.inf)
+    for one, other in zip(exact, sketched, strict=True):
+        quantiles = {key: getattr(one, key) for key in statistics.QUANTILES if key in one._fields}
+        assert {key: getattr(other, key) for key in quantiles} == pytest.approx(quantiles, rel=0.02, abs=1e-3)
 
 
 def test_missing_sketch_library_is_an_error_before_the_work(files, monkeypatch):

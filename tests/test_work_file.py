@@ -1,5 +1,6 @@
 """The folder of the progress: its permissions, and several runs of one job at a time."""
 
+import errno
 import json
 import os
 import stat
@@ -181,6 +182,15 @@ def test_folder_removed_at_any_step_is_made_again(tmp_path, monkeypatch, steps):
     again = WorkFile(DTYPE, tmp_path / "kept")
     assert again.resumed_at == 300
     again.close(done=True)
+
+
+def test_full_disk_is_no_wrong_argument(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        WorkFile(DTYPE, tmp_path / "kept")
 
 
 @pytest.mark.parametrize("home", ["a file", "read-only", "none"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .._core.libraries import LIBRARIES
 from . import arguments as kinds
@@ -123,8 +123,8 @@ def add_to(commands: Any) -> None:
         action="append",
         default=[],
         metavar="BOUND",
-        help="status 3 where it holds, as 'kl.p99 > 0.1': a name of the JSON report, < or >, a number; "
-        "may be given again",
+        help="status 3 where it holds, as 'kl.p99 > 0.1': a result in the JSON report by its name (none of "
+        "worst_classes), < or >, a number; may be given again",
     )
     where = score.add_argument_group("where to compute")
     where.add_argument(
@@ -181,14 +181,16 @@ def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
         from .._scoring.work_file import default_parent
 
     def report(found: Score | Scores) -> None:
-        text = as_json(found) if arguments.format == "json" else as_table(found)
+        def text(file: TextIO | None = None) -> str:
+            return as_json(found) if arguments.format == "json" else as_table(found, file)
+
         if arguments.output is None:
-            show(text)
+            show(text())
             return
         with replacing(arguments.output) as path, open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(text(file))
 
-    work_dir = arguments.work_dir or default_parent()
+    work_dir = default_parent() if arguments.work_dir is None else arguments.work_dir
     if work_dir is None:
         say("no progress is kept: the user's cache cannot be written (--work-dir names another place)")
     request = Request(
@@ -259,7 +261,7 @@ def _gate(text: str) -> Gate:
 
 
 def _size(text: str) -> int:
-    from .._scoring.memory import parse_size
+    from .._scoring.sizes import parse_size
 
     try:
         return parse_size(text)

@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,14 +19,17 @@ except ImportError:  # Windows: nothing prevents two runs of one job, and what a
 
 _NAMED = 40
 """How many characters of a target's name its temporary name has: the whole name may be too long for a suffix."""
+_MOST_LINKS = 40
+"""As many links as Linux follows in a path."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` at the end of the block, or is gone after an exception.
 
-    A device or pipe is not replaced: what is written goes straight to it. A new file gets `mode`, less what the umask
-    takes. Temporary files that killed processes left are removed.
+    A device or pipe is not replaced: what is written goes straight to it. Nor is the file behind a descriptor that the
+    path names, as /dev/stdout does: it gets what was written where the descriptor stands. A new file gets `mode`, less
+    what the umask takes. Temporary files that killed processes left are removed.
 
     Raises
     ------
@@ -35,6 +40,14 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o666) -> Iterator[Path]
     """
     check_writable(path)
     try:
+        if (descriptor := _descriptor(path)) is not None:
+            with tempfile.TemporaryDirectory(prefix="gklx-") as folder:
+                part = Path(folder, "part")
+                yield part
+                # By the descriptor: opened anew by its path, a file that `>>` appends to would be truncated.
+                with part.open("rb") as written, open(os.dup(descriptor), "wb") as stream:
+                    shutil.copyfileobj(written, stream)
+            return
         if not _replaced(path):
             yield Path(path)
             return
@@ -57,6 +70,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """ValueError where a file cannot be written; called before the work."""
     if os.path.isdir(path):
         raise ValueError(f"{path}: must be a file to write, got a directory")
+    if (descriptor := _descriptor(path)) is not None:
+        if not _is_open_to_write(descriptor):
+            raise ValueError(f"{path}: must be a descriptor that is open to be written to, got one that is not")
+        return
     if not _replaced(path):
         if not os.access(path, os.W_OK):
             raise ValueError(f"{path}: must be a device or pipe that may be written to, got one that may not")
@@ -97,6 +114,31 @@ def _replaced(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(path) or not os.path.exists(path)
 
 
+def _descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The descriptor of this process that a path or a link stands for, as 1 for /dev/stdout; None where it is none.
+
+    None also where a device or pipe is behind it, which is written to by its path.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        return None
+    at, folders = os.path.abspath(path), {os.path.realpath(x) for x in ("/dev/fd", "/proc/self/fd")}
+    for _ in range(_MOST_LINKS):
+        folder, name = os.path.split(at)
+        if os.path.realpath(folder) in folders and name.isdecimal():
+            return int(name)
+        if not os.path.islink(at):
+            return None
+        at = os.path.join(folder, os.readlink(at))
+    return None
+
+
+def _is_open_to_write(descriptor: int) -> bool:
+    try:
+        return fcntl is None or fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR) != 0
+    except (OSError, OverflowError):  # OverflowError: a number that no descriptor can have
+        return False
+
+
 @contextlib.contextmanager
 def _part(target: Path, mode: int) -> Iterator[Path]:
     """A temporary file in the target's folder, locked while its writer lives, and removed after an exception."""
@@ -124,9 +166,11 @@ def _remove_left_over(target: Path) -> None:
     if fcntl is None:
         return
     pattern = re.compile(rf"\.{re.escape(target.name[:_NAMED])}\.[0-9a-f]{{8}}\.part")
-    for path in target.parent.iterdir():
-        if not pattern.fullmatch(path.name):
-            continue
+    try:
+        found = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:  # a folder that may be written to need not let its files be listed
+        return
+    for path in found:
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
             try:

@@ -23,6 +23,7 @@ from .progress import Progress
 from .run import ChangedError, Job, run
 from .sample_files import check_sample_file, write_samples
 from .samples import CHOICES, Parameters, checked
+from .sizes import parse_size
 from .statistics import EXACT_QUANTILES, Score, Scores, differences, digest, score_of
 from .streams import printable
 from .values import Values
@@ -177,6 +178,9 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
     where = request.where_label
     if where is not None and (isinstance(where, bool) or not isinstance(where, int)):
         raise ValueError(f"where_label must be a whole number, got {where!r}")
+    for name in ("output", "per_sample", "plot", "work_dir"):
+        if getattr(request, name) == "":  # an unset variable of the shell; as a path it would be the working directory
+            raise ValueError(f"{name} must be the name of what to write, got an empty one")
     if request.weights not in (None, "prior", "teacher"):
         raise ValueError(f'weights must be "prior" or "teacher", got {request.weights!r}')
     return names, parameters
@@ -194,7 +198,14 @@ def _check_against(request: Request, inputs: Inputs, names: tuple[str, ...]) -> 
         raise ValueError(f'weights "prior" needs the loss ikl or gkl, got {", ".join(names)}')
     if request.per_sample is not None and inputs.candidates:
         raise ValueError("per_sample needs a single student, got several candidates")
-    check_gates(request.gates, names, targeted=inputs.targeted, top_k=request.top_k)
+    check_gates(
+        request.gates,
+        names,
+        targeted=inputs.targeted,
+        masking=inputs.masked or request.where_label is not None,
+        several=bool(inputs.candidates),
+        top_k=request.top_k,
+    )
 
 
 def _is_whole(x: Any) -> bool:
@@ -220,7 +231,7 @@ def _pool(request: Request, inputs: Inputs, *, by_prior: bool) -> Iterator[tuple
             own = library_of(inputs.like)
             name = request.backend or ("numpy" if own is None or own.lazy else own.backend)
             place = stack.enter_context(backend(name, request.device, inputs.like))
-            bound = memory.parse_size(request.memory) if isinstance(request.memory, str) else request.memory
+            bound = parse_size(request.memory) if isinstance(request.memory, str) else request.memory
             rows, count = _rows_and_threads(
                 inputs, itemsize, place.block_bytes, place.threads, bound, by_prior=by_prior
             )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from .._core.libraries import dtype_name, library_of
-from .file_formats.rows import Room, Rows, Stamp
+from .file_formats.rows import Room, Rows, Stamp, integers
 from .files import carried_targets, check_together, is_of_llama, open_labels, open_logits, open_mask
 
 _MOST_CLASSES = 2**31 - 1
@@ -269,7 +269,7 @@ class ArrayRows:
             x = x[start:stop, ...]
         x = library.constant(x)
         if self.axes == 0:
-            return np.asarray(library.to_numpy(x)).astype(np.int64)
+            return integers(np.asarray(library.to_numpy(x)))
         if library.lazy:
             x = library.to_numpy(x)
         stays = room is not None and isinstance(x, np.ndarray) and x.dtype.isnative

@@ -6,6 +6,7 @@ transfer and computing overlap and the memory is bounded.
 
 import collections
 import contextlib
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
     with contextlib.ExitStack() as stack:
         try:
             at = scheduler or stack.enter_context(_own_cluster(LocalCluster))
-            client = stack.enter_context(Client(at, timeout=10, set_as_default=False))  # type: ignore[no-untyped-call]
+            client = stack.enter_context(_closing(Client)(at, timeout=10, set_as_default=False))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
@@ -86,6 +87,20 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
         )
 
 
+def _closing(client: Any) -> Any:
+    """The class of clients that also close where the address is none: else they wait 20 s at the interpreter's exit."""
+
+    class Closing(client):  # type: ignore[misc]
+        async def _start(self, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super()._start(*args, **kwargs)
+            except (ValueError, TypeError):
+                await self._close()
+                raise
+
+    return Closing
+
+
 def _own_cluster(cluster: Callable[..., Any]) -> Any:
     """A cluster of threads in this process, which listens on the loopback interface only."""
     here = "127.0.0.1:0"
@@ -93,6 +108,8 @@ def _own_cluster(cluster: Callable[..., Any]) -> Any:
         n_workers=1,
         threads_per_worker=own_threads(),
         processes=False,
+        # Its workers log each error that a task raises; it is raised here again, and said once.
+        silence_logs=logging.CRITICAL,
         dashboard_address=here,
         worker_dashboard_address=here,
     )

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable
+from typing import TextIO
 
 from rich import box
 from rich.console import Console, Group
@@ -124,9 +125,11 @@ def _of_estimate(x: Estimate) -> dict[str, float | None]:
     return {key: _finite(value) for key, value in x._asdict().items()}
 
 
-def as_table(found: Score | Scores) -> str:
-    """A score as tables, in the colours and the width that standard output has."""
-    console = Console(highlight=False, emoji=False)
+def as_table(found: Score | Scores, file: TextIO | None = None) -> str:
+    """A score as tables, in the colours, width and characters that a file has, by default standard output."""
+    # rich gives colours to every file where FORCE_COLOR asks for them on the terminal.
+    colours = None if file is None else file.isatty()
+    console = Console(file=file, force_terminal=colours, highlight=False, emoji=False)
     parts: list[Table | Text] = _of_one(found) if isinstance(found, Score) else _of_several(found)
     # On a narrow terminal the table is too wide: a number must not be truncated.
     roomy = console.options.update(width=1000)

@@ -194,7 +194,7 @@ class _Beside(NamedTuple):
     """In [0, C)."""
     targets: Any | None
     written_labels: Any | None
-    """As they stand in the input: those of samples that do not count may be anything."""
+    """As they stand in the input where they fit: those of samples that do not count may be anything."""
     counted: Any | None
     """Booleans: which samples count; None for all."""
 
@@ -231,5 +231,11 @@ def _beside(job: Job, chunk: Chunk) -> _Beside:
             raise ValueError(
                 f"{rows.name}: {what} must lie in [0, {classes}), got {x[at]} at sample {chunk.first + at}{padding}"
             )
-        given.append(np.where(inside, x, 0))
-    return _Beside(given[0], given[1], labels, counted)
+        given.append(np.where(inside, x, 0).astype(np.int64))
+    return _Beside(given[0], given[1], None if labels is None else _written(labels), counted)
+
+
+def _written(labels: Any) -> Any:
+    """Labels as a record keeps them, in 32 bits: -1 for one that does not fit, whose sample does not count."""
+    fits = (labels >= -(2**31)) & (labels < 2**31)
+    return np.where(fits, labels, -1).astype(np.int32)

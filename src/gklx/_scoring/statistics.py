@@ -327,7 +327,7 @@ class _Quantiles:
     def __init__(self, count: int) -> None:
         self._count, self._filled = count, 0
         self._all = np.empty(count if count <= EXACT_QUANTILES else 0)
-        self._infinite = 0
+        self._lowest = self._highest = 0  # how many are -inf, and how many +inf or NaN: a digest takes none of them
         self._digest = None if count <= EXACT_QUANTILES else digest()
         self._sorted = False
 
@@ -337,15 +337,18 @@ class _Quantiles:
             self._filled += x.size
             return
         finite = np.isfinite(x)
-        self._infinite += int((~finite).sum())
+        lowest = int((x == -np.inf).sum())
+        self._lowest += lowest
+        self._highest += int((~finite).sum()) - lowest
         self._digest.update(x[finite])
 
     def at(self, q: float) -> float:
         """By linear interpolation; between a number and an infinity, and between two infinities, the infinity."""
         if self._digest is not None:
-            finite = self._count - self._infinite
-            inside = q * self._count / finite if finite else 2.0
-            return float(self._digest.get_quantile(inside)) if inside <= 1 else math.inf
+            finite, place = self._count - self._lowest - self._highest, q * self._count - self._lowest
+            if self._lowest and place <= 0:
+                return -math.inf
+            return float(self._digest.get_quantile(place / finite)) if place <= finite and finite else math.inf
         if not self._sorted:
             self._all.sort()
             self._sorted = True

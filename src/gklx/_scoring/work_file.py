@@ -223,6 +223,8 @@ def _make_own(folder: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk is no wrong argument
+            raise
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and os.path.lexists(folder):
             raise _NotOwnError(f"{folder} is not a folder of this user") from None
         raise ValueError(f"{folder.parent}: must be a folder to keep the progress in ({error.strerror})") from None

@@ -1,5 +1,6 @@
 """NumPy's `.npy`, and uncompressed members of an `.npz`: a read takes only its rows from the file."""
 
+import io
 import math
 import os
 import warnings
@@ -12,7 +13,8 @@ import numpy as np
 from .rows import Room, Stamp, dtype_of, reading, reason, stamp, text, widened
 
 MAGIC = b"\x93NUMPY"
-_COLUMNS_AT_ONCE = 1024
+_COLUMNS_AT_ONCE = 32
+_LONGEST_HEADER = 2**16
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,33 @@ class NpyRows:
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of the flattened leading axes."""
-        if self.fortran:
+        leading, row = self.shape[: len(self.shape) - self.axes], self.shape[len(self.shape) - self.axes :]
+        if self.fortran and len(leading) > 1:
             return self.read_mapped(self.path, start, stop, room)
-        shape = (stop - start, *self.shape[len(self.shape) - self.axes :])
-        x = np.empty(shape, self.stored) if room is None else room.array(shape, self.stored)
-        # Not memory-mapped: if another process truncated the file, a bus error would kill this one.
+        count, size = stop - start, math.prod(row)
+        # Not memory-mapped: if another process truncated the file, a bus error would kill this one; and of an array in
+        # Fortran order whole columns may become resident where a few rows are read.
         with reading(self.name), open(self.path, "rb", buffering=0) as file:
-            file.seek(self.offset + start * math.prod(shape[1:]) * self.stored.itemsize)
-            rest = x.reshape(-1).view(np.uint8).data
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise EOFError("it has become shorter")
-                rest = rest[count:]
+            if self.fortran:
+                x = np.empty((size, count), self.stored)
+                for at, column in enumerate(x):
+                    self._fill(file, at * leading[0] + start, column)
+                x = x.T.reshape(count, *row)
+            else:
+                shape = (count, *row)
+                x = np.empty(shape, self.stored) if room is None else room.array(shape, self.stored)
+                self._fill(file, start * size, x)
         return widened(x, self.axes, room)
+
+    def _fill(self, file: IO[bytes], at: int, x: Any) -> None:
+        """Reads numbers from the one with this index in the file on."""
+        file.seek(self.offset + at * self.stored.itemsize)
+        rest = x.reshape(-1).view(np.uint8).data
+        while rest:
+            count = file.readinto(rest)  # type: ignore[attr-defined]
+            if not count:
+                raise EOFError("it has become shorter")
+            rest = rest[count:]
 
     def read_mapped(self, file: str | IO[bytes], start: int, stop: int, room: Room | None = None) -> Any:
         """Rows of an array in Fortran order, by index from a memory map: a reshape would copy the whole file."""
@@ -61,7 +76,7 @@ class NpyRows:
             if not self.fortran:
                 return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes, room)
             x = np.empty((stop - start, math.prod(row)), self.stored)
-            # Each column is on other pages, which stay in memory as long as the map exists.
+            # Each column is on other pages, which stay in memory, with up to some MB around, while the map exists.
             for at in range(0, x.shape[1], _COLUMNS_AT_ONCE):
                 into = x[:, at : at + _COLUMNS_AT_ONCE]
                 offset = self.offset + at * math.prod(leading) * self.stored.itemsize
@@ -73,8 +88,7 @@ def open_npy(name: str, path: str, axes: int) -> NpyRows:
     """Opens the array in an `.npy` file."""
     stamps = (stamp(path),)
     with Path(path).open("rb") as file:
-        shape, fortran, stored = header(name, file)
-        offset = file.tell()
+        shape, fortran, stored, offset = header(name, file)
         size = os.fstat(file.fileno()).st_size
     found = NpyRows(name, path, offset, shape, stored, fortran, axes, stamps)
     needed = offset + stored.itemsize * math.prod(shape)
@@ -86,21 +100,23 @@ def open_npy(name: str, path: str, axes: int) -> NpyRows:
     return found
 
 
-def header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any]:
-    """Shape, order and dtype; nothing that would have to be unpickled."""
+def header(name: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, Any, int]:
+    """Shape, order, dtype and the header's length; nothing that would have to be unpickled."""
+    # NumPy reads all of a header before it refuses one that is too long, and a header may promise 4 GiB.
+    start = io.BytesIO(file.read(_LONGEST_HEADER))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            version = np.lib.format.read_magic(file)
+            version = np.lib.format.read_magic(start)
             # Version 3 differs from 2 only in the encoding of field names, and logits have no fields.
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             if version not in ((1, 0), (2, 0), (3, 0)):
                 raise ValueError(f"format version {version}")
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = read(start)
             if min(shape, default=0) < 0:
                 raise ValueError(f"shape {text(shape)}")
     except Exception as error:  # of the tokenizer, the parser or the dtype
         raise ValueError(f"{name}: the .npy file is damaged or cut short ({reason(error)})") from None
     if dtype.hasobject:
         raise ValueError(f"{name}: holds pickled Python objects, which are never loaded")
-    return shape, fortran, dtype
+    return shape, fortran, dtype, start.tell()

@@ -20,6 +20,15 @@ from .npy import NpyRows, header
 from .rows import Room, Stamp, chosen, reading, reason, stamp, text, widened
 
 _PIECE = 2**20
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,  # of a member's name
+)
 _one_at_a_time = threading.Lock()
 
 
@@ -84,9 +93,8 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:
             members = {x.filename.removesuffix(".npy"): x for x in archive.infolist() if x.filename.endswith(".npy")}
             info = members[chosen(name, key, list(members))]
             with archive.open(info) as file:
-                shape, fortran, stored = header(name, file)
-                start = file.tell()
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+                shape, fortran, stored, start = header(name, file)
+    except _DAMAGED as error:
         raise ValueError(f"{name}: the .npz archive is damaged or cut short ({reason(error)})") from None
     needed = start + stored.itemsize * math.prod(shape)
     if info.file_size != needed:

@@ -58,7 +58,7 @@ class Rows(Protocol):
         """The bytes that a read needs in addition to the rows that it returns."""
 
     def read(self, start: int, stop: int, room: Room | None = None) -> Any:
-        """Rows of the flattened leading axes, at least one: halves as float32, labels as int64, in C order.
+        """Rows of the flattened leading axes, at least one: halves as float32, labels as `integers`, in C order.
 
         With a `room` the rows may lie in it, and float16 and bfloat16 (of ml_dtypes) need not be widened.
         """
@@ -76,9 +76,9 @@ def dtype_of(dtype: Any) -> str:
 
 
 def widened(x: Any, axes: int, room: Room | None = None) -> Any:
-    """Logits in float32 or float64, with a `room` also float16 and bfloat16; labels in int64."""
+    """Logits in float32 or float64, with a `room` also float16 and bfloat16; labels as `integers` has them."""
     if axes == 0:
-        return np.ascontiguousarray(x, dtype=np.int64)
+        return integers(x)
     if room is not None and x.dtype.itemsize == 2 and x.dtype.isnative:
         if x.dtype == np.float16:
             return np.ascontiguousarray(x)
@@ -88,6 +88,12 @@ def widened(x: Any, axes: int, room: Room | None = None) -> Any:
         bits = np.ascontiguousarray(x).view(np.uint16).astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32)
     return np.ascontiguousarray(x, dtype=np.float64 if x.dtype.itemsize == 8 else np.float32)
+
+
+def integers(x: Any) -> Any:
+    """Labels in int64; as Python's integers where some of uint64 are larger, and would wrap to negative ones."""
+    large = x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max
+    return x.astype(object) if large else np.ascontiguousarray(x, dtype=np.int64)
 
 
 @functools.cache

@@ -56,7 +56,7 @@ class Band:
 
     rows: int
     size: int
-    """In bytes."""
+    """The bytes of its chunks."""
     period: int
     """Bands start again after so many rows; the last one before may be shorter."""
 
@@ -104,7 +104,10 @@ def _band_of(shape: tuple[int, ...], chunks: tuple[int, ...], axes: int, itemsiz
     at = next((i for i in range(leading) if chunks[i] > 1), leading - 1)
     inner, period = math.prod(shape[at + 1 : leading]), math.prod(shape[at:leading])
     rows = min(chunks[at], shape[at]) * inner
-    return Band(rows, rows * math.prod(shape[leading:]) * itemsize, period)
+    # Zarr unpacks whole chunks, which may reach far beyond the shape.
+    rest = zip(shape[at + 1 :], chunks[at + 1 :], strict=True)
+    whole = (chunks[at], *(-(-size // chunk) * chunk for size, chunk in rest))
+    return Band(rows, math.prod(whole) * itemsize, period)
 
 
 def store_of(path: str) -> str:
