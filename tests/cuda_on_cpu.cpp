@@ -47,7 +47,7 @@ extern "C" void batch(const RowStatistics *found, int64_t rows, int64_t squares,
   Totals<REAL> scales =
       all_merged(maxima, BLOCK, [](const Totals<REAL> &a, const Totals<REAL> &b) { return merged(a, b); });
   scales.largest_weight = power_of_two_below(scales.largest_weight);
-  scales.largest_base = squares ? power_of_two_below(scales.largest_base) : REAL(1);
+  scales.largest_base = squares ? invertible(scales.largest_base) : REAL(1);
   for (int lane = 0; lane < BLOCK; ++lane) sums[lane] = thread_sums(found, rows, squares != 0, gamma, scales, lane);
   const BatchSums all =
       all_merged(sums, BLOCK, [](const BatchSums &a, const BatchSums &b) { return merged(a, b); });

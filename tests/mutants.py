@@ -323,8 +323,7 @@ EQUIVALENT: dict[str, str] = {
     "formulas.rows_of: False  ->  True  in  "
     "s, t = (xp.astype(x, call.dtype, copy=False) for x in (arrays.student, arrays.teacher))": "a copy is the same",
     "formulas._prior_rows: False  ->  True  in  prior = xp.astype(prior, call.dtype, copy=False)": "a copy is the same",
-    "formulas.rows_of: 0.0  ->  1.0  in  "
-    "rounded, error = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))": (
+    "formulas.rows_of: 0.0  ->  1.0  in  d = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))": (
         "the difference of a class that is not valid has no weight"
     ),
     "formulas.softmax: 0.0  ->  1.0  in  "
@@ -341,16 +340,14 @@ EQUIVALENT: dict[str, str] = {
         "stands for a logit that is not finite, whose difference is put back afterwards"
     ),
     "formulas.deviations: 0.0  ->  1.0  in  "
-    "centred = xp.where(summed, d - xp.where(reference == -xp.inf, 0.0, reference), 0.0)": (
-        "any reference serves where no class of the largest weight is summed, and what is not summed is replaced"
-    ),
+    "centred = xp.where(summed, subtract(rows.d, difference(xp, t, s)), 0.0)": "what is not summed is replaced",
     "formulas.deviations: 0.0  ->  1.0  in  "
     "centred = xp.where(summed, centred - xp.sum(u * centred, axis=-1, keepdims=True), 0.0)": (
         "stands where the weight is 0, or the difference is put back afterwards"
     ),
     "batch._relative: 1.0  ->  2.0  in  return v * (1.0 / weight_scale)": "the sum of the weights has the factor, too",
-    "batch._power_of_two: 1.0  ->  2.0  in  "
-    "x = xp.where(x < smallest, smallest, xp.where(x > 1.0 / smallest, 1.0 / smallest, x))": (
+    "batch._invertible: 1.0  ->  2.0  in  "
+    "return xp.where(x < smallest, smallest, xp.where(x > 1.0 / smallest, 1.0 / smallest, x))": (
         "NumPy computes with subnormal reciprocals; test_scale_of_the_sample_weights, in XLA"
     ),
     "batch._or_one: 1.0  ->  2.0  in  return call.xp.where(x == 0, 1.0, x)": "0 divided by whichever number is 0",
@@ -377,13 +374,15 @@ EQUIVALENT: dict[str, str] = {
     ),
     "formulas.kullback_leibler: 0.0  ->  1.0  in  near = xp.where(is_near, ratio, 0.0)": "what is not near is not used",
     "formulas.kullback_leibler: 0.0  ->  1.0  in  "
-    "far = p * xp.where(xp.isinf(ratio), 0.0, ratio) + (q - p)  # p is 0 there, or the row is unreachable": (
+    "far = xp.where(overflows, product, p * xp.where(overflows, 0.0, ratio)) + (q - p)": "the other product is taken",
+    "formulas.kullback_leibler: 0.0  ->  1.0  in  product = over_t(p * xp.where(xp.isinf(d), 0.0, d))": (
         "times 0, or replaced by infinity"
     ),
     "formulas.samples: weights is None or around is None  ->  weights is None and around is None": (
         "there are both or none"
     ),
-    "formulas.cross_entropy: 0.0  ->  1.0  in  z = xp.where(z == -xp.inf, 0.0, z)": (
+    "formulas.cross_entropy: 0.0  ->  1.0  in  "
+    "mean = xp.sum(p * xp.where(halved == -xp.inf, 0.0, halved), axis=-1) / call.numbers.temperature": (
         "the teacher's probability is 0 there, or the row's CE is infinite"
     ),
     "batch.factors_of: call.ranks.size * share  ->  call.ranks.size / share": ("NumPy has one rank; test_many_devices"),

@@ -46,6 +46,20 @@ def test_any_batch_axes_are_accepted(backend, case, batch):
     assert_close(got_t, to_t, backend, "float64", ulps=32)
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+@pytest.mark.parametrize("kind", ["int", "uint"])
+def test_labels_of_any_integer_dtype(backend, kind, bits):
+    """Also where it has no number for the last of the classes."""
+    case = next(case for case in CASES if case.id == "gkl-prior")
+    s, t, arrays = call(case, "none", classes=300)
+    labels = arrays.pop("labels") % 100
+    given_s, given_t, given = on(backend, "float32", s, t, arrays)
+    loss = backend.wrap(loss_of(case))
+    expected = loss(given_s, given_t, labels=backend.array(labels), **given)
+    found = loss(given_s, given_t, labels=backend.array(labels.astype(f"{kind}{bits}")), **given)
+    assert backend.numpy(found) == backend.numpy(expected)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.loss != "kl"], ids=lambda case: case.id)
 def test_terms_are_wmse_and_ce_and_sum_to_the_loss(backend, case):
     s, t, arrays = call(case, "samples")

@@ -189,6 +189,10 @@ def test_class_prior_raises_the_documented_errors():
         prior.load_state_dict({"table": state["table"]})
     with pytest.raises(ValueError, match=r"^state must have temperature 2.0, got 3.0$"):
         prior.load_state_dict({**state, "temperature": 3.0})
+    with pytest.raises(ValueError, match=r"^state must have temperature .*, got \[1. 1.\]$"):
+        prior.load_state_dict({**state, "temperature": np.ones(2)})
+    with pytest.raises(TypeError, match=r"^state must be a mapping, got NoneType$"):
+        prior.load_state_dict(None)
     with pytest.raises(
         ValueError, match=r"^state must hold table as float32 or float64 \(4, 4\), got float64 \(3, 3\)$"
     ):
@@ -202,6 +206,11 @@ def test_prior_must_stay_in_one_library_and_on_one_device():
     prior.update(logits, labels)
     with pytest.raises(TypeError, match=r"^logits must be of this prior's library, NumPy, got array-api-strict$"):
         prior.update(strict.asarray(logits), strict.asarray(labels))
+    state = gklx.ClassPriorState.uniform(C, like=logits)
+    with pytest.raises(TypeError, match=r"^logits must be an array of the library of this state, NumPy, got one of a"):
+        state.update(strict.asarray(logits), strict.asarray(labels))
+    with pytest.raises(TypeError, match=r"^logits must be an array of NumPy, "):
+        state.update([[0.0] * C], labels)
     there = gklx.ClassPrior(C, like=strict.asarray(logits, device=strict.Device("device1")))
     with pytest.raises(ValueError, match=r"^logits must be on this prior's device, .*device1.*, got .*CPU.*$"):
         there.update(strict.asarray(logits), strict.asarray(labels))

@@ -481,12 +481,63 @@ def test_sum_of_huge_differences(backend):
     check(backend, "float32", ("gkl", settings, np.zeros_like(t), t, {"prior": np.full_like(t, 0.2)}))
 
 
-def test_sum_of_huge_logits_under_an_even_teacher(backend):
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_sum_of_huge_logits_under_an_even_teacher(backend, wide):
     """The mean of the student's logits is finite where their sum is beyond the largest float."""
-    s = np.full((1, 256), -4e36)
+    s = np.full((1, 512), -exact.LARGEST[wide] / 100)
     s[0, 3] = 0.0
     t = np.zeros_like(s)
-    check(backend, "float32", ("kl", {}, s, t, {}), ("dkl", {"mse_weight": 0}, s, t, {}))
+    check(backend, wide, ("kl", {}, s, t, {}), ("dkl", {"mse_weight": 0}, s, t, {}), ("gkl", {}, s, t, {}))
+
+
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_fills_of_the_two_networks_in_different_classes(backend, wide):
+    """An infinite loss is never NaN."""
+    s, t = np.zeros((2, 1, 16))
+    s[0, :6] = t[0, 7:9] = -exact.LARGEST[wide]
+    check(backend, wide, *((name, {}, s, t, {}) for name in LOSSES))
+
+
+@pytest.mark.parametrize("wide", ["float32", "float64"])
+def test_logits_further_apart_than_the_largest_float(backend, wide):
+    """Or differences of two networks' logits, over the temperature: a small probability brings the loss back."""
+    largest = exact.LARGEST[wide]
+    s, t = np.asarray([[0.9 * largest, -0.9 * largest]]), np.asarray([[0.0, -6.0]])
+    check(backend, wide, ("kl", {}, s, t, {}), ("dkl", {"mse_weight": 0}, s, t, {}))
+    s, t = np.asarray([[0.0, 1.0, -largest]]), np.asarray([[1.0, 0.0, -2.0]])
+    check(backend, wide, ("kl", {"temperature": 0.5}, s, t, {}), ("kl", {"temperature": 0.9}, s, t - [[0, 0, 5]], {}))
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9])
+def test_the_same_fill_in_all_classes_of_weight(backend, fill):
+    """Differences of the other network's logits keep their digits."""
+    s, t = np.asarray([[fill, fill, 1.03, fill]]), np.asarray([[-0.41, 0.02, fill, 1.95]])
+    check(backend, "float32", *((name, {}, s, t, {}) for name in ("kl", "dkl")))
+    s, t = np.asarray([[0.43, 0.06, -0.37]]), np.asarray([[-0.6, fill, fill]])
+    prior = {"prior": np.asarray([[0.0, 0.4, 0.6]])}
+    check(backend, "float32", ("gkl", {}, s, t, prior), ("gkl", {}, t, s, prior))
+
+
+def test_prior_of_nearly_one_class(backend):
+    """There d is nearly its mean: the small difference of both keeps its digits."""
+    rng = np.random.default_rng(13)
+    s, t = (backend.rounded(x, "float32") for x in 3.0 * rng.standard_normal((2, 6, 6)))
+    prior = backend.rounded(np.where(np.eye(6) > 0, 1.0, 1e-6), "float32")
+    loss = partial(gklx.gkl, ce_weight=0.0, normalize="samples")
+    given = [backend.array(x, "float32") for x in (s, t, prior)]
+    found = backend.wrap(lambda s, t, prior: gklx.grad(loss, (0, 1))(s, t, prior=prior))(*given)
+    for x, expected in zip(found, gklx.grad(loss, (0, 1))(s, t, prior=prior), strict=True):
+        bound = 32 * np.finfo("float32").eps * abs(expected).max(axis=-1, keepdims=True)
+        assert (abs(backend.numpy(x) - expected) <= bound).all()
+
+
+def test_powers_far_above_1(backend, dtype):
+    """The normaliser of a batch does not depend on the scale of its weights, whatever gamma."""
+    rng = np.random.default_rng(12)
+    s, t = rng.standard_normal((2, 3, 4))
+    t[:, 0] = [5.0, 4.9, 0.0]
+    prior = {"prior": np.asarray([[0.7, 0.1, 0.1, 0.1], [0.69, 0.2, 0.1, 0.01], [0.25, 0.25, 0.25, 0.25]])}
+    check(backend, dtype, *(("gkl", {"gamma": gamma}, s, t, given) for gamma in (65.0, 600.0) for given in ({}, prior)))
 
 
 @pytest.mark.parametrize("size", [2.0**56, 1e18])

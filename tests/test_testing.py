@@ -230,6 +230,8 @@ def test_a_reference_that_raises():
         assert_backends_agree(lambda x: 1 / 0, X, backends=["numpy"])
     with pytest.raises(TypeError, match=r"^fn must return real numbers, integers or booleans, got complex128$"):
         assert_backends_agree(lambda x: x + 1j, X, backends=["numpy"])
+    with pytest.raises(TypeError, match=r"^fn must return at least one array, got an empty tuple$"):
+        assert_backends_agree(lambda x: (), X, backends=["numpy"])
 
 
 def test_each_backend_has_copies_of_its_own(other):
@@ -267,6 +269,7 @@ def test_settings_are_left_as_they_were():
     ("options", "error", "told"),
     [
         ({"backends": ["numpi"]}, ValueError, r"^backends must be among numpy, .*, got 'numpi'$"),
+        ({"backends": []}, ValueError, r"^backends must name at least one library, got none$"),
         ({"backends": "numpy"}, TypeError, r"^backends must be a sequence of names, got 'numpy'$"),
         ({"backends": ["numpy gpu:9"]}, ValueError, r"^backend numpy gpu:9 cannot be used, there is no such device"),
         ({"dtypes": ["float8"]}, ValueError, r"^dtypes must be a sequence of names among float16, .*'float8'"),
@@ -277,6 +280,7 @@ def test_settings_are_left_as_they_were():
             ValueError,
             r"^dtypes must be some that the backends support",
         ),
+        ({"ulps": "3"}, TypeError, r"^ulps must be a number, got str$"),
         ({"ulps": NAN}, ValueError, r"^ulps must be at least 0, got nan$"),
         ({"per": "column"}, ValueError, r'^per must be "entry", "row" or "array", got \'column\'$'),
     ],

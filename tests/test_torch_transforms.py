@@ -13,6 +13,8 @@ import oracle
 from backends import BY_NAME
 from cases import CASES, call, loss_of, on, rounded
 from closeness import assert_close
+from gklx import show_config
+from gklx._run import blocks
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
@@ -203,6 +205,28 @@ def test_backward_pass_keeps_at_most_one_tensor_per_differentiated_input(wanted,
     half = dtype in ("float16", "bfloat16")
     one = s.numel() * s.element_size()
     assert sum(kept.values()) <= (0 if half else sum(wanted)) * one + 64
+
+
+@ALL_CASES
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=str)
+def test_gradients_of_tracked_logits(case, wanted, monkeypatch):
+    """They are made as fast as those of plain tensors, and only a derivative of them needs the formulas."""
+    loss, s, t = given(case, classes=4)
+    plain = gklx.grad(loss, wanted)(s, t)
+    s.requires_grad_()
+    t = t * s.sin() / s.detach().sin()  # the teacher depends on the student
+    with monkeypatch.context() as patched:
+        patched.setattr(blocks, "evaluate", None if show_config(mode="dicts")["kernel"] else blocks.evaluate)
+        tracked = gklx.grad(loss, wanted)(s, t)
+    for found, expected in zip(tracked, plain, strict=True):
+        same(found, expected)
+    found = torch.autograd.grad(sum(x.square().sum() for x in tracked), s, materialize_grads=True)[0]
+
+    def squares(s, t):
+        return sum(x.square().sum() for x in torch.func.grad(loss, wanted)(s, t))
+
+    by_student, by_teacher = torch.func.grad(squares, (0, 1))(s.detach(), t.detach())
+    same(found, by_student + by_teacher * t.detach() * s.detach().cos() / s.detach().sin(), ulps=256)
 
 
 def test_input_changed_before_the_backward_pass_is_an_error():

@@ -2,13 +2,22 @@
 
 import sys
 from collections.abc import Mapping
+from numbers import Real
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, SupportsIndex, TypeVar, cast
 
 import numpy as np
 
 from ._core.call import Array
-from ._core.checks import class_count, computed_in, known_library, labelled_logits, positive_number
+from ._core.checks import (
+    class_count,
+    computed_in,
+    known_library,
+    labelled_logits,
+    one_library,
+    positive_number,
+    type_name,
+)
 from ._core.formulas import is_class, sample_weights, softmax, valid_mask
 from ._core.libraries import Library, device_like, dtype_name, exact_matmul, from_numpy, library_of, to_numpy
 from ._core.ranks import ranks_of
@@ -151,6 +160,7 @@ class ClassPriorState(NamedTuple, TupleGeneric[ArrayT]):
     ) -> "ClassPriorState[ArrayT]":
         """The state with a batch added to its sums; arguments and errors as in `class_sums`."""
         own: Array = self.sums
+        one_library({"this state": own, "logits": logits})
         sums = class_sums(logits, labels, own.shape[0], temperature=temperature, sample_weight=sample_weight)
         return self._replace(sums=own + _namespace(sums).astype(sums, own.dtype, copy=False))
 
@@ -303,13 +313,16 @@ class ClassPrior(Generic[ArrayT]):
 
         The arrays may also be of another library, such as tensors made from those of the state.
 
-        ValueError where a key is missing or unknown, or an entry does not fit this prior.
+        ValueError where a key is missing or unknown, or an entry does not fit this prior; TypeError where there are no
+        keys.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping, got {type_name(state)}")
         expected = {"num_classes", "temperature", "settled", "table", "sums"}
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         for name in ("num_classes", "temperature"):
-            if state[name] != getattr(self, name):
+            if not isinstance(state[name], Real) or state[name] != getattr(self, name):
                 raise ValueError(f"state must have {name} {getattr(self, name)}, got {state[name]}")
         square = (self.num_classes, self.num_classes)
         given = {name: state[name] for name in ("table", "sums")}

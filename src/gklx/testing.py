@@ -10,11 +10,12 @@ numbers below the smallest normal one count as 0, since libraries may flush them
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
 
-from ._core.checks import whole_number
+from ._core.checks import type_name, whole_number
 from ._core.libraries import library_of
 from ._verify.agreement import Agreement
 from ._verify.differences import differences
@@ -218,6 +219,8 @@ def _on_numpy(name: str, f: Callable[..., Any], given: Arguments) -> list[Any]:
             f"NumPy in float64, the reference: {name} raised {type(error).__name__}: {error}"
         ) from error
     arrays = [np.asarray(x) for x in (returned if isinstance(returned, (tuple, list)) else [returned])]
+    if not arrays:
+        raise TypeError(f"{name} must return at least one array, got an empty {type(returned).__name__}")
     for x in arrays:
         if x.dtype.kind not in "fiub":
             raise TypeError(f"{name} must return real numbers, integers or booleans, got {x.dtype}")
@@ -274,6 +277,8 @@ def _arguments(arrays: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
 def _check_options(dtypes: Sequence[str], ulps: float, per: str) -> None:
     if isinstance(dtypes, str) or not dtypes or not set(dtypes) <= set(DTYPES):
         raise ValueError(f"dtypes must be a sequence of names among {', '.join(DTYPES)}, got {dtypes!r}")
+    if not isinstance(ulps, Real) or isinstance(ulps, bool):
+        raise TypeError(f"ulps must be a number, got {type_name(ulps)}")
     if not ulps >= 0:
         raise ValueError(f"ulps must be at least 0, got {ulps!r}")
     if per not in get_args(Per):

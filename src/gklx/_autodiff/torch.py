@@ -48,7 +48,11 @@ def with_gradients(call: Call, asked: Asked) -> Result:
 
         if torch_operator.serves(call):
             return torch_operator.with_gradients(call, asked)
-    found = evaluate(call, asked._replace(value=False))
+    gradients = asked._replace(value=False)
+    if torch.compiler.is_compiling() or _transformed() or forward_ad._current_level >= 0:
+        found = evaluate(call, gradients)
+    else:
+        found = Result(None, *_EagerGradients.apply(call, gradients, *call.arrays))  # type: ignore[no-untyped-call]
     return found._replace(value=attach(call)) if asked.value else found
 
 
@@ -140,19 +144,67 @@ class _EagerLoss(torch.autograd.Function):
         found = evaluate(call, asked)
         ctx.call, ctx.batch, ctx.statistics = _without_arrays(call), found.batch, found.statistics
         ctx.set_materialize_grads(False)
-        # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
-        ctx.inference = [x if x is not None and x.is_inference() else None for x in arrays]
-        saved = [x if own is None else None for x, own in zip(arrays, ctx.inference, strict=True)]
-        ctx.save_for_backward(*saved, found.student, found.teacher)
+        _save(ctx, arrays, found.student, found.teacher)
         return found.value
 
     @staticmethod
     def backward(ctx: Any, upstream: Any) -> Any:
         if upstream is None:
             return (None,) * (_NOT_ARRAYS + len(Arrays._fields))
-        *saved, student, teacher = ctx.saved_tensors  # once: a checkpoint recomputes them when asked
-        arrays = [x if own is None else own for x, own in zip(saved, ctx.inference, strict=True)]
-        return _backward(ctx, arrays, ctx.batch, (student, teacher), upstream, ctx.statistics)
+        arrays, ahead = _saved(ctx)
+        return _backward(ctx, arrays, ctx.batch, ahead, upstream, ctx.statistics)
+
+
+class _EagerGradients(torch.autograd.Function):
+    """The gradients. Where someone differentiates them, the formulas make them again, and autograd follows."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, asked: Asked, *arrays: Any) -> Any:
+        found = evaluate(call, asked)
+        ctx.call, ctx.asked = _without_arrays(call), asked
+        ctx.set_materialize_grads(False)
+        _save(ctx, arrays)
+        return found.student, found.teacher
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        student, teacher, *others = (x.clone() if x is not None and x.is_inference() else x for x in _saved(ctx)[0])
+        with torch.enable_grad():
+            logits = student.view_as(student), teacher.view_as(teacher)  # one of them may be made of the other
+            gradients = _gradients(_on(ctx.call, (*logits, *others)), None, ctx.asked[1:], None)
+        needed = ctx.needs_input_grad[2:4]
+        inputs = [x for x, asked in zip(logits, needed, strict=True) if asked]
+        followed = [
+            (x, by)
+            for x, by in zip(gradients, upstream, strict=True)
+            if by is not None and x.requires_grad  # 0 does not, where the loss has no part for a network
+        ]
+        found = iter(
+            torch.autograd.grad(
+                [x for x, _ in followed],
+                inputs,
+                [by for _, by in followed],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            if followed
+            else [None] * len(inputs)
+        )
+        return None, None, *(next(found) if asked else None for asked in needed), None, None, None, None
+
+
+def _save(ctx: Any, arrays: Sequence[Any], *made: Any) -> None:
+    """Keeps the arrays that were given for the backward pass, and what was made of them."""
+    # Autograd refuses to save a tensor made under inference_mode, which nothing can change or differentiate.
+    ctx.inference = [x if x is not None and x.is_inference() else None for x in arrays]
+    saved = [x if own is None else None for x, own in zip(arrays, ctx.inference, strict=True)]
+    ctx.save_for_backward(*saved, *made)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """What `_save` kept."""
+    found, n = ctx.saved_tensors, len(ctx.inference)  # once: a checkpoint recomputes them when asked
+    return [x if own is None else own for x, own in zip(found[:n], ctx.inference, strict=True)], found[n:]
 
 
 def _backward(

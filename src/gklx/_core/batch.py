@@ -18,7 +18,8 @@ class Batch(NamedTuple):
     weight_scale: Array
     """The largest v, rounded to a power of two: see `_power_of_two`."""
     base_scale: Array
-    """The largest class weight before gamma, likewise; 1 where the loss is not normalised by the batch."""
+    """The largest class weight before gamma, to which no power of another is large; 1 where the loss is not normalised
+    by the batch."""
     weight: Array
     """The sum of v / weight_scale."""
     squared_mass: Array
@@ -43,7 +44,7 @@ def batch_of(call: Call, v: Array, weights: ClassWeights | None) -> Batch:
     if weights is None:
         one = xp.ones_like(weight_scale)
         return Batch(weight_scale, one, xp.sum(v), xp.zeros_like(weight_scale))
-    base_scale = _power_of_two(call, _largest(call, xp.where(v == 0, 0.0, weights.base)))
+    base_scale = _held_constant(call, _largest(call, xp.where(v == 0, 0.0, weights.base)))
     mass = xp.where(v == 0, 0.0, _mass(call, weights, base_scale))
     return Batch(weight_scale, base_scale, xp.sum(v), xp.sum(v * mass * mass))
 
@@ -130,11 +131,21 @@ def _largest(call: Call, x: Array) -> Array:
 
 
 def _power_of_two(call: Call, x: Array) -> Array:
-    """The largest power of two that is not above x, as far as it and its reciprocal are normal. Its derivative is 0.
+    """The largest power of two that is not above x, as far as it and its reciprocal are normal. Its derivative is 0."""
+    return 2.0 ** call.xp.floor(call.xp.log2(_invertible(call, x)))
+
+
+def _held_constant(call: Call, x: Array) -> Array:
+    """x, as far as it and its reciprocal are normal, but with the derivative 0: all its digits are before the point."""
+    x, power = _invertible(call, x), _power_of_two(call, x)
+    unit = float(call.xp.finfo(call.dtype).eps)
+    return call.xp.floor(x / power / unit) * unit * power
+
+
+def _invertible(call: Call, x: Array) -> Array:
+    """The number nearest to x of which neither it nor its reciprocal is subnormal.
 
     A compiler may turn a division by it into a multiplication by its reciprocal, and take subnormal numbers for 0.
     """
-    xp = call.xp
-    smallest = float(xp.finfo(call.dtype).smallest_normal)
-    x = xp.where(x < smallest, smallest, xp.where(x > 1.0 / smallest, 1.0 / smallest, x))
-    return 2.0 ** xp.floor(xp.log2(x))
+    xp, smallest = call.xp, float(call.xp.finfo(call.dtype).smallest_normal)
+    return xp.where(x < smallest, smallest, xp.where(x > 1.0 / smallest, 1.0 / smallest, x))

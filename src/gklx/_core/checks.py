@@ -61,7 +61,7 @@ def call_of(
         "where": where,
     }
     present = {name: x for name, x in named.items() if x is not None or name in ("student_logits", "teacher_logits")}
-    library = _one_library(present)
+    library = one_library(present)
     ranks = ranks_of(library)
     to_read = sample_weight is not None or prior is not None
     readable = to_read and library.readable(*present.values())
@@ -106,8 +106,9 @@ def call_of(
             _label_values(xp, labels, given_labels, shape[-1], arrays[:2], where, sample_weight)
         # Of a table with more rows than samples, those that are used.
         chosen = labels if labels is not None and math.prod(labels.shape) < shape[-1] else None
-        if not prior_is_right(library, prior, chosen):
-            _prior_values(xp, arrays, prior, chosen)
+        too_large = _too_large(xp, prior, dtype)
+        if too_large < math.inf or not prior_is_right(library, prior, chosen):
+            _prior_values(xp, arrays, prior, chosen, too_large)
     return Call(library, xp, dtype, formula, reduction, checked, arrays, ranks)
 
 
@@ -117,7 +118,7 @@ def labelled_logits(
     """Checks the arguments of `class_sums`: library, namespace, dtype to compute in, labels and weights to use."""
     named = {"logits": logits, "labels": labels, "sample_weight": sample_weight}
     present = {name: x for name, x in named.items() if x is not None or name != "sample_weight"}
-    library = _one_library(present)
+    library = one_library(present)
     readable = library.readable(*present.values())
     xp = library.namespace()
     dtype = _logits(xp, {"logits": logits})
@@ -187,7 +188,7 @@ def computed_in(name: str, x: Array) -> str:
 # --- kinds, shapes and devices ----------------------------------------------------------------------------------------
 
 
-def _one_library(named: dict[str, Any]) -> Library:
+def one_library(named: dict[str, Any]) -> Library:
     """The library of all the arrays, which must also lie on one device."""
     first_name = next(iter(named))
     library = device = None
@@ -253,11 +254,13 @@ def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any,
         raise TypeError(f"sample_weight must be floating, integer or boolean, got {kind}")
     if not _fits(tuple(v.shape), batch):
         raise ValueError(f"sample_weight must have one weight a sample, shape {_text(batch)}, got {_shape(v)}")
-    v = xp.astype(v, dtype, copy=False)
-    if readable and not _all_weights(xp, v):
-        bad = ~((v >= 0) & (v < xp.inf))
+    too_large = _too_large(xp, v, dtype)
+    if too_large == math.inf:
+        v = xp.astype(v, dtype, copy=False)
+    if readable and not _all_weights(xp, v, too_large):
+        bad = ~((v >= 0) & (v < too_large))
         raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, bad)}")
-    return v
+    return xp.astype(v, dtype, copy=False)
 
 
 def _labels(xp: ModuleType, library: Library, labels: Array, batch: tuple[int, ...]) -> Array:
@@ -352,26 +355,32 @@ def _as_float(name: str, value: Any) -> float:
 # --- values, where reading them is free -------------------------------------------------------------------------------
 
 
-def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array, chosen: Array | None) -> None:
+def _too_large(xp: ModuleType, x: Array, dtype: Any) -> float:
+    """The smallest number that is infinite in the dtype computed in, and can stand in an array."""
+    narrows = dtype != xp.float64 and dtype_name(x.dtype) == "float64"
+    return 2.0**128 - 2.0**103 if narrows else math.inf
+
+
+def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array, chosen: Array | None, too_large: float) -> None:
     """Priors, or their chosen rows, that are weights in every sample that counts."""
     rows = None
     if chosen is not None:
         rows = xp.reshape(xp.where(is_class(chosen, prior.shape[-1]), chosen, xp.zeros_like(chosen)), (-1,))
         prior = xp.take(prior, xp.astype(rows, xp.int32), axis=0)
-    if not _all_weights(xp, prior):
-        bad = ~((prior >= 0) & (prior < xp.inf))
+    if not _all_weights(xp, prior, too_large):
+        bad = ~((prior >= 0) & (prior < too_large))
         if arrays.labels is None:
             bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad, rows)}")
 
 
-def _all_weights(xp: ModuleType, x: Array) -> bool:
-    """Whether every entry is finite and not negative, by its extremes, which are NaN where an entry is.
+def _all_weights(xp: ModuleType, x: Array, too_large: float) -> bool:
+    """Whether every entry is neither negative nor too large, by their extremes, which are NaN where an entry is.
 
     A table of classes may be larger than the batch: two sums' worth of reading, and no array written.
     """
-    return math.prod(x.shape) == 0 or (bool(xp.min(x) >= 0) and bool(xp.max(x) < math.inf))
+    return math.prod(x.shape) == 0 or (bool(xp.min(x) >= 0) and bool(xp.max(x) < too_large))
 
 
 def _label_values(

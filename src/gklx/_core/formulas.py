@@ -31,6 +31,8 @@ from .call import Array, Asked, Call, Number, is_static
 class Softmax(NamedTuple):
     """A softmax of each row."""
 
+    logits: Array
+    """[..., C]; -inf where a class is not valid."""
     top: Array
     """[..., 1], the row's maximum; 0 where no class is valid."""
     z: Array
@@ -41,6 +43,13 @@ class Softmax(NamedTuple):
     """[...], the sum of exp(z / temperature); NaN where a valid logit is, or where no valid logit is finite."""
 
 
+class Difference(NamedTuple):
+    """A quarter of t - s, as the sum of two numbers: see `difference`."""
+
+    rounded: Array
+    error: Array
+
+
 class Rows(NamedTuple):
     """What the losses of a row have in common."""
 
@@ -48,7 +57,8 @@ class Rows(NamedTuple):
     has_valid: Array  # [...], boolean
     student: Softmax
     teacher: Softmax
-    d: Array  # [..., C], a quarter of t - s, less that of the maxima
+    d: Difference  # [..., C]; NaN where undefined
+    top: Difference  # [..., 1], of the two maxima
     undefined: Array  # [...], boolean: one of the two softmaxes is NaN
     unreachable: Array  # [...], boolean: the student rules out a class that the teacher does not
 
@@ -95,10 +105,10 @@ def rows_of(call: Call) -> Rows:
     student, teacher = (softmax(xp, x, valid, has_valid, call.numbers.temperature) for x in (s, t))
     undefined = xp.isnan(student.total) | xp.isnan(teacher.total)
     unreachable = xp.any(valid & (s == -xp.inf) & (t > -xp.inf), axis=-1)
-    rounded, error = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))
-    top, top_error = difference(xp, teacher.top, student.top)
-    d = xp.where(undefined[..., None], xp.nan, (rounded - top) + (error - top_error))
-    return Rows(valid, has_valid, student, teacher, d, undefined, unreachable & ~undefined)
+    d = difference(xp, xp.where(valid, t, 0.0), xp.where(valid, s, 0.0))
+    d = Difference(xp.where(undefined[..., None], xp.nan, d.rounded), d.error)
+    top = difference(xp, teacher.top, student.top)
+    return Rows(valid, has_valid, student, teacher, d, top, undefined, unreachable & ~undefined)
 
 
 def softmax(xp: ModuleType, x: Array, valid: Array, has_valid: Array, temperature: Number) -> Softmax:
@@ -108,14 +118,15 @@ def softmax(xp: ModuleType, x: Array, valid: Array, has_valid: Array, temperatur
     z = x - top
     exponentials = xp.exp(z / temperature)
     total = xp.where(has_valid, xp.sum(exponentials, axis=-1), 1.0)
-    return Softmax(top, z, exponentials / total[..., None], total)
+    return Softmax(x, top, z, exponentials / total[..., None], total)
 
 
-def difference(xp: ModuleType, t: Array, s: Array) -> tuple[Array, Array]:
+def difference(xp: ModuleType, t: Array, s: Array) -> Difference:
     """A quarter of t - s, as the sum of the rounded difference and of its rounding error (Knuth's two-sum).
 
     Offsets of opposite sign leave no digits of the rounded difference alone, and neither do the rows' maxima if they
     are subtracted first while both networks hold the same large fill. In quarters no finite logits overflow.
+    `subtract` takes the difference of two of them.
     """
     t, s = 0.25 * t, 0.25 * s
     finite = xp.isfinite(t) & xp.isfinite(s)
@@ -123,7 +134,12 @@ def difference(xp: ModuleType, t: Array, s: Array) -> tuple[Array, Array]:
     rounded = known_t - known_s
     subtracted = known_t - rounded
     error = (known_t - (rounded + subtracted)) + (subtracted - known_s)
-    return xp.where(finite, rounded, t - s), error
+    return Difference(xp.where(finite, rounded, t - s), error)
+
+
+def subtract(d: Difference, reference: Difference) -> Array:
+    """A quarter of (t - s) less that of a reference. Where one network holds one large fill, the first part is 0."""
+    return (d.rounded - reference.rounded) + (d.error - reference.error)
 
 
 # --- the weighted mean-square error -----------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ def is_class(labels: Array, classes: int) -> Array:
 
 def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     """The differences d about their weighted mean mu."""
-    xp, d = call.xp, rows.d
+    xp, d = call.xp, rows.d.rounded
     u = weights.relative / xp.where(weights.total == 0, 1.0, weights.total)[..., None]
     weighs = weights.relative != 0
     infinite = weighs & xp.isinf(d)
@@ -184,10 +200,15 @@ def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     summed = weighs & ~infinite
 
     # Nearly all weight may be on one class. What a sum rounds off its d is then as large as the differences that
-    # matter, so all are first taken from the d of such a class. A first mean would do instead only if it were the same
+    # matter, so all are first taken from the d of such a class (with several of them, from that of their maxima). A
+    # first mean would do instead only if it were the same
     # number wherever it is used: XLA on a GPU computes it anew in several places, and rounds it differently.
-    reference = xp.max(xp.where(summed & weights.heaviest, d, -xp.inf), axis=-1, keepdims=True)
-    centred = xp.where(summed, d - xp.where(reference == -xp.inf, 0.0, reference), 0.0)
+    heaviest = summed & weights.heaviest
+    of_heaviest = (
+        xp.max(xp.where(heaviest, x.logits, -xp.inf), axis=-1, keepdims=True) for x in (rows.teacher, rows.student)
+    )
+    t, s = (xp.where(x == -xp.inf, xp.zeros_like(x), x) for x in of_heaviest)
+    centred = xp.where(summed, subtract(rows.d, difference(xp, t, s)), 0.0)
     centred = xp.where(summed, centred - xp.sum(u * centred, axis=-1, keepdims=True), 0.0)
     shift = xp.where(downwards, xp.inf, xp.zeros_like(upwards, dtype=call.dtype))
     shift = xp.where(upwards, -xp.inf, shift)
@@ -214,10 +235,10 @@ def energy_gradient(around: Deviations) -> Array:
 
 def cross_entropy(call: Call, rows: Rows) -> Array:
     """CE = -sum_j p_j log q_j, [...]."""
-    xp, z = call.xp, rows.student.z
-    z = xp.where(z == -xp.inf, 0.0, z)
-    found = xp.log(rows.student.total) - xp.sum(rows.teacher.probabilities * z, axis=-1) / call.numbers.temperature
-    return xp.where(rows.unreachable, xp.inf, found)
+    xp, p, student = call.xp, rows.teacher.probabilities, rows.student
+    halved = 0.5 * student.logits - 0.5 * student.top  # no finite logits overflow
+    mean = xp.sum(p * xp.where(halved == -xp.inf, 0.0, halved), axis=-1) / call.numbers.temperature
+    return xp.where(rows.unreachable, xp.inf, xp.log(student.total) - 2.0 * mean)
 
 
 def kullback_leibler(call: Call, rows: Rows) -> Array:
@@ -226,13 +247,20 @@ def kullback_leibler(call: Call, rows: Rows) -> Array:
     Every summand is p (L + exp(-L) - 1) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
     """
     xp, p, q = call.xp, rows.teacher.probabilities, rows.student.probabilities
-    # A compiler may fold 4 and 1 / temperature into one factor, which overflows at the smallest temperature.
-    difference_over_t = xp.where(rows.d == 0, 0.0, 4.0 * (rows.d / call.numbers.temperature))
-    ratio = difference_over_t - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
+    d = subtract(rows.d, rows.top)
+
+    def over_t(quarter: Array) -> Array:
+        # A compiler may fold 4 and 1 / temperature into one factor, which overflows at the smallest temperature.
+        return xp.where(quarter == 0, 0.0, 4.0 * (quarter / call.numbers.temperature))
+
+    ratio = over_t(d) - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
     is_near = abs(ratio) < 1
     near = xp.where(is_near, ratio, 0.0)
     convex = near + xp.expm1(-near)
-    far = p * xp.where(xp.isinf(ratio), 0.0, ratio) + (q - p)  # p is 0 there, or the row is unreachable
+    # Where L is too large for the dtype, p L need not be. Where d is infinite, p is 0 or the row unreachable.
+    overflows = xp.isinf(ratio)
+    product = over_t(p * xp.where(xp.isinf(d), 0.0, d))
+    far = xp.where(overflows, product, p * xp.where(overflows, 0.0, ratio)) + (q - p)
     summand = xp.where(is_near, p * xp.where(convex < 0, 0.0, convex), far)
     found = xp.sum(xp.where(rows.valid, summand, 0.0), axis=-1)
     return xp.where(rows.unreachable, xp.inf, found)

@@ -141,13 +141,12 @@ double sample_weight(const gklx_call &c, int64_t row) {
   return v < 0 ? NAN : v;
 }
 
-// The largest power of two that is not above x; of 0 the smallest there is.
-double power_of_two(const gklx_call &c, double x) {
-  const double smallest = in_double(c) ? Real<double>::smallest_normal : double(Real<float>::smallest_normal);
-  if (std::isinf(x)) return 1;
-  int exponent;
-  std::frexp(x > smallest ? x : smallest, &exponent);
-  return std::ldexp(1.0, exponent - 1);
+// The scales V and P, as the formulas find them in the type of the call.
+double weight_scale(const gklx_call &c, double largest) {
+  return in_double(c) ? power_of_two_below(largest) : double(power_of_two_below(float(largest)));
+}
+double base_scale(const gklx_call &c, double largest) {
+  return in_double(c) ? invertible(largest) : double(invertible(float(largest)));
 }
 
 // (base / P)^gamma, to which the row's mass is relative.
@@ -162,7 +161,7 @@ Totals<double> totals_of(const gklx_call &c, const std::vector<Row> &rows) {
     if (row.weight != 0 && row.base > largest_base) largest_base = row.base;
   }
   const bool squares = needs_squared_mass(c);
-  Totals<double> totals = {power_of_two(c, largest_weight), squares ? power_of_two(c, largest_base) : 1, 0, 0};
+  Totals<double> totals = {weight_scale(c, largest_weight), squares ? base_scale(c, largest_base) : 1, 0, 0};
   for (const Row &row : rows) {
     if (row.weight == 0) continue;
     const double v = row.weight / totals.largest_weight;

@@ -253,11 +253,11 @@ template <class R> struct Rower {
     constexpr double inf = double(Real<R>::inf), scale = difference_scale<Careful> * difference_scale<Careful>;
     if (pass.kl) found.loss_kl = unreachable ? inf : of_row.kl;
     if (pass.ce) {
-      const double mean = x.z_student / x.t_total * double(x.per_temperature);
+      const double mean = x.z_student / x.t_total / summed_part<Careful> * double(x.per_temperature);
       found.loss_ce = unreachable ? inf : std::log(x.s_total) - mean;
     }
     if (pass.mse) {
-      found.loss_mse = x.w_total == 0 ? 0 : 0.5 * scale * of_row.squares / x.w_total;
+      found.loss_mse = x.w_total == 0 ? 0 : of_row.squares / x.w_total * (0.5 * scale / summed_part<Careful>);
       if (call.tempered) found.loss_mse /= double(temperature) * double(temperature);
       if (infinite) found.loss_mse = inf;
       if (is_nan(found.mass)) found.loss_mse = found.mass;
@@ -338,7 +338,7 @@ template <class R> struct Rower {
     if (!spread) return sums_for<Careful, false>(x);
     Sums found = sums_for<Careful, true>(x);
     if (x.w_total == 0) return found;
-    const double mean = found.moment / x.w_total, off = found.moment * mean;
+    const double mean = found.moment / x.w_total / summed_part<Careful>, off = found.moment * mean;
     x.mean = R(mean);
     // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
     if (pass.mse && (!(4 * off <= 3 * found.squares) || is_infinite(off))) {

@@ -242,6 +242,9 @@ GKLX_BOTH Origin merged(const Origin &a, const Origin &b) {
           first ? a.reference : b.reference};
 }
 
+// Half of a - b, finite where both are.
+GKLX_BOTH REAL half_of(REAL a, REAL b) { return REAL(0.5) * a - REAL(0.5) * b; }
+
 GKLX_BOTH REAL deviation(const Difference<REAL> &d, const Difference<REAL> &reference) {
   return (d.high - reference.high) + (d.low - reference.low);
 }
@@ -258,7 +261,7 @@ struct Partial {
   Sum mass;                 // of the weights w
   // These are multiplied by `per_class`.
   Sum moment, squares;      // of w times what d is larger than at the reference, and times the square of that
-  Sum mean_logit;           // of the teacher's exponentials times what s is above the origin
+  Sum mean_logit;           // of the teacher's exponentials times half of what s is above the origin
   REAL above, below;        // of the classes with d = +inf, and -inf: the largest height; NONE where there is none
   uint32_t seen;            // of the following
 };
@@ -278,9 +281,8 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
   Origin &from = x.origin;
   if (to.s_top > from.s_top) {
     if (from.s_top != -INF) {
-      const REAL by = from.s_top - to.s_top;
-      multiply(x.s_total, exponential_of<true>(by, g.per_temperature));
-      if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * g.per_class * by);
+      multiply(x.s_total, exponential_of<true>(from.s_top - to.s_top, g.per_temperature));
+      if (DECOMPOSED) add(x.mean_logit, value_of(x.t_total) * g.per_class * half_of(from.s_top, to.s_top));
     }
     from.s_top = to.s_top;
   }
@@ -350,7 +352,7 @@ template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c,
     } else if (t == -INF) {
       x.below = larger(WEIGHTS == PRIOR_POWER ? c.prior[k] : REAL(0), x.below);
     }
-    if (DECOMPOSED && (!Careful || z_s != -INF)) mean_logit += (g.per_class * of_t) * z_s;
+    if (DECOMPOSED && (!Careful || s != -INF)) mean_logit += (g.per_class * of_t) * half_of(s, o.s_top);
     if (WEIGHTS == TEACHER_POWER) tau_total += exponential_of<Careful>(below, g.per_weight_temperature);
     if (WEIGHTS != PROBABILITIES) mass += w;
     add(x.s_total, of_s);
@@ -525,7 +527,7 @@ GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   const REAL log_s_total = logarithm(s_total.high) + s_total.low / s_total.high;
   if (DECOMPOSED) {
     const REAL mean_logit = value_of(x.mean_logit) * (r.per_t_total / g.per_class);
-    r.ce = log_s_total - mean_logit * g.inverse_temperature;
+    r.ce = log_s_total - mean_logit * g.inverse_temperature * REAL(2);
   }
   if (r.careful) return;
   const REAL squares = value_of(x.squares) / (r.mass * g.per_class), square = r.mean * r.mean;
@@ -586,7 +588,7 @@ GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, 
 
 // --- the batch -------------------------------------------------------------------------------------------------------
 
-// A thread's part of the maxima V and P, not rounded to powers of two; the sums are 0.
+// A thread's part of the maxima V and P, neither rounded nor made invertible; the sums are 0.
 GKLX_BOTH Totals<REAL> thread_maxima(const RowStatistics *found, int64_t rows, bool squares, int lane) {
   Totals<REAL> x = {0, 0, 0, 0};
 #pragma unroll 8
@@ -747,8 +749,10 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
           if (Summed) {
             squares += ((g.per_class * w) * away) * away;
             const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
-            const REAL ratio = (deviation(d, top) * half_scale) * doubled - r.log_ratio;
-            kl += Careful && (is_infinite(d.high) || p == REAL(0)) ? q : divergence(p, q, ratio);
+            const REAL apart = deviation(d, top) * half_scale, ratio = apart * doubled - r.log_ratio;
+            const bool none = Careful && (is_infinite(d.high) || p == REAL(0));
+            // Where log p - log q is too large for REAL, p times it need not be.
+            kl += none ? q : Careful && is_infinite(ratio) ? (p * apart) * doubled : divergence(p, q, ratio);
           }
         }
       }
@@ -895,7 +899,7 @@ batch(const RowStatistics *found, int64_t rows, int64_t squares, REAL gamma, REA
   Totals<REAL> scales = all_merged(thread_maxima(found, rows, squares != 0, at), (Totals<REAL> *)store, BLOCK,
                                    [](const Totals<REAL> &a, const Totals<REAL> &b) { return merged(a, b); });
   scales.largest_weight = power_of_two_below(scales.largest_weight);
-  scales.largest_base = squares ? power_of_two_below(scales.largest_base) : REAL(1);
+  scales.largest_base = squares ? invertible(scales.largest_base) : REAL(1);
   const BatchSums sums = all_merged(thread_sums(found, rows, squares != 0, gamma, scales, at), store, BLOCK,
                                     [](const BatchSums &a, const BatchSums &b) { return merged(a, b); });
   if (at != 0) return;

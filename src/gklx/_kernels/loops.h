@@ -40,6 +40,10 @@ constexpr int VECTOR = 16;
 #endif
 template <int N> using Lanes = std::integral_constant<int, N>;
 
+// In rows that need care, sums of logits and of their differences are of such parts of them: sums of finite numbers with
+// finite means do not overflow. What the factor underflows is nothing beside what else a result is made of.
+template <bool Careful> constexpr double summed_part = Careful ? 0x1p-30 : 1;
+
 // `work(lanes, begin, end)` for chunks of the classes [0, n). What fills no vector of 64 bytes runs in vectors of 16:
 // compilers would take it one class at a time, each as long as a whole vector.
 template <class R, class Work> void in_chunks(int64_t n, Work work) {
@@ -74,7 +78,7 @@ template <class R> struct Line {
   R *es, *et;  // exp((x - top) / T)
   R s_top, t_top, s_reference, t_reference, per_temperature;
   double s_total, t_total, w_total;  // the sums of es, et, w
-  double z_student;                  // the sum of et (s - s_top)
+  double z_student;                  // the sum of et (s - s_top), as `summed_part` of it
   R mean;                            // of what d is larger than at the reference
   Ahead student_ahead, teacher_ahead;
 };
@@ -152,9 +156,12 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
       et[j] = of_t;
       a += of_s;
       b += of_t;
-      // By a part of z, so that no sum of finite logits overflows; what it underflows is nothing beside log(s_total).
-      if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));
-      else c += of_t * z_s;
+      if (Careful) {
+        const R halved = R(0.5) * s[j] - R(0.5) * s_top;
+        c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));
+      } else {
+        c += of_t * z_s;
+      }
     }
     s_total += double(a);
     t_total += double(b);
@@ -164,7 +171,7 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
   });
   x.s_total = s_total;
   x.t_total = t_total;
-  x.z_student = Careful ? z_student * 0x1p30 : z_student;
+  x.z_student = z_student;
   if (Weighed && x.w_total > 0) {
     x.s_reference = s_reference;
     x.t_reference = t_reference;
@@ -186,7 +193,7 @@ template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
 }
 
 struct Sums {
-  double moment, squares;  // of w and the deviations of d from its mean
+  double moment, squares;  // of w and the deviations of d from its mean, as `summed_part` of them
   double gap;              // of q - p
   double kl, reverse_kl;
 };
@@ -202,7 +209,8 @@ APART Sums sums(const Line<R> &x) {
   const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
   using Product = typename Widest<R, Careful>::Type;
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
-  const R scale = R(difference_scale<Careful>) * x.per_temperature;
+  // In two factors: of the smallest temperature, four times the inverse is infinite.
+  const R scale = R(Careful ? 2 : 1) * x.per_temperature, other_scale = R(difference_scale<Careful> / (Careful ? 2 : 1));
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
   Sums found = {};
@@ -216,7 +224,7 @@ APART Sums sums(const Line<R> &x) {
       if (Spread) {
         R deviation = ((d.high - reference.high) + (d.low - reference.low)) - mean;
         if (Careful) deviation = infinite ? R(0) : deviation;
-        Product weighted = Product(w[j]) * Product(deviation);
+        Product weighted = Product(w[j]) * (Product(deviation) * Product(summed_part<Careful>));
         a += weighted;
         b += weighted * Product(deviation);
       }
@@ -224,13 +232,15 @@ APART Sums sums(const Line<R> &x) {
         R p = et[j] * of_t, q = es[j] * of_s;
         if (Gap) g += q - p;
         if (Kl) {
-          const R ratio = ((d.high - top.high) + (d.low - top.low)) * scale - normalizers;
+          const R apart = ((d.high - top.high) + (d.low - top.low)) * other_scale;
+          const R ratio = apart * scale - normalizers;
           R part = divergence(p, q, ratio);
-          if (Careful) part = infinite || p == R(0) ? q : part;
+          // Where log p - log q is too large for R, p times it need not be.
+          if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * scale : part;
           k += part;
           if (Reverse) {
             part = reverse_divergence(p, q, ratio);
-            if (Careful) part = infinite || q == R(0) ? p : part;
+            if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * scale : part;
             r += part;
           }
         }

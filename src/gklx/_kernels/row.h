@@ -254,7 +254,7 @@ struct Row {
 
 // The sums that a batch shares, made of numbers between 0 and 1 so that no scale of the weights overflows.
 template <class R> struct Totals {
-  R largest_weight, largest_base;  // V and P: the largest sample weight and base, rounded down to powers of two
+  R largest_weight, largest_base;  // V and P: the largest sample weight, rounded down to a power of two, and the largest base
   R weight;                        // sum of v/V
   R squared_mass;                  // sum of (v/V) R^2, R = mass (base/P)^gamma
 };

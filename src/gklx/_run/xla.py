@@ -73,8 +73,8 @@ def _run(plan: _Plan, student: Array, teacher: Array, numbers: Array, *optional:
     """The primitive, on arrays of the dtypes and shapes that jax_ffi.cpp expects."""
     given = dict(zip(plan.present, optional, strict=True))
     labels, where = given.get("labels"), given.get("where")
-    if labels is not None and labels.dtype not in (jnp.int32, jnp.int64):
-        given["labels"] = jnp.where(labels < 2**31, labels, 2**31 - 1).astype(jnp.int32)
+    if labels is not None:  # as many bits as they have, lest a number that names no class become one that does
+        given["labels"] = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
     if where is not None:
         given["where"] = jnp.broadcast_to(where, student.shape)
     logits = student.astype(numbers.dtype), teacher.astype(numbers.dtype)

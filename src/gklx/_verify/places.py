@@ -80,10 +80,12 @@ def places(names: Sequence[str] | None) -> Iterator[tuple[list[Place], dict[str,
     Raises
     ------
     ValueError
-        A name of no library, or of a library that is not here.
+        No name, a name of no library, or of a library that is not here.
     """
     if isinstance(names, str):
         raise TypeError(f"backends must be a sequence of names, got {names!r}")
+    if names is not None and not names:
+        raise ValueError("backends must name at least one library, got none")
     known = [library.backend for library in LIBRARIES]
     for name in names or ():
         if name.partition(" ")[0] not in known:
