@@ -300,9 +300,6 @@ EQUIVALENT: dict[str, str] = {
         "NumPy divides; test_scale_of_the_prior, in XLA"
     ),
     "formulas.class_weights: 0.5  ->  1.0  in  lowest = 0.5 * float(xp.finfo(call.dtype).min)": "exp of either is 0",
-    "formulas._prior_rows: index.ndim == 1  ->  index.ndim != 1": (
-        "NumPy takes rows by indices of any shape; test_blocks.py and test_right_numbers.py, in array-api-strict"
-    ),
     "formulas.deviations: 1.0  ->  2.0  in  "
     "u = weights.relative / xp.where(weights.total == 0, 1.0, weights.total)[..., None]": (
         "0 divided by whichever number is 0"
@@ -377,9 +374,6 @@ EQUIVALENT: dict[str, str] = {
     "far = xp.where(overflows, product, p * xp.where(overflows, 0.0, ratio)) + (q - p)": "the other product is taken",
     "formulas.kullback_leibler: 0.0  ->  1.0  in  product = over_t(p * xp.where(xp.isinf(d), 0.0, d))": (
         "times 0, or replaced by infinity"
-    ),
-    "formulas.samples: weights is None or around is None  ->  weights is None and around is None": (
-        "there are both or none"
     ),
     "formulas.cross_entropy: 0.0  ->  1.0  in  "
     "mean = xp.sum(p * xp.where(halved == -xp.inf, 0.0, halved), axis=-1) / call.numbers.temperature": (

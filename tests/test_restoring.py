@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import io
 import os
 import pickle  # noqa: TID251  # what users do to our objects
@@ -34,6 +35,7 @@ def by_joblib(x):
 def by_torch(x):
     """Save, and load by the defaults of `torch.load`."""
     torch = pytest.importorskip("torch")
+    importlib.import_module("gklx.torch")  # lets PyTorch load a prior that was made before PyTorch was imported
     file = io.BytesIO()
     torch.save(x, file)
     file.seek(0)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping
-from numbers import Real
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, SupportsIndex, TypeVar, cast
 
@@ -322,7 +321,7 @@ class ClassPrior(Generic[ArrayT]):
         if set(state) != expected:
             raise ValueError(f"state must have the keys {sorted(expected)}, got {sorted(state)}")
         for name in ("num_classes", "temperature"):
-            if not isinstance(state[name], Real) or state[name] != getattr(self, name):
+            if np.ndim(state[name]) != 0 or state[name] != getattr(self, name):
                 raise ValueError(f"state must have {name} {getattr(self, name)}, got {state[name]}")
         square = (self.num_classes, self.num_classes)
         given = {name: state[name] for name in ("table", "sums")}

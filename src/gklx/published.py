@@ -76,13 +76,13 @@ class Setting:
 
     name: str
     task: str
-    divergence: Literal["ikl", "gkl"] | None
-    ce_weight: float | None
-    mse_weight: float | None
-    gamma: float | None
-    temperature: float | None
-    weight_temperature: float | None
-    weights: Literal["class prior", "teacher"] | None
+    divergence: Literal["ikl", "gkl"] | None = None
+    ce_weight: float | None = None
+    mse_weight: float | None = None
+    gamma: float | None = None
+    temperature: float | None = None
+    weight_temperature: float | None = None
+    weights: Literal["class prior", "teacher"] | None = None
     warmup_epochs: int | None = None
     reached: str | None = None
     source: Source
@@ -203,13 +203,8 @@ def _semi_supervised(name: str, method: str, ce_weight: float, mse_weight: float
     return Setting(
         name=name,
         task=f"semi-supervised, {method}",
-        divergence=None,
         ce_weight=ce_weight,
         mse_weight=mse_weight,
-        gamma=None,
-        temperature=None,
-        weight_temperature=None,
-        weights=None,
         reached=reached,
         source=Source(),
         note="the temperature is on the teacher alone: divide its logits",
@@ -325,12 +320,8 @@ settings: Mapping[str, Setting] = _Settings(
         name="cifar100-gkl",
         task="distillation, CIFAR-100, 11 pairs",
         divergence="gkl",
-        ce_weight=None,
-        mse_weight=None,
-        gamma=None,
         temperature=4.0,
         weight_temperature=4.0,
-        weights=None,
         warmup_epochs=20,
         source=Source(paper=_TPAMI),
         note="CE 1 to 4, wMSE 4 to 20, γ 0 to 0.3; class prior in 7 pairs, teacher's own weights in 4",

@@ -77,7 +77,7 @@ def value_and_grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0)
     >>> gradient.round(6)
     array([[ 0.25, -0.25]])
     """
-    return _ValueAndGradient(loss, *_argnums(argnums))
+    return _Differentiated(loss, *_argnums(argnums), with_value=True)
 
 
 @overload
@@ -107,7 +107,7 @@ def grad(loss: Callable[..., Array], argnums: int | Sequence[int] = 0) -> Callab
     >>> [g.round(4) for g in of_both(student, teacher)]
     [array([[ 0.5247, -0.5247]]), array([[-0.2747,  0.2747]])]
     """
-    return _Gradient(loss, *_argnums(argnums))
+    return _Differentiated(loss, *_argnums(argnums), with_value=False)
 
 
 def terms(loss: Callable[_Signature, _Array]) -> Callable[_Signature, Terms[_Array]]:
@@ -148,7 +148,7 @@ def terms(loss: Callable[_Signature, _Array]) -> Callable[_Signature, Terms[_Arr
     return found
 
 
-# The three return objects of these classes: inner functions could not be pickled.
+# All return objects of these classes: inner functions could not be pickled.
 
 
 @dataclass(frozen=True)
@@ -163,23 +163,19 @@ class _OfLoss:
 
 
 @dataclass(frozen=True)
-class _Gradient(_OfLoss):
+class _Differentiated(_OfLoss):
     argnums: tuple[int, ...]
     as_tuple: bool
+    with_value: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _, gradients = _evaluate(self._call(args, kwargs), self.argnums, value=False)
-        return gradients if self.as_tuple else gradients[0]
-
-
-@dataclass(frozen=True)
-class _ValueAndGradient(_OfLoss):
-    argnums: tuple[int, ...]
-    as_tuple: bool
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        value, gradients = _evaluate(self._call(args, kwargs), self.argnums, value=True)
-        return value, gradients if self.as_tuple else gradients[0]
+        call = self._call(args, kwargs)
+        if call.reduction == "none":
+            raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
+        found = _autodiff.value_and_gradients(call, Asked(self.with_value, 0 in self.argnums, 1 in self.argnums))
+        gradients = tuple((found.student, found.teacher)[n] for n in self.argnums)
+        gradient = gradients if self.as_tuple else gradients[0]
+        return (found.value, gradient) if self.with_value else gradient
 
 
 @dataclass(frozen=True)
@@ -217,12 +213,3 @@ def _argnums(argnums: Any) -> tuple[tuple[int, ...], bool]:
     if not numbers:
         raise ValueError(f"argnums must name at least one argument, got {argnums!r}")
     return tuple(numbers), as_tuple
-
-
-def _evaluate(call: Call, numbers: tuple[int, ...], *, value: bool) -> tuple[Array | None, tuple[Array, ...]]:
-    """The value, if wanted, and the gradients in the order of `numbers`, each in its logits' dtype."""
-    if call.reduction == "none":
-        raise ValueError('reduction must be "mean" or "sum" for a gradient, got "none"')
-    result = _autodiff.value_and_gradients(call, Asked(value, 0 in numbers, 1 in numbers))
-    found = (result.student, result.teacher)
-    return result.value, tuple(found[n] for n in numbers)

@@ -1,28 +1,14 @@
 """The analytic gradient as a `jax.custom_jvp`, which serves forward and reverse mode, to any order."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Ranks, Reduction, Result, combine, partition
-from .._core.libraries import library_named
+from .._core.call import Array, Arrays, Asked, Call, Numbers, Result, combine, partition, without_arrays
 from .._run import blocks, xla
-
-_LIBRARY = library_named("jax")
-
-
-class _Plan(NamedTuple):
-    """What JAX need not see: all of a call but its arrays and traced numbers."""
-
-    dtype: Any
-    formula: Formula
-    reduction: Reduction
-    numbers: Numbers  # None where traced
-    ranks: Ranks | None
-
 
 _Rest = tuple[Arrays, Numbers]
 """The arrays without the logits, and the traced numbers, None where not traced."""
@@ -51,27 +37,26 @@ def with_gradients(call: Call, asked: Asked) -> Result:
     )
 
 
-def _separated(call: Call) -> tuple[_Plan, _Rest]:
+def _separated(call: Call) -> tuple[Call, _Rest]:
     static, traced = partition(call.numbers)
-    plan = _Plan(call.dtype, call.formula, call.reduction, static, call.ranks)
-    return plan, (call.arrays._replace(student=None, teacher=None), traced)
+    rest = call.arrays._replace(student=None, teacher=None), traced
+    return without_arrays(call)._replace(numbers=static), rest
 
 
-def _call(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Call:
-    dtype, formula, reduction, static, ranks = plan
+def _call(plan: Call, student: Array, teacher: Array, rest: _Rest) -> Call:
     arrays, traced = rest
     # Gradients are rounded to the logits' dtype last, when they have been multiplied by what follows the loss.
-    arrays = arrays._replace(student=student.astype(dtype), teacher=teacher.astype(dtype))
-    return Call(_LIBRARY, jnp, dtype, formula, reduction, combine(static, traced), arrays, ranks)
+    arrays = arrays._replace(student=student.astype(plan.dtype), teacher=teacher.astype(plan.dtype))
+    return plan._replace(numbers=combine(plan.numbers, traced), arrays=arrays)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _loss(plan: _Plan, student: Array, teacher: Array, rest: _Rest) -> Any:
+def _loss(plan: Call, student: Array, teacher: Array, rest: _Rest) -> Any:
     return _evaluated(plan, Asked(value=True), student, teacher, rest).value
 
 
 @partial(_loss.defjvp, symbolic_zeros=True)
-def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _loss_jvp(plan: Call, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     d_logits = _logits_alone(plan, tangents)
     student, teacher = (not isinstance(x, SymbolicZero) for x in d_logits)
     value, *gradients = _with_gradients(plan, Asked(True, student, teacher), *primals)
@@ -84,19 +69,19 @@ def _loss_jvp(plan: _Plan, primals: tuple[Any, ...], tangents: tuple[Any, ...]) 
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _with_gradients(plan: _Plan, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
+def _with_gradients(plan: Call, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> tuple[Any, ...]:
     """The value, and the gradients of each sample's own entry, in one evaluation; None where not asked for."""
     found = _evaluated(plan, asked, student, teacher, rest)
     return found.value, found.student, found.teacher
 
 
-def _evaluated(plan: _Plan, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
+def _evaluated(plan: Call, asked: Asked, student: Array, teacher: Array, rest: _Rest) -> Result:
     call = _call(plan, student, teacher, rest)
     return (xla.evaluate if xla.serves(call) else blocks.evaluate)(call, asked)
 
 
 @partial(_with_gradients.defjvp, symbolic_zeros=True)
-def _with_gradients_jvp(plan: _Plan, asked: Asked, primals: Any, tangents: Any) -> Any:
+def _with_gradients_jvp(plan: Call, asked: Asked, primals: Any, tangents: Any) -> Any:
     """Further derivatives: of the value by the rule above, of the gradients by JAX's own of the formulas."""
     d_logits, rest = _logits_alone(plan, tangents), primals[2]
 
@@ -109,7 +94,7 @@ def _with_gradients_jvp(plan: _Plan, asked: Asked, primals: Any, tangents: Any) 
     return jax.jvp(apart, primals[:2], tuple(directions))
 
 
-def _logits_alone(plan: _Plan, tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _logits_alone(plan: Call, tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     """The tangents of the logits; a TypeError where another argument has one."""
     student, teacher, (_, numbers) = tangents
     own = Numbers._fields if not plan.formula.tempered else set(Numbers._fields) - {"weight_temperature"}

@@ -8,7 +8,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .._core.batch import Batch
-from .._core.call import Arrays, Asked, Call, Result
+from .._core.call import Arrays, Asked, Call, Result, without_arrays
 from .._run.dispatch import evaluate, kernel_of
 
 _NOT_ARRAYS = 1  # arguments of the functions before the arrays: the call
@@ -32,9 +32,9 @@ def attach(call: Call) -> torch.Tensor:
         arrays = call.arrays._replace(
             student=call.arrays.student.contiguous(), teacher=call.arrays.teacher.contiguous()
         )
-        found = _Loss.apply(_Plan(_without_arrays(call)), *arrays)[0]  # type: ignore[no-untyped-call]
+        found = _Loss.apply(_Plan(without_arrays(call)), *arrays)[0]  # type: ignore[no-untyped-call]
     elif _transformed() or forward_ad._current_level >= 0:
-        found = _TransformableLoss.apply(_Plan(_without_arrays(call)), *call.arrays)[0]  # type: ignore[no-untyped-call]
+        found = _TransformableLoss.apply(_Plan(without_arrays(call)), *call.arrays)[0]  # type: ignore[no-untyped-call]
     else:
         found = _EagerLoss.apply(call, *call.arrays)  # type: ignore[no-untyped-call]
     value: torch.Tensor = found
@@ -61,13 +61,6 @@ class _Plan:
     """A call without arrays. No tuple, which PyTorch's transforms would take apart as a tree of tensors."""
 
     call: Call
-
-
-_NO_ARRAYS = Arrays(*[None] * len(Arrays._fields))
-
-
-def _without_arrays(call: Call) -> Call:
-    return call._replace(arrays=_NO_ARRAYS)
 
 
 def _on(call: Call, arrays: Sequence[Any]) -> Call:
@@ -142,7 +135,7 @@ class _EagerLoss(torch.autograd.Function):
             teacher=ahead and ctx.needs_input_grad[2] and teacher.dtype == dtype,
         )
         found = evaluate(call, asked)
-        ctx.call, ctx.batch, ctx.statistics = _without_arrays(call), found.batch, found.statistics
+        ctx.call, ctx.batch, ctx.statistics = without_arrays(call), found.batch, found.statistics
         ctx.set_materialize_grads(False)
         _save(ctx, arrays, found.student, found.teacher)
         return found.value
@@ -161,7 +154,7 @@ class _EagerGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, asked: Asked, *arrays: Any) -> Any:
         found = evaluate(call, asked)
-        ctx.call, ctx.asked = _without_arrays(call), asked
+        ctx.call, ctx.asked = without_arrays(call), asked
         ctx.set_materialize_grads(False)
         _save(ctx, arrays)
         return found.student, found.teacher

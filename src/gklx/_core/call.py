@@ -98,6 +98,14 @@ class Call(NamedTuple):
     """None where this batch is all there is."""
 
 
+_NO_ARRAYS = Arrays(*[None] * len(Arrays._fields))
+
+
+def without_arrays(call: Call) -> Call:
+    """What of a call can be kept, hashed and compared while its arrays are handed on by themselves."""
+    return call._replace(arrays=_NO_ARRAYS)
+
+
 class Asked(NamedTuple):
     """Which results an evaluation is to make."""
 

@@ -88,13 +88,13 @@ def call_of(
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     computed = "float64" if dtype == xp.float64 else "float32"
-    temperature = _number(xp, library, dtype, computed, "temperature", temperature, above_zero=True)
+    temperature = _number(xp, library, dtype, computed, "temperature", temperature, "above 0")
     checked = Numbers(
         temperature=temperature,
         weight_temperature=temperature
         if weight_temperature is _NOT_GIVEN
-        else _number(xp, library, dtype, computed, "weight_temperature", weight_temperature, above_zero=True),
-        gamma=_number(xp, library, dtype, computed, "gamma", gamma, below_zero=False),
+        else _number(xp, library, dtype, computed, "weight_temperature", weight_temperature, "above 0"),
+        gamma=_number(xp, library, dtype, computed, "gamma", gamma, "at least 0"),
         mse_weight=_number(xp, library, dtype, computed, "mse_weight", mse_weight),
         ce_weight=_number(xp, library, dtype, computed, "ce_weight", ce_weight),
     )
@@ -165,7 +165,7 @@ def truth(name: str, value: Any) -> bool:
 
 def positive_number(name: str, value: Any, computed: str | None = None) -> float:
     """A Python number above 0, and within the range of the dtype computed in, where that is known already."""
-    return _python_number(name, value, computed, above_zero=True)
+    return _python_number(name, value, computed, "above 0")
 
 
 def known_library(name: str, x: Any) -> Library:
@@ -259,7 +259,7 @@ def _sample_weight(xp: ModuleType, v: Array, batch: tuple[int, ...], dtype: Any,
         v = xp.astype(v, dtype, copy=False)
     if readable and not _all_weights(xp, v, too_large):
         bad = ~((v >= 0) & (v < too_large))
-        raise ValueError(f"sample_weight must be finite and not negative, got {_first(xp, v, bad)}")
+        raise ValueError(f"sample_weight must be finite and not negative, got {_first(v, bad)}")
     return xp.astype(v, dtype, copy=False)
 
 
@@ -297,9 +297,7 @@ def _number(
     computed: str,
     name: str,
     value: Any,
-    *,
-    above_zero: bool = False,
-    below_zero: bool = True,
+    allowed: str = "finite",
 ) -> Number:
     if type(value) is float and _SMALLEST <= value <= _LARGEST:
         return value
@@ -307,25 +305,22 @@ def _number(
         if not xp.isdtype(value.dtype, ("real floating", "integral")):
             raise TypeError(f"{name} must be a number, got an array of {dtype_name(value.dtype)}")
         if library.readable(value):
-            _python_number(name, float(value), computed, above_zero=above_zero, below_zero=below_zero)
+            _python_number(name, float(value), computed, allowed)
         return xp.astype(value, dtype)
-    return _python_number(name, value, computed, above_zero=above_zero, below_zero=below_zero)
+    return _python_number(name, value, computed, allowed)
 
 
-def _python_number(
-    name: str, value: Any, computed: str | None = None, *, above_zero: bool = False, below_zero: bool = True
-) -> float:
+def _python_number(name: str, value: Any, computed: str | None = None, allowed: str = "finite") -> float:
     """A Python float of a number, within the range of the dtype computed in, if its name is given."""
     number = value if type(value) is float else _as_float(name, value)
     # By comparisons, which a compiler follows for a number that it keeps open.
-    if not -math.inf < number < math.inf or (above_zero and number <= 0) or (not below_zero and number < 0):
-        kind = (
-            "finite" if number > 0 or not (above_zero or not below_zero) else "above 0" if above_zero else "at least 0"
-        )
+    excluded = (allowed == "above 0" and number <= 0) or (allowed == "at least 0" and number < 0)
+    if excluded or not -math.inf < number < math.inf:
+        kind = "finite" if number > 0 else allowed
         raise ValueError(f"{name} must be {kind}, got {_shown(value, number)}")
     if computed is not None:
         smallest, largest = _RANGES[computed]
-        if above_zero and number < smallest:
+        if allowed == "above 0" and number < smallest:
             raise ValueError(
                 f"{name} must be at least {smallest:.3g}, the smallest normal number of {computed}, "
                 f"got {_shown(value, number)}"
@@ -372,7 +367,7 @@ def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array, chosen: Array | 
         if arrays.labels is None:
             bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
-            raise ValueError(f"prior must be finite and not negative, got {_first(xp, prior, bad, rows)}")
+            raise ValueError(f"prior must be finite and not negative, got {_first(prior, bad, rows)}")
 
 
 def _all_weights(xp: ModuleType, x: Array, too_large: float) -> bool:
@@ -397,21 +392,15 @@ def _label_values(
         bad = bad & xp.any(valid_mask(xp, logits, where, sample_weight), axis=-1)
         if bool(xp.any(bad)):
             # As it was given: a uint64 label may be another number in the dtype that is compared.
-            raise ValueError(f"labels must lie in [0, {classes}), got {_first(xp, given, bad)}")
+            raise ValueError(f"labels must lie in [0, {classes}), got {_first(given, bad)}")
 
 
-def _first(xp: ModuleType, x: Array, which: Array, rows: Array | None = None) -> str:
+def _first(x: Array, which: Array, rows: Array | None = None) -> str:
     """The first element chosen, and its place, as text; `rows` are those of the user's array that x was made of."""
-    flat = xp.reshape(xp.astype(which, xp.int32), (-1,))
-    at = int(xp.argmax(flat))
-    index: list[int] = []
-    rest = at
-    for size in reversed(x.shape):
-        rest, here = divmod(rest, size)
-        index.insert(0, here)
+    index = np.argwhere(to_numpy(which))[0].tolist()
+    value = x[tuple(index)]
     if rows is not None:
         index[0] = int(rows[index[0]])
-    value = xp.reshape(x, (-1,))[at]
     # By way of NumPy, since PyTorch makes no int of a uint64 beyond int64.
     number = float(value) if dtype_name(x.dtype) in _COMPUTED_IN else int(to_numpy(value))
     return f"{number} at index {_text(tuple(index))}"

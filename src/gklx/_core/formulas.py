@@ -178,10 +178,8 @@ def _prior_rows(call: Call, rows: Rows) -> tuple[Array, Array]:
     if labels is None:
         return prior, rows.has_valid
     known = is_class(labels, prior.shape[0])
-    index = xp.astype(xp.where(known, labels, xp.zeros_like(labels)), xp.int32)
-    flat = index if index.ndim == 1 else xp.reshape(index, (-1,))
-    taken = xp.take(prior, flat, axis=0)
-    return taken if index.ndim == 1 else xp.reshape(taken, student.shape), known
+    index = xp.reshape(xp.astype(xp.where(known, labels, xp.zeros_like(labels)), xp.int32), (-1,))
+    return xp.reshape(xp.take(prior, index, axis=0), student.shape), known
 
 
 def is_class(labels: Array, classes: int) -> Array:
@@ -280,15 +278,6 @@ def probability_gap(call: Call, rows: Rows) -> Array:
 # --- samples ----------------------------------------------------------------------------------------------------------
 
 
-class Samples(NamedTuple):
-    """What each sample comes to before weights and reduction, all [...]; None where it has no part in the loss."""
-
-    kl: Array | None
-    ce: Array | None
-    energy: Array | None
-    """E; wMSE = W^2 E."""
-
-
 class Factors(NamedTuple):
     """What a sample's terms are multiplied by, all [...]."""
 
@@ -305,20 +294,12 @@ def sample_weights(xp: ModuleType, v: Array | None, has_valid: Array, dtype: Any
     return xp.where(has_valid, xp.where(v >= 0, v, xp.nan), 0.0)
 
 
-def samples(call: Call, rows: Rows, weights: ClassWeights | None, around: Deviations | None) -> Samples:
-    """The losses of each sample."""
-    if not call.formula.decomposed:
-        return Samples(kullback_leibler(call, rows), None, None)
-    found = None if weights is None or around is None else energy(call, rows, weights, around)
-    return Samples(None, cross_entropy(call, rows), found)
-
-
-def value_of(call: Call, of: Samples, factors: Factors) -> Array:
+def value(call: Call, rows: Rows, weights: ClassWeights | None, around: Deviations | None, factors: Factors) -> Array:
     """The loss, summed over the samples unless the reduction is "none"."""
-    xp = call.xp
-    loss = scaled(xp, factors.ce, of.ce if of.kl is None else of.kl)
-    if of.energy is not None:
-        loss = scaled(xp, factors.energy, of.energy) + loss
+    xp, decomposed = call.xp, call.formula.decomposed
+    loss = scaled(xp, factors.ce, (cross_entropy if decomposed else kullback_leibler)(call, rows))
+    if decomposed and weights is not None and around is not None:
+        loss = scaled(xp, factors.energy, energy(call, rows, weights, around)) + loss
     return loss if call.reduction == "none" else xp.sum(loss)
 
 

@@ -15,13 +15,12 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Reduction, Result, are_static
-from .._core.libraries import library_named
+from .._core.call import Array, Arrays, Asked, Call, Numbers, Result, are_static, without_arrays
 from . import blocks, cpu
 
-_LIBRARY = library_named("jax")
 _TARGET = "gklx_rows"
 _OPTIONAL = Arrays._fields[2:]
+_NO_NUMBERS = Numbers(*[None] * len(Numbers._fields))
 # The bits that jax_ffi.cpp names.
 _PRESENT = {"prior": 1, "labels": 2, "sample_weight": 4, "where": 8}
 _ASKED = (1, 2, 4)  # value, student, teacher
@@ -30,8 +29,8 @@ _ASKED = (1, 2, 4)  # value, student, teacher
 class _Plan(NamedTuple):
     """What is fixed when the program is traced."""
 
-    formula: Formula
-    reduction: Reduction
+    call: Call
+    """Without arrays and numbers."""
     present: tuple[str, ...]
     asked: Asked
     threads: int
@@ -58,7 +57,7 @@ def evaluate(call: Call, asked: Asked) -> Result:
     given = call.arrays
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
     threads = cpu.threads() if _has_kernel() else 0
-    plan = _Plan(call.formula, call.reduction, tuple(present), asked, threads)
+    plan = _Plan(without_arrays(call)._replace(numbers=_NO_NUMBERS), tuple(present), asked, threads)
     numbers = np.asarray(call.numbers, call.dtype) if are_static(call.numbers) else _stacked(call)
     run = _run if is_traced(call) else _compiled
     found = iter(run(plan, given.student, given.teacher, numbers, *(getattr(given, name) for name in present)))
@@ -86,15 +85,13 @@ _compiled = jax.jit(_run, static_argnums=0)
 
 
 def _by_formulas(student: Array, teacher: Array, numbers: Array, *optional: Array, plan: _Plan) -> list[Array]:
-    arrays = Arrays(student, teacher, **dict.fromkeys(_OPTIONAL))._replace(
-        **dict(zip(plan.present, optional, strict=True))
-    )
-    call = Call(_LIBRARY, jnp, student.dtype, plan.formula, plan.reduction, Numbers(*numbers), arrays, None)
+    given = dict.fromkeys(_OPTIONAL) | dict(zip(plan.present, optional, strict=True))
+    call = plan.call._replace(numbers=Numbers(*numbers), arrays=Arrays(student, teacher, **given))
     return _wanted(plan, blocks.evaluate(call, plan.asked)[:3])
 
 
 def _shapes(student: Any, teacher: Any, numbers: Any, *_: Any, plan: _Plan) -> list[Any]:
-    shape = student.shape[:-1] if plan.reduction == "none" else ()
+    shape = student.shape[:-1] if plan.call.reduction == "none" else ()
     shapes = _wanted(plan, (shape, student.shape, teacher.shape))
     return [jax.core.ShapedArray(each, student.dtype) for each in shapes]
 
@@ -109,10 +106,10 @@ def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
     if plan.threads == 0 or not alone or module.lowering_parameters.for_export:
         return _lowered(ctx, *operands, plan=plan)
     attributes = {
-        **plan.formula._asdict(),
+        **plan.call.formula._asdict(),
         "present": sum(_PRESENT[name] for name in plan.present),
         "asked": sum(_wanted(plan, _ASKED)),
-        "reduction": cpu.REDUCTIONS[plan.reduction],
+        "reduction": cpu.REDUCTIONS[plan.call.reduction],
         "threads": plan.threads,
     }
     lowering = jax.ffi.ffi_lowering(_TARGET)
