@@ -61,10 +61,10 @@ def _evaluated(call: Call, asked: Asked, shared: Batch | None, upstream: Array |
         around = formulas.deviations(call, rows, weights)
     v = formulas.sample_weights(call.xp, call.arrays.sample_weight, rows.has_valid, call.dtype)
     loss = to_student = to_teacher = None
-    factors = batches.factors_of(call, v, weights, shared, upstream)
     if asked.value:
-        loss = formulas.value(call, rows, weights, around, factors)
+        loss = formulas.value(call, rows, weights, around, batches.factors_of(call, v, weights, shared))
         loss = xp.astype(loss, call.dtype, copy=False)  # NumPy 1 widens a single sample's numbers
+    factors = batches.factors_of(call, v, weights, shared, upstream)
     if asked.student:
         to_student = formulas.student_gradient(call, rows, around, factors)
         to_student = xp.astype(to_student, arrays.student.dtype, copy=False)
