@@ -312,8 +312,8 @@ class ClassPrior(Generic[ArrayT]):
 
         The arrays may also be of another library, such as tensors made from those of the state.
 
-        ValueError where a key is missing or unknown, or an entry does not fit this prior; TypeError where there are no
-        keys.
+        ValueError where a key is missing or unknown, or an entry does not fit this prior; TypeError where `state` is no
+        mapping.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping, got {type_name(state)}")

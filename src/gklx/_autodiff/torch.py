@@ -18,7 +18,7 @@ def tracks(call: Call) -> bool:
     """Whether autograd, forward-mode AD, a transform of `torch.func` or the compiler may be following the logits."""
     if torch.compiler.is_compiling() or _records(call.arrays.student) or _records(call.arrays.teacher):
         return True
-    return _transformed() or forward_ad._current_level >= 0
+    return _in_transform()
 
 
 def attach(call: Call) -> torch.Tensor:
@@ -33,7 +33,7 @@ def attach(call: Call) -> torch.Tensor:
             student=call.arrays.student.contiguous(), teacher=call.arrays.teacher.contiguous()
         )
         found = _Loss.apply(_Plan(without_arrays(call)), *arrays)[0]  # type: ignore[no-untyped-call]
-    elif _transformed() or forward_ad._current_level >= 0:
+    elif _in_transform():
         found = _TransformableLoss.apply(_Plan(without_arrays(call)), *call.arrays)[0]  # type: ignore[no-untyped-call]
     else:
         found = _EagerLoss.apply(call, *call.arrays)  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ def with_gradients(call: Call, asked: Asked) -> Result:
         if torch_operator.serves(call):
             return torch_operator.with_gradients(call, asked)
     gradients = asked._replace(value=False)
-    if torch.compiler.is_compiling() or _transformed() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or _in_transform():
         found = evaluate(call, gradients)
     else:
         found = Result(None, *_EagerGradients.apply(call, gradients, *call.arrays))  # type: ignore[no-untyped-call]
@@ -161,16 +161,17 @@ class _EagerGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        student, teacher, *others = (x.clone() if x is not None and x.is_inference() else x for x in _saved(ctx)[0])
+        student, teacher, *others = _followable(_saved(ctx)[0])
         with torch.enable_grad():
-            logits = student.view_as(student), teacher.view_as(teacher)  # one of them may be made of the other
+            # Views: one network's logits may be computed from the other's, and that is not to be followed here.
+            logits = student.view_as(student), teacher.view_as(teacher)
             gradients = _gradients(_on(ctx.call, (*logits, *others)), None, ctx.asked[1:], None)
         needed = ctx.needs_input_grad[2:4]
         inputs = [x for x, asked in zip(logits, needed, strict=True) if asked]
         followed = [
             (x, by)
             for x, by in zip(gradients, upstream, strict=True)
-            if by is not None and x.requires_grad  # 0 does not, where the loss has no part for a network
+            if by is not None and x.requires_grad  # zeros, of a network without a part in the loss, do not
         ]
         found = iter(
             torch.autograd.grad(
@@ -200,6 +201,11 @@ def _saved(ctx: Any) -> tuple[list[Any], tuple[Any, ...]]:
     return [x if own is None else own for x, own in zip(found[:n], ctx.inference, strict=True)], found[n:]
 
 
+def _followable(arrays: Sequence[Any]) -> list[Any]:
+    """The arrays, those made under inference_mode copied: autograd follows no operation on such a tensor."""
+    return [x.clone() if x is not None and x.is_inference() else x for x in arrays]
+
+
 def _backward(
     ctx: Any,
     arrays: Sequence[Any],
@@ -214,8 +220,7 @@ def _backward(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone may differentiate this again: evaluate the formulas where autograd sees them. What it then finds is
         # the derivative of the gradient field, which for DKL is KL's Hessian.
-        arrays = [x.clone() if x is not None and x.is_inference() else x for x in arrays]
-        given = _gradients(_on(call, arrays), None, wanted, upstream)
+        given = _gradients(_on(call, _followable(arrays)), None, wanted, upstream)
     elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
         given = _scaled(ahead, upstream.unsqueeze(-1) if call.reduction == "none" else upstream)
     else:
@@ -253,6 +258,11 @@ def _gradients(
 
 def _records(x: torch.Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled()
+
+
+def _in_transform() -> bool:
+    """Whether a transform of `torch.func`, or forward-mode AD, is at work."""
+    return _transformed() or forward_ad._current_level >= 0
 
 
 def _transformed() -> bool:

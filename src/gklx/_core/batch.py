@@ -18,8 +18,8 @@ class Batch(NamedTuple):
     weight_scale: Array
     """The largest v, rounded to a power of two: see `_power_of_two`."""
     base_scale: Array
-    """The largest class weight before gamma, to which no power of another is large; 1 where the loss is not normalised
-    by the batch."""
+    """The largest class weight before gamma: relative to it, powers of the others are at most 1. It is 1 where the loss
+    is not normalised by the batch."""
     weight: Array
     """The sum of v / weight_scale."""
     squared_mass: Array
@@ -136,7 +136,10 @@ def _power_of_two(call: Call, x: Array) -> Array:
 
 
 def _held_constant(call: Call, x: Array) -> Array:
-    """x, as far as it and its reciprocal are normal, but with the derivative 0: all its digits are before the point."""
+    """x, as far as it and its reciprocal are normal, with the derivative 0.
+
+    That is the derivative of `floor`, which changes nothing once x is scaled to an integer of all its digits.
+    """
     x, power = _invertible(call, x), _power_of_two(call, x)
     unit = float(call.xp.finfo(call.dtype).eps)
     return call.xp.floor(x / power / unit) * unit * power

@@ -351,7 +351,7 @@ def _as_float(name: str, value: Any) -> float:
 
 
 def _too_large(xp: ModuleType, x: Array, dtype: Any) -> float:
-    """The smallest number that is infinite in the dtype computed in, and can stand in an array."""
+    """The smallest number of an array's dtype that is infinite in the dtype computed in."""
     narrows = dtype != xp.float64 and dtype_name(x.dtype) == "float64"
     return 2.0**128 - 2.0**103 if narrows else math.inf
 

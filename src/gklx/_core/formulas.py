@@ -198,9 +198,9 @@ def deviations(call: Call, rows: Rows, weights: ClassWeights) -> Deviations:
     summed = weighs & ~infinite
 
     # Nearly all weight may be on one class. What a sum rounds off its d is then as large as the differences that
-    # matter, so all are first taken from the d of such a class (with several of them, from that of their maxima). A
-    # first mean would do instead only if it were the same
-    # number wherever it is used: XLA on a GPU computes it anew in several places, and rounds it differently.
+    # matter, so all are first taken from the d of such a class (of several, from that of their largest logits).
+    # A first mean would do instead only if it were the same number wherever it is used: XLA on a GPU computes it anew
+    # in several places, and rounds it differently.
     heaviest = summed & weights.heaviest
     of_heaviest = (
         xp.max(xp.where(heaviest, x.logits, -xp.inf), axis=-1, keepdims=True) for x in (rows.teacher, rows.student)

@@ -204,7 +204,7 @@ class _Run:
             *_rate(plan.real, numbers.gamma, numbers.weight_temperature),
             self.real(1.0 / numbers.temperature),
             self.real(numbers.gamma),
-            self.real(0.5 ** (shape[-1] - 1).bit_length()),
+            self.real(0.5 ** (shape[-1] - 1).bit_length()),  # the largest power of two up to 1 / classes
         )
 
     def _addresses(self, arrays: Iterable[Array | None]) -> list[np.uint64]:

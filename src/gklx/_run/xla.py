@@ -72,7 +72,7 @@ def _run(plan: _Plan, student: Array, teacher: Array, numbers: Array, *optional:
     """The primitive, on arrays of the dtypes and shapes that jax_ffi.cpp expects."""
     given = dict(zip(plan.present, optional, strict=True))
     labels, where = given.get("labels"), given.get("where")
-    if labels is not None:  # as many bits as they have, lest a number that names no class become one that does
+    if labels is not None:  # 64 bits stay: cut to 32, a number that names no class could become one that does
         given["labels"] = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
     if where is not None:
         given["where"] = jnp.broadcast_to(where, student.shape)
