@@ -523,7 +523,18 @@ def test_prior_is_checked_at_every_place(kernel, dtype, classes):
             changed[classes // 2, place] = wrong
             assert not prior_is_right(kernel, changed), (wrong, place)
             assert not prior_is_right(kernel, changed, [0, classes // 2])
-            assert prior_is_right(kernel, changed, [classes // 2 + 1, -1, 2**40])  # names no wrong row
+            if classes > 1:
+                assert prior_is_right(kernel, changed, [classes // 2 - 1])  # names no wrong row
+            assert not prior_is_right(kernel, changed, [0] * classes)  # of as many rows as classes all are checked
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_labels_of_a_prior_are_checked_at_every_place(kernel, rows):
+    prior, labels = np.ones((7, 7), np.float32), np.arange(rows) % 7
+    assert prior_is_right(kernel, prior, labels)
+    for wrong in (-1, 7, 2**40, -(2**63), 2**63 - 1):
+        for place in range(rows):
+            assert not prior_is_right(kernel, prior, np.where(np.arange(rows) == place, wrong, labels))
 
 
 def test_prior_without_labels_may_have_more_rows_than_classes(kernel):

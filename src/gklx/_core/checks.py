@@ -49,8 +49,8 @@ def call_of(
 ) -> Call:
     """The checked call of one of the four losses.
 
-    `prior_is_right` tells fast whether a prior, or its rows of some numbers alone, are finite and not negative; None
-    where it cannot.
+    `prior_is_right` tells fast whether all labels name classes, and the prior's rows that are used are finite and not
+    negative; None where it cannot.
     """
     named = {
         "student_logits": student_logits,
@@ -102,13 +102,11 @@ def call_of(
     sample_weight = None if sample_weight is None else library.constant(sample_weight)
     arrays = Arrays(student_logits, teacher_logits, prior, labels, sample_weight, where)
     if readable and prior is not None:
-        if labels is not None:
-            _label_values(xp, labels, given_labels, shape[-1], arrays[:2], where, sample_weight)
-        # Of a table with more rows than samples, those that are used.
-        chosen = labels if labels is not None and math.prod(labels.shape) < shape[-1] else None
         too_large = _too_large(xp, prior, dtype)
-        if too_large < math.inf or not prior_is_right(library, prior, chosen):
-            _prior_values(xp, arrays, prior, chosen, too_large)
+        if too_large < math.inf or not prior_is_right(library, prior, labels):
+            if labels is not None:
+                _label_values(xp, labels, given_labels, shape[-1], arrays[:2], where, sample_weight)
+            _prior_values(xp, arrays, too_large)
     return Call(library, xp, dtype, formula, reduction, checked, arrays, ranks)
 
 
@@ -356,15 +354,17 @@ def _too_large(xp: ModuleType, x: Array, dtype: Any) -> float:
     return 2.0**128 - 2.0**103 if narrows else math.inf
 
 
-def _prior_values(xp: ModuleType, arrays: Arrays, prior: Array, chosen: Array | None, too_large: float) -> None:
-    """Priors, or their chosen rows, that are weights in every sample that counts."""
-    rows = None
-    if chosen is not None:
-        rows = xp.reshape(xp.where(is_class(chosen, prior.shape[-1]), chosen, xp.zeros_like(chosen)), (-1,))
+def _prior_values(xp: ModuleType, arrays: Arrays, too_large: float) -> None:
+    """Priors that are weights in every sample that counts: those used, of a table with more rows than samples."""
+    prior, labels, rows = arrays.prior, arrays.labels, None
+    assert prior is not None
+    classes = prior.shape[-1]
+    if labels is not None and math.prod(labels.shape) < classes:
+        rows = xp.reshape(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), (-1,))
         prior = xp.take(prior, xp.astype(rows, xp.int32), axis=0)
     if not _all_weights(xp, prior, too_large):
         bad = ~((prior >= 0) & (prior < too_large))
-        if arrays.labels is None:
+        if labels is None:
             bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
         if bool(xp.any(bad)):
             raise ValueError(f"prior must be finite and not negative, got {_first(prior, bad, rows)}")

@@ -335,16 +335,20 @@ int gklx_rows(const gklx_call *call) {
 
 int gklx_check_prior(const gklx_call *call) {
   const gklx_call &c = *call;
+  for (int64_t i = 0; c.labels && i < c.rows; ++i) {
+    if (c.labels[i] < 0 || c.labels[i] >= c.classes) return 2;
+  }
+  // Of a table with more rows than there are samples, those that are used.
+  const bool chosen = c.labels && c.rows < c.classes;
+  const int64_t rows = c.labels && !chosen ? c.classes : c.rows;
   std::atomic<bool> right(true);
   const auto check = [&](int64_t begin, int64_t end, void *) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t source = c.labels ? c.labels[row] : row;
-      if (c.labels && (source < 0 || source >= c.classes)) continue;  // its sample does not count
-      if (!loops.are_weights(c.prior, c.prior_type, source, c.classes)) right = false;
+      if (!loops.are_weights(c.prior, c.prior_type, chosen ? c.labels[row] : row, c.classes)) right = false;
     }
   };
   try {
-    in_parallel(c, c.rows, check);
+    in_parallel(c, rows, check);
   } catch (const std::bad_alloc &) {
     return 1;
   }

@@ -56,8 +56,8 @@ typedef struct {
 } gklx_call;
 
 GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
-// Whether the prior's rows that the call uses are finite and not negative. 0: they are; 1: out of memory; 2: they are not.
-// Reads `prior`, its type, `labels`, the sizes and the threads.
+// Whether all labels name classes, and the prior's rows that the call may use are finite and not negative. 0: yes; 1: out
+// of memory; 2: no. Reads `prior`, its type, `labels`, the sizes and the threads.
 GKLX_PUBLIC int gklx_check_prior(const gklx_call *call);
 GKLX_PUBLIC const char *gklx_instruction_set(void);
 

@@ -130,8 +130,8 @@ def samples(call: Call, names: Iterable[str], threads: int, top_k: Sequence[int]
     return found
 
 
-def prior_is_right(library: Library, prior: Array, chosen: Array | None) -> bool | None:
-    """Whether a prior, or its chosen rows alone, are finite and not negative.
+def prior_is_right(library: Library, prior: Array, labels: Array | None) -> bool | None:
+    """Whether all labels name classes, and the prior's rows that are used are finite and not negative.
 
     Of arrays whose values can be read. None where the kernel does not take them.
     """
@@ -142,9 +142,9 @@ def prior_is_right(library: Library, prior: Array, chosen: Array | None) -> bool
     prior = host.contiguous(prior, None)
     request = cpu.RowCall(prior=host.address(prior), rows=math.prod(prior.shape[:-1]), classes=classes)
     request.prior_type = cpu.TYPES[dtype_name(prior.dtype)]
-    if chosen is not None:
-        chosen = host.contiguous(chosen, library.namespace().int64)
-        request.labels, request.rows = host.address(chosen), math.prod(chosen.shape)
+    if labels is not None:
+        labels = host.contiguous(labels, library.namespace().int64)
+        request.labels, request.rows = host.address(labels), math.prod(labels.shape)
     _set_threads(request, host)
     return cpu.prior_is_right(request)
 
