@@ -410,11 +410,11 @@ EQUIVALENT: dict[str, str] = {
     "return totals.weight == R(0) ? R(1.0) : ranks * (weight / totals.largest_weight / totals.weight);": (
         "no sample has a valid class then"
     ),
-    "loops.h: invalid |= here >= R(0) ? Word(0) : Word(1);  ->  invalid &= here >= R(0) ? Word(0) : Word(1);": (
+    "loops.h: invalid |= x[j] >= R(0) ? Word(0) : Word(1);  ->  invalid &= x[j] >= R(0) ? Word(0) : Word(1);": (
         "NumPy's priors are read and refused; test_kernel.py's test_invalid_prior_entry_gives_nan"
     ),
-    "loops.h: if (Careful) c += of_t == R(0) || z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));  ->  "
-    "if (Careful) c += of_t == R(0) && z_s == -Real<R>::inf ? R(0) : of_t * (z_s * R(0x1p-30));": (
+    "loops.h: c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));  ->  "
+    "c += of_t == R(0) && s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));": (
         "CE is infinite where the student alone rules a class out"
     ),
     "loops.h: if (Weighed && x.w_total > 0) {  ->  if (Weighed || x.w_total > 0) {": (
@@ -430,10 +430,14 @@ EQUIVALENT: dict[str, str] = {
     "if (Careful) deviation = infinite ? R(1.0) : deviation;": "the class weighs 0, or the row's results are infinite",
     "loops.h: if (Careful) c = is_infinite(d.high) ? R(0) : c;  ->  "
     "if (Careful) c = is_infinite(d.high) ? R(1.0) : c;": "it is multiplied by a weight or a factor of 0",
-    "loops.h: if (Careful) part = infinite || q == R(0) ? p : part;  ->  "
-    "if (Careful) part = infinite && q == R(0) ? p : part;": "the other form gives p as well, or the sum is infinite",
-    "loops.h: while (begin + 1 < n && x[begin] != top) ++begin;  ->  "
-    "while (begin - 1 < n && x[begin] != top) ++begin;": "the largest logit is one of them",
+    "loops.h: if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;  ->  "
+    "if (Careful) part = infinite && p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;": (
+        "the other form gives q as well, or the sum is infinite or so large that q is nothing beside it"
+    ),
+    "loops.h: if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;  ->  "
+    "if (Careful) part = infinite && q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;": (
+        "the other form gives p as well, or the sum is infinite or so large that p is nothing beside it"
+    ),
 }
 
 if __name__ == "__main__":

@@ -76,14 +76,17 @@ template <class R> struct Rower {
   const Pass &pass;
   const gklx_call &call;
   Scratch<R> scratch;
-  const R temperature, gamma;
+  const R temperature, per_temperature, gamma;
+  const double per_square;  // 1 / temperature^2
   const bool difference_to_student, difference_to_teacher;  // whether d's deviations reach that gradient
   const bool gap;                                           // whether q - p reaches the student's
   const bool spread;                                        // whether d's deviations are asked for
 
   Rower(const Pass &pass, void *memory)
       : pass(pass), call(*pass.call), scratch(memory, pass.call->classes), temperature(R(call.temperature)),
-        gamma(R(call.gamma)), difference_to_student(call.decomposed && call.symmetric && call.mse_weight != 0),
+        per_temperature(R(1) / temperature), gamma(R(call.gamma)),
+        per_square(1 / (double(temperature) * double(temperature))),
+        difference_to_student(call.decomposed && call.symmetric && call.mse_weight != 0),
         difference_to_teacher(!call.decomposed || call.mse_weight != 0),
         gap(pass.to_student && (!call.decomposed || call.ce_weight != 0)),
         spread(pass.mse || (pass.to_teacher && difference_to_teacher) || (pass.to_student && difference_to_student)) {}
@@ -158,7 +161,7 @@ template <class R> struct Rower {
     }
     x.s_top = seen.s_top;
     x.t_top = seen.t_top;
-    x.per_temperature = R(1) / temperature;
+    x.per_temperature = per_temperature;
     if (seen.moderate) return finish<false>(row, weight, valid, x, {});
     finish<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
   }
@@ -225,6 +228,7 @@ template <class R> struct Rower {
     x.s_reference = x.s_top;
     x.t_reference = x.t_top;
     x.s_total = x.t_total = 1;
+    x.of_s = x.of_t = 1;
     const bool own = !x.w;
     if ((own && spread) || needs_softmax()) {
       if (temperature == R(1)) {
@@ -365,7 +369,6 @@ template <class R> struct Rower {
   void unbounded_gradients(const Line<R> &x, int infinite, Rates<R> rates, R gap_sum, R *to_s, R *to_t) const {
     constexpr R inf = Real<R>::inf;
     const R others = infinite == 1 ? -inf : infinite == 2 ? inf : nan_of<R>();
-    const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
     const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
     for (int64_t j = 0; j < x.n; ++j) {
       const Difference<R> d = difference_at<R, Careful>(x.t[j], x.s[j]);
@@ -373,7 +376,7 @@ template <class R> struct Rower {
       if (!infinite) c = ((d.high - reference.high) + (d.low - reference.low)) - x.mean;
       const R weighted = x.w[j] == 0 ? R(0) : infinite ? c : x.w[j] * c;
       const R of_difference = scaled(rates.difference, weighted);
-      const R p = x.et[j] * of_t, q = x.es[j] * of_s;
+      const R p = x.et[j] * x.of_t, q = x.es[j] * x.of_s;
       if (pass.to_student) {
         const R of_gap = scaled(rates.gap, (q - p) - p * gap_sum);
         to_s[j] = difference_to_student ? of_gap - of_difference : of_gap;
@@ -386,7 +389,6 @@ template <class R> struct Rower {
     const Totals<double> &totals = *pass.totals;
     double share = share_of(found.weight, call.reduction == MEAN, call.ranks, totals);
     if (call.upstream) share *= double(((const R *)call.upstream)[call.upstream_per_row ? row : 0]);
-    const double per_square = 1 / (double(temperature) * double(temperature));
     if (!call.decomposed) return {R(share * per_square * per_total), R(share / double(temperature))};
     double base = found.base;
     if (call.batch_normalized) base /= totals.largest_base;

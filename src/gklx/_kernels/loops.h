@@ -31,6 +31,8 @@ constexpr int64_t CHUNK = GKLX_CHUNK;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+template <class T> T larger(T a, T b) { return a > b ? a : b; }
+
 #if defined(__AVX512F__)
 constexpr int VECTOR = 64;  // bytes
 #elif defined(__AVX2__)
@@ -78,6 +80,7 @@ template <class R> struct Line {
   R *es, *et;  // exp((x - top) / T)
   R s_top, t_top, s_reference, t_reference, per_temperature;
   double s_total, t_total, w_total;  // the sums of es, et, w
+  R of_s, of_t;                      // 1 / s_total, 1 / t_total
   double z_student;                  // the sum of et (s - s_top), as `summed_part` of it
   R mean;                            // of what d is larger than at the reference
   Ahead student_ahead, teacher_ahead;
@@ -91,22 +94,22 @@ template <class R> struct Inspected {
 template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   using Word = typename Real<R>::Word;
   constexpr R limit = Real<R>::moderate;
-  R s_top = -Real<R>::inf, t_top = -Real<R>::inf;
+  Order<R> s_top = order_of(-Real<R>::inf), t_top = s_top;
   Word beyond = 0;
   in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
-    R s_max = s_top, t_max = t_top;
+    Order<R> s_max = s_top, t_max = t_top;
     Word outside = 0;
     SIMD_OF(lanes, reduction(max : s_max, t_max) reduction(| : outside))
     for (int64_t j = begin; j < end; ++j) {
-      s_max = s[j] > s_max ? s[j] : s_max;
-      t_max = t[j] > t_max ? t[j] : t_max;
+      s_max = larger(order_of(s[j]), s_max);
+      t_max = larger(order_of(t[j]), t_max);
       outside |= (size_of(s[j]) <= limit ? Word(0) : Word(1)) | (size_of(t[j]) <= limit ? Word(0) : Word(1));
     }
     s_top = s_max;
     t_top = t_max;
     beyond |= outside;
   });
-  return {s_top, t_top, beyond == 0};
+  return {number_of<R>(s_top), number_of<R>(t_top), beyond == 0};
 }
 
 // The class of the largest logit `top`, the first of several: NumPy's argmax, to which a NaN is the largest.
@@ -115,45 +118,47 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
   for (int64_t j = 0; !moderate && j < n; ++j) {
     if (is_nan(x[j])) return j;
   }
-  int64_t begin = 0;
-  for (int64_t end; begin < n; begin = end) {
-    end = smaller(begin + 64, n);
-    Word found = 0;
-    SIMD(reduction(| : found))
-    for (int64_t j = begin; j < end; ++j) found |= x[j] == top ? Word(1) : Word(0);
-    if (found) break;
-  }
-  while (begin + 1 < n && x[begin] != top) ++begin;
-  return begin;
+  int64_t first = n;
+  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
+    if (first < n) return;
+    Word found = Word(CHUNK);
+    SIMD_OF(lanes, reduction(min : found))
+    for (int64_t j = begin; j < end; ++j) {
+      const Word here = x[j] == top ? Word(j - begin) : Word(CHUNK);
+      found = here < found ? here : found;
+    }
+    if (found < Word(CHUNK)) first = begin + int64_t(found);
+  });
+  return first;
 }
 
 // x in a class that weighs most, elsewhere less than any x.
-template <class R> R where_heaviest(R x, R w, R largest_weight) { return w == largest_weight ? x : -Real<R>::inf; }
+template <class R> Order<R> where_heaviest(R x, R w, R largest_weight) {
+  return order_of(w == largest_weight ? x : -Real<R>::inf);
+}
 
 // Fills es, et and their sums, and finds the part of CE; with weights other than the teacher's own, the reference as well.
 template <class R, bool Careful, bool Tempered, bool Weighed>
 APART void exponentials(Line<R> &x, R largest_weight = 0) {
   const R *s = x.s, *t = x.t, *w = x.w;
-  R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
+  Order<R> s_reference = order_of(-Real<R>::inf), t_reference = s_reference;
   R *es = x.es, *et = x.et;
   const R s_top = x.s_top, t_top = x.t_top, per_temperature = x.per_temperature;
   double s_total = 0, t_total = 0, z_student = 0;
   in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     x.student_ahead.fetch(begin, end);
     x.teacher_ahead.fetch(begin, end);
-    R a = 0, b = 0, c = 0, s_max = s_reference, t_max = t_reference;
+    R a = 0, b = 0, c = 0;
+    Order<R> s_max = s_reference, t_max = t_reference;
     SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : s_max, t_max))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
-        R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
-        s_max = s_here > s_max ? s_here : s_max;
-        t_max = t_here > t_max ? t_here : t_max;
+        s_max = larger(where_heaviest(s[j], w[j], largest_weight), s_max);
+        t_max = larger(where_heaviest(t[j], w[j], largest_weight), t_max);
       }
       R z_s = s[j] - s_top, z_t = t[j] - t_top;
       R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
       R of_t = exponential(Tempered ? z_t * per_temperature : z_t);
-      es[j] = of_s;
-      et[j] = of_t;
       a += of_s;
       b += of_t;
       if (Careful) {
@@ -162,6 +167,8 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
       } else {
         c += of_t * z_s;
       }
+      es[j] = of_s;  // last: to a compiler they may be what was read
+      et[j] = of_t;
     }
     s_total += double(a);
     t_total += double(b);
@@ -171,25 +178,26 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
   });
   x.s_total = s_total;
   x.t_total = t_total;
+  x.of_s = R(1 / s_total);
+  x.of_t = R(1 / t_total);
   x.z_student = z_student;
   if (Weighed && x.w_total > 0) {
-    x.s_reference = s_reference;
-    x.t_reference = t_reference;
+    x.s_reference = number_of<R>(s_reference);
+    x.t_reference = number_of<R>(t_reference);
   }
 }
 
 // The reference alone, where no softmax is asked for.
 template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
   const R *s = x.s, *t = x.t, *w = x.w;
-  R s_reference = -Real<R>::inf, t_reference = -Real<R>::inf;
+  Order<R> s_reference = order_of(-Real<R>::inf), t_reference = s_reference;
   SIMD(reduction(max : s_reference, t_reference))
   for (int64_t j = 0; j < x.n; ++j) {
-    R s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
-    s_reference = s_here > s_reference ? s_here : s_reference;
-    t_reference = t_here > t_reference ? t_here : t_reference;
+    s_reference = larger(where_heaviest(s[j], w[j], largest_weight), s_reference);
+    t_reference = larger(where_heaviest(t[j], w[j], largest_weight), t_reference);
   }
-  x.s_reference = s_reference;
-  x.t_reference = t_reference;
+  x.s_reference = number_of<R>(s_reference);
+  x.t_reference = number_of<R>(t_reference);
 }
 
 struct Sums {
@@ -206,11 +214,11 @@ template <class R, bool Careful, bool Spread, bool Gap, bool Kl, bool Reverse = 
 APART Sums sums(const Line<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore
-  const R of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const R of_s = x.of_s, of_t = x.of_t;
   using Product = typename Widest<R, Careful>::Type;
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   // In two factors: of the smallest temperature, four times the inverse is infinite.
-  const R scale = R(Careful ? 2 : 1) * x.per_temperature, other_scale = R(difference_scale<Careful> / (Careful ? 2 : 1));
+  const R doubled = R(Careful ? 2 : 1) * x.per_temperature, half_scale = R(difference_scale<Careful> / (Careful ? 2 : 1));
   const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
   Sums found = {};
@@ -232,15 +240,15 @@ APART Sums sums(const Line<R> &x) {
         R p = et[j] * of_t, q = es[j] * of_s;
         if (Gap) g += q - p;
         if (Kl) {
-          const R apart = ((d.high - top.high) + (d.low - top.low)) * other_scale;
-          const R ratio = apart * scale - normalizers;
+          const R apart = ((d.high - top.high) + (d.low - top.low)) * half_scale;
+          const R ratio = apart * doubled - normalizers;
           R part = divergence(p, q, ratio);
           // Where log p - log q is too large for R, p times it need not be.
-          if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * scale : part;
+          if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;
           k += part;
           if (Reverse) {
             part = reverse_divergence(p, q, ratio);
-            if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * scale : part;
+            if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;
             r += part;
           }
         }
@@ -266,7 +274,7 @@ enum Student { NOT, GAP, GAP_AND_DIFFERENCE };
 template <class R, bool Careful, Student To, bool Teacher>
 APART void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
-  const R mean = x.mean, of_s = R(1 / x.s_total), of_t = R(1 / x.t_total);
+  const R mean = x.mean, of_s = x.of_s, of_t = x.of_t;
   const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
   in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     SIMD_OF(lanes)
@@ -331,21 +339,20 @@ template <class R> struct PriorSeen {
 
 template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
   using Word = typename Real<R>::Word;
-  R largest = 0;
+  Order<R> largest = order_of(R(0));
   Word wrong = 0;
   in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
-    R max = largest;
+    Order<R> max = largest;
     Word invalid = 0;
     SIMD_OF(lanes, reduction(max : max) reduction(| : invalid))
     for (int64_t j = begin; j < end; ++j) {
-      R here = x[j];
-      max = here > max ? here : max;
-      invalid |= here >= R(0) ? Word(0) : Word(1);
+      max = larger(order_of(x[j]), max);
+      invalid |= x[j] >= R(0) ? Word(0) : Word(1);
     }
     largest = max;
     wrong |= invalid;
   });
-  return {largest, wrong != 0};
+  return {number_of<R>(largest), wrong != 0};
 }
 
 // (x / base)^gamma. The base is the largest x, or where gamma is 0 or 1 a power of two near it. Where gamma is 1 and the
@@ -378,15 +385,15 @@ template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma,
       // Two short loops: in one, each exponential would have to wait for its logarithm.
       SIMD_OF(lanes)
       for (int64_t j = begin; j < end; ++j) w[j] = log_power(x[j] * per_scale, gamma, log_base);
-      R max = largest;
+      Order<R> max = order_of(largest);
       SIMD_OF(lanes, reduction(+ : a) reduction(max : max))
       for (int64_t j = begin; j < end; ++j) {
         R here = exponential(w[j]);
         w[j] = here;
         a += here;
-        max = here > max ? here : max;
+        max = larger(order_of(here), max);
       }
-      largest = max;
+      largest = number_of<R>(max);
     }
     total += double(a);
   });

@@ -12,10 +12,10 @@
 namespace {
 
 template <class R> R maximum(const R *x, int64_t n) {
-  R found = -Real<R>::inf;
+  Order<R> found = order_of(-Real<R>::inf);
   SIMD(reduction(max : found))
-  for (int64_t j = 0; j < n; ++j) found = x[j] > found ? x[j] : found;
-  return found;
+  for (int64_t j = 0; j < n; ++j) found = order_of(x[j]) > found ? order_of(x[j]) : found;
+  return number_of<R>(found);
 }
 
 // The classes of the k largest logits, the largest first and the lower class first of equal ones; NaN is none of them.

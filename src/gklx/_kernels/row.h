@@ -33,6 +33,7 @@ template <class R> struct Real;
 
 template <> struct Real<float> {
   using Word = uint32_t;
+  using Signed = int;
   static constexpr float inf = float(GKLX_INFINITY), largest = 3.402823466e38f;
   static constexpr float smallest_normal = 1.17549435e-38f, two_to_fraction = 8388608.0f;
   static constexpr float moderate = 0x1p56f;  // sums of 2^12 squares of four times as much are finite
@@ -45,6 +46,7 @@ template <> struct Real<float> {
 
 template <> struct Real<double> {
   using Word = uint64_t;
+  using Signed = int64_t;
   static constexpr double inf = GKLX_INFINITY, largest = 1.7976931348623157e308;
   static constexpr double smallest_normal = 2.2250738585072014e-308, two_to_fraction = 4503599627370496.0;
   static constexpr double moderate = 0x1p504;
@@ -75,6 +77,24 @@ template <class R> GKLX_BOTH R invertible(R x) {
 template <class R> GKLX_BOTH R power_of_two_below(R x) {
   return real_of(typename Real<R>::Word(bits_of(invertible(x)) >> Real<R>::fraction << Real<R>::fraction));
 }
+
+// What numbers are compared by where the largest is looked for. Clang makes no vectors of a loop for the largest
+// floating-point number, since NaN has rules of its own there: it gets integers in the same order. NaN may be the largest.
+#if defined(__clang__)
+template <class R> using Order = typename Real<R>::Signed;
+template <class R> GKLX_BOTH Order<R> order_of(R x) {
+  const Order<R> bits = Order<R>(bits_of(x));
+  return bits ^ ((bits >> (8 * sizeof(R) - 1)) & Order<R>(~typename Real<R>::Word(0) >> 1));
+}
+template <class R> GKLX_BOTH R number_of(Order<R> order) {
+  const Order<R> bits = order ^ ((order >> (8 * sizeof(R) - 1)) & Order<R>(~typename Real<R>::Word(0) >> 1));
+  return real_of(typename Real<R>::Word(bits));
+}
+#else
+template <class R> using Order = R;
+template <class R> GKLX_BOTH R order_of(R x) { return x; }
+template <class R> GKLX_BOTH R number_of(R x) { return x; }
+#endif
 
 // --- half precisions -------------------------------------------------------------------------------------------------
 
