@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gklx
-from gklx._run import cpu
+from gklx._run import cpu_library
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,7 +61,7 @@ def heading(title: str, command: str, where: str, packages: Sequence[str], loads
         datetime.date.today().isoformat(),
         f"{where}, {platform.system()}",
         ", ".join(versions),
-        f"row kernel: {cpu.instruction_set() or 'none'}",
+        f"row kernel: {cpu_library.instruction_set() or 'none'}",
         *limits,
         f"load average {loads[0]} before and {loads[-1]} after",
         f"made by `{command}`",

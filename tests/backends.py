@@ -24,7 +24,7 @@ import pytest
 
 from cases import CASES, MASKS, Case
 from gklx._core.libraries import LIBRARIES, Library
-from gklx._run import cpu
+from gklx._run import cpu_library
 from gklx._verify.places import converted, devices
 
 BY_BACKEND = {library.backend: library for library in LIBRARIES}
@@ -288,7 +288,7 @@ def needs(backend: str) -> None:
 
 def kernel_absent(backend: str) -> str | None:
     """Why the row kernel cannot run a library's calls here, None if it can."""
-    library = cpu.library()
+    library = cpu_library.library()
     if library is None:
         return "the row kernel is not built: see CMakeLists.txt"
     if backend == "jax" and not hasattr(library, "gklx_jax_rows"):

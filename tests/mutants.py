@@ -150,7 +150,7 @@ def _compile(sources: pathlib.Path, library: pathlib.Path) -> None:
 
 
 def _load(folder: pathlib.Path, name: str, changed: str) -> None:
-    from gklx._run import cpu
+    from gklx._run import cpu_library
 
     sources = folder / "mutant"
     shutil.copytree(PACKAGE / "_kernels", sources, ignore=shutil.ignore_patterns("*.so"), dirs_exist_ok=True)
@@ -162,8 +162,8 @@ def _load(folder: pathlib.Path, name: str, changed: str) -> None:
     except subprocess.CalledProcessError:
         os._exit(_NOT_A_PROGRAM)
     os.environ["GKLX_KERNEL_LIBRARY"] = str(library)
-    cpu.library.cache_clear()
-    cpu._instruction_set.cache_clear()
+    cpu_library.library.cache_clear()
+    cpu_library._instruction_set.cache_clear()
 
 
 # --- the tests on each mutant -----------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import pytest
 
 import backends
 import gklx
-from gklx._run import blocks, cpu, cuda_launch
+from gklx._run import blocks, cpu_library, cuda_launch
 
 ROOT = Path(__file__).parents[1]
 KERNELS = {"dask", "numpy", "torch", "torch.compile"}
-if hasattr(cpu.library(), "gklx_jax_rows"):
+if hasattr(cpu_library.library(), "gklx_jax_rows"):
     KERNELS |= {"jax", "jax.jit"}
 
 
@@ -39,8 +39,8 @@ def executions(config):
 def test_config_reports_versions_and_libraries():
     found = gklx.show_config(mode="dicts")
     assert (found["gklx"], found["numpy"]) == (gklx.__version__, np.__version__)
-    assert found["kernel"] == cpu.instruction_set()
-    assert found["threads"] == cpu.threads()
+    assert found["kernel"] == cpu_library.instruction_set()
+    assert found["threads"] == cpu_library.threads()
     here = [name for name in backends.BY_BACKEND if importlib.util.find_spec(name) is not None]
     assert list(found["libraries"]) == here
     assert found["libraries"]["numpy"]["version"] == np.__version__
@@ -117,8 +117,8 @@ def test_reported_execution_is_what_runs(name, kernel, monkeypatch):
     monkeypatch.setenv("GKLX_KERNEL", kernel)
     reported = gklx.show_config("dicts")["libraries"][library][name if compiler else "eager"]
     runs, formulas = [], []
-    true_run, true_evaluate = cpu.run, blocks.evaluate
-    monkeypatch.setattr(cpu, "run", lambda request: runs.append(true_run(request)))
+    true_run, true_evaluate = cpu_library.run, blocks.evaluate
+    monkeypatch.setattr(cpu_library, "run", lambda request: runs.append(true_run(request)))
     monkeypatch.setattr(blocks, "evaluate", lambda *a, **k: formulas.append(1) or true_evaluate(*a, **k))
     xp = backends.BY_BACKEND[library].namespace()
     logits = xp.ones((2, 3))
@@ -137,5 +137,5 @@ def test_reported_execution_is_what_runs(name, kernel, monkeypatch):
             f = torch.compile(gklx.kl, backend="aot_eager", fullgraph=True)
         assert float(f(logits, logits)) == 0
         by_kernel = bool(runs) if library != "jax" else not formulas
-    assert reported == (f"kernel ({cpu.instruction_set()})" if by_kernel else "formulas")
-    assert by_kernel == (kernel == "1" and cpu.library() is not None and name in KERNELS)
+    assert reported == (f"kernel ({cpu_library.instruction_set()})" if by_kernel else "formulas")
+    assert by_kernel == (kernel == "1" and cpu_library.library() is not None and name in KERNELS)

@@ -8,7 +8,7 @@ import pytest
 
 import gklx
 from backends import needs
-from gklx._run import blocks, cpu
+from gklx._run import blocks, cpu_library
 
 N, C = 8, 3
 KEEP = np.asarray([True, True, False, False, True, False, True, True])  # of the chunks of 2 rows one loses all
@@ -151,8 +151,8 @@ def test_a_chunk_is_two_runs_of_the_execution_on_one_thread(execution, monkeypat
     """Formulas stay formulas, though kernels be allowed later. Samples that share nothing need one run."""
     import dask
 
-    threads, formulas, run, evaluate = [], [], cpu.run, blocks.evaluate
-    monkeypatch.setattr(cpu, "run", lambda request: threads.append(request.threads) or run(request))
+    threads, formulas, run, evaluate = [], [], cpu_library.run, blocks.evaluate
+    monkeypatch.setattr(cpu_library, "run", lambda request: threads.append(request.threads) or run(request))
     monkeypatch.setattr(blocks, "evaluate", lambda *a, **asked: formulas.append(1) or evaluate(*a, **asked))
     s, t = np.random.default_rng(0).standard_normal((2, 4 * 2**9, 2**9))
     for loss, runs in ((gklx.value_and_grad(gklx.gkl, (0, 1)), 2), (lambda s, t: gklx.kl(s, t, reduction="none"), 1)):

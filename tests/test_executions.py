@@ -7,7 +7,7 @@ import backends
 import gklx
 from backends import BACKENDS, BY_NAME
 from cases import CASES, call, loss_of, on
-from gklx._run import blocks, cpu
+from gklx._run import blocks, cpu_library
 
 EAGER = [each.name for each in BACKENDS if each.execution and each.library.backend not in ("jax", "dask")]
 COMPILED = [each.name for each in BACKENDS if each.execution and each.traced]
@@ -24,8 +24,8 @@ def named_backend(request, monkeypatch):
 @pytest.fixture
 def runs(monkeypatch):
     """The executions in the order in which they ran."""
-    seen, kernel, formulas = [], cpu.run, blocks.evaluate
-    monkeypatch.setattr(cpu, "run", lambda request: seen.append("kernel") or kernel(request))
+    seen, kernel, formulas = [], cpu_library.run, blocks.evaluate
+    monkeypatch.setattr(cpu_library, "run", lambda request: seen.append("kernel") or kernel(request))
     monkeypatch.setattr(blocks, "evaluate", lambda *args, **asked: seen.append("formulas") or formulas(*args, **asked))
     return seen
 
@@ -79,7 +79,7 @@ def test_eager_jax_compiles_once_per_shape(named_backend):
 
 
 def test_missing_kernel_skips_or_fails_its_tests(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu_library, "library", lambda: None)
     for required, outcome in ((False, pytest.skip.Exception), (True, pytest.fail.Exception)):
         monkeypatch.setattr(backends, "KERNEL_REQUIRED", required)
         with pytest.raises(outcome, match="the row kernel is not built"):

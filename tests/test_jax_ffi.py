@@ -12,7 +12,7 @@ import oracle
 from backends import BY_NAME
 from cases import CASES, MASKS, call, on, rounded
 from closeness import assert_near, ulps_of
-from gklx._run import cpu
+from gklx._run import cpu_library
 
 FORMULAS = {
     "kl": {"decomposed": 0, "tempered": 1, "symmetric": 0, "batch_normalized": 0},
@@ -32,7 +32,7 @@ def jax_with_handler():
     backends.needs("jax")
     jax = pytest.importorskip("jax")
     backends.needs_kernel("jax")
-    library = cpu.library()
+    library = cpu_library.library()
     jax.ffi.register_ffi_target("gklx_test_rows", jax.ffi.pycapsule(library.gklx_jax_rows), platform="cpu")
     return jax
 
@@ -68,7 +68,7 @@ def rows(jax, case, s, t, arrays, *, asked=tuple(ASKED), reduction="mean", threa
         **flags,
         "present": sum(1 << bit for bit, name in enumerate(OPTIONAL) if name in given),
         "asked": sum(ASKED[name] for name in asked),
-        "reduction": cpu.REDUCTIONS[reduction],
+        "reduction": cpu_library.REDUCTIONS[reduction],
         "threads": threads,
     }
 

@@ -24,7 +24,7 @@ import pytest
 import backends
 import oracle
 from closeness import assert_near
-from gklx._run import cpu
+from gklx._run import cpu_library
 
 pytestmark = [pytest.mark.library_independent, pytest.mark.version_independent]
 
@@ -35,12 +35,12 @@ if backends.kernel_absent("numpy") and not backends.KERNEL_REQUIRED:
 INF, NAN = np.inf, np.nan
 DTYPES = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SETS = ["sse2", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["neon", "generic"]
-ADDRESSES = {name for name, kind in cpu.RowCall._fields_ if kind is ctypes.c_void_p}
+ADDRESSES = {name for name, kind in cpu_library.RowCall._fields_ if kind is ctypes.c_void_p}
 
 
 def load(instruction_set, folder):
     """The library, loaded again with this instruction set; None where the machine or the library lacks it."""
-    source = Path(cpu.library()._name)
+    source = Path(cpu_library.library()._name)
     copy = Path(folder) / f"{instruction_set}{source.suffix}"
     shutil.copy(source, copy)
     with pytest.MonkeyPatch.context() as patch:
@@ -115,15 +115,16 @@ def run(
     given["sample_weight"] = None if sample_weight is None else np.asarray(sample_weight, dtype=real)
     given["upstream"] = None if upstream is None else np.asarray(upstream, dtype=real)
     given["totals"] = None if totals is None else np.asarray(totals, dtype=np.float64)
-    call = cpu.RowCall(
+    call = cpu_library.RowCall(
         rows=rows, classes=classes, temperature=temperature, gamma=gamma, mse_weight=mse_weight, ce_weight=ce_weight,
-        ranks=ranks, student_type=cpu.TYPES[s.dtype.name], teacher_type=cpu.TYPES[t.dtype.name],
+        ranks=ranks, student_type=cpu_library.TYPES[s.dtype.name], teacher_type=cpu_library.TYPES[t.dtype.name],
         weight_temperature=temperature if name == "dkl" else weight_temperature,
         decomposed=name != "kl", tempered=name == "dkl", symmetric=symmetric and name in ("ikl", "gkl"),
-        batch_normalized=name == "gkl" and normalize == "batch", reduction=cpu.REDUCTIONS[reduction], threads=threads,
+        batch_normalized=name == "gkl" and normalize == "batch", reduction=cpu_library.REDUCTIONS[reduction],
+        threads=threads,
     )  # fmt: skip
     if prior is not None:
-        call.prior_type = cpu.TYPES[prior.dtype.name]
+        call.prior_type = cpu_library.TYPES[prior.dtype.name]
     if upstream is not None:
         call.upstream_per_row = np.ndim(upstream) > 0
     if where is not None:
@@ -499,9 +500,9 @@ def test_invalid_prior_entry_gives_nan(kernel, gamma, entry):
 
 
 def prior_is_right(kernel, prior, labels=None, threads=1):
-    call = cpu.RowCall(
-        prior=prior.ctypes.data, rows=len(prior), classes=prior.shape[1], prior_type=cpu.TYPES[prior.dtype.name],
-        threads=threads,
+    call = cpu_library.RowCall(
+        prior=prior.ctypes.data, rows=len(prior), classes=prior.shape[1],
+        prior_type=cpu_library.TYPES[prior.dtype.name], threads=threads,
     )  # fmt: skip
     if labels is not None:
         labels = np.asarray(labels, np.int64)
@@ -809,8 +810,8 @@ def test_gradients_are_rounded_once(kernel, dtype):
 
 
 def test_environment_chooses_the_instruction_set():
-    script = "from gklx._run import cpu; print(cpu.instruction_set())"
-    source = str(Path(cpu.__file__).parents[2])
+    script = "from gklx._run import cpu_library; print(cpu_library.instruction_set())"
+    source = str(Path(cpu_library.__file__).parents[2])
 
     def instruction_set_with(**environment):
         done = subprocess.run(

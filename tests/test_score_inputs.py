@@ -9,7 +9,7 @@ import pytest
 
 import backends
 import gklx
-from gklx._run import cpu
+from gklx._run import cpu_library
 from gklx._scoring import pools
 from gklx._scoring.backend import backend as backend_of
 
@@ -102,10 +102,10 @@ def test_half_precision_scores_as_the_same_numbers_in_float32(tmp_path, halves, 
 
 
 def test_losses_with_equal_class_weights_share_one_pass(monkeypatch):
-    if cpu.instruction_set() is None:
+    if cpu_library.instruction_set() is None:
         pytest.skip("the kernel is not in use")
-    passes, run = [], cpu.run
-    monkeypatch.setattr(cpu, "run", lambda call: (passes.append(call.threads), run(call)))
+    passes, run = [], cpu_library.run
+    monkeypatch.setattr(cpu_library, "run", lambda call: (passes.append(call.threads), run(call)))
     s, t = (x.astype(np.float32) for x in (STUDENT, TEACHER))
     gklx.score(s, t)
     assert len(passes) == 1
@@ -170,7 +170,7 @@ def test_threads_are_limited_as_for_the_losses(monkeypatch, tmp_path, environmen
     backends.needs(on)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
     # PyTorch, if an earlier test has imported it, has loaded OpenMP with as many threads as this machine has cores.
-    monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
+    monkeypatch.setattr(cpu_library, "_limited_to", lambda: sys.maxsize)
     for name in ("OMP_NUM_THREADS", "GKLX_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -11,24 +11,24 @@ import pytest
 import backends
 import gklx
 from cases import CASES, call, loss_of
-from gklx._run import cpu, rows
+from gklx._run import cpu, cpu_library
 
 
 @pytest.fixture
 def four_cores(monkeypatch):
     for name in ("GKLX_NUM_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cpu, "_cores", lambda: 4)
-    monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
+    monkeypatch.setattr(cpu_library, "_cores", lambda: 4)
+    monkeypatch.setattr(cpu_library, "_limited_to", lambda: sys.maxsize)
 
 
 @pytest.fixture
 def threads_of_calls(monkeypatch):
     """The number of threads allowed in each call of the kernel; every batch is large enough for several."""
     backends.run_on("kernel", "numpy", monkeypatch)
-    allowed, run = [], cpu.run
-    monkeypatch.setattr(rows, "_ONE_THREAD", 1)
-    monkeypatch.setattr(cpu, "run", lambda request: allowed.append(request.threads) or run(request))
+    allowed, run = [], cpu_library.run
+    monkeypatch.setattr(cpu, "_ONE_THREAD", 1)
+    monkeypatch.setattr(cpu_library, "run", lambda request: allowed.append(request.threads) or run(request))
     return allowed
 
 
@@ -57,18 +57,18 @@ def run_alone(program):
 def test_environment_limits_the_threads(four_cores, monkeypatch, environment, threads):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert cpu.threads() == threads
+    assert cpu_library.threads() == threads
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
 def test_affinity_limits_the_threads():
     program = """
 import os
-from gklx._run import cpu
+from gklx._run import cpu_library
 allowed = sorted(os.sched_getaffinity(0))
-print(cpu.threads() == len(allowed))
+print(cpu_library.threads() == len(allowed))
 os.sched_setaffinity(0, allowed[:1])
-print(cpu.threads())
+print(cpu_library.threads())
 """
     assert run_alone(program) == ["True", "1"]
 
@@ -78,12 +78,12 @@ def test_threadpoolctl_limits_the_threads():
     pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
     program = """
 import numpy, threadpoolctl
-from gklx._run import cpu
-cpu._cores = lambda: 4
+from gklx._run import cpu_library
+cpu_library._cores = lambda: 4
 with threadpoolctl.threadpool_limits(limits=1):
-    print(cpu.threads())
+    print(cpu_library.threads())
 with threadpoolctl.threadpool_limits(limits=2):
-    print(cpu.threads())
+    print(cpu_library.threads())
 """
     assert run_alone(program) == ["1", "2"]
 
@@ -110,8 +110,8 @@ def test_pytorch_calls_use_pytorchs_setting(threads_of_calls, monkeypatch, threa
 
 def test_small_batch_uses_one_thread(four_cores, monkeypatch):
     backends.run_on("kernel", "numpy", monkeypatch)
-    allowed, run = [], cpu.run
-    monkeypatch.setattr(cpu, "run", lambda request: allowed.append(request.threads) or run(request))
+    allowed, run = [], cpu_library.run
+    monkeypatch.setattr(cpu_library, "run", lambda request: allowed.append(request.threads) or run(request))
     for samples in (10, 2000):
         gklx.kl(np.zeros((samples, 100)), np.zeros((samples, 100)))
     assert allowed == [1, 4]
@@ -127,9 +127,9 @@ def test_results_do_not_depend_on_the_number_of_threads(threads_of_calls, monkey
     s, t = s.astype(dtype), t.astype(dtype)
     found = []
     for threads in (1, 2, 3, 8):
-        monkeypatch.setattr(cpu, "_cores", lambda threads=threads: threads)
+        monkeypatch.setattr(cpu_library, "_cores", lambda threads=threads: threads)
         monkeypatch.setenv("GKLX_NUM_THREADS", str(threads))
-        monkeypatch.setattr(cpu, "_limited_to", lambda: sys.maxsize)
+        monkeypatch.setattr(cpu_library, "_limited_to", lambda: sys.maxsize)
         value, gradients = gklx.value_and_grad(loss_of(case), (0, 1))(s, t, **given)
         found.append([np.asarray(value).tobytes(), *(x.tobytes() for x in gradients)])
     assert threads_of_calls == [1, 2, 3, 8]
@@ -156,8 +156,8 @@ def test_pytorch_runs_the_kernel_on_its_own_threads(monkeypatch):
     backends.run_on("kernel", "torch", monkeypatch)
     import torch
 
-    loops, run = [], cpu.run
-    monkeypatch.setattr(cpu, "run", lambda request: loops.append(bool(request.parallel_for)) or run(request))
+    loops, run = [], cpu_library.run
+    monkeypatch.setattr(cpu_library, "run", lambda request: loops.append(bool(request.parallel_for)) or run(request))
     of_one, of_two, of_three = map(on_threads_of_pytorch, (1, 2, 3))
     assert of_one == of_two == of_three
     has_one = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
@@ -175,8 +175,8 @@ def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
         asked.append((begin, end, grain))
         return 1
 
-    host = rows._HOSTS["torch"]._replace(parallel_for=lambda: ctypes.cast(failing, ctypes.c_void_p).value)
-    monkeypatch.setitem(rows._HOSTS, "torch", host)
+    host = cpu._HOSTS["torch"]._replace(parallel_for=lambda: ctypes.cast(failing, ctypes.c_void_p).value)
+    monkeypatch.setitem(cpu._HOSTS, "torch", host)
     assert on_threads_of_pytorch(3) == expected
     assert asked == [(0, 3, 1)]
 
@@ -185,7 +185,7 @@ def test_the_kernel_starts_threads_where_the_library_lends_none(monkeypatch):
 @pytest.mark.parametrize(
     ("library", "arrays"),
     [
-        ("numpy", "cpu._cores = lambda: 4; s, t = np.random.default_rng(0).standard_normal((2, 4000, 100))"),
+        ("numpy", "cpu_library._cores = lambda: 4; s, t = np.random.default_rng(0).standard_normal((2, 4000, 100))"),
         ("torch", "import torch; torch.set_num_threads(2); s, t = torch.randn(2, 4000, 100)"),
     ],
     ids=["numpy", "torch"],
@@ -202,7 +202,7 @@ def test_forked_process_starts_its_own_threads(monkeypatch, library, arrays):
 import os
 import numpy as np
 import gklx
-from gklx._run import cpu
+from gklx._run import cpu_library
 {arrays}
 own = gklx.value_and_grad(gklx.gkl)(s, t)
 child = os.fork()
@@ -231,8 +231,8 @@ def test_loss_can_be_computed_at_exit(monkeypatch):
 import atexit
 import numpy as np
 import gklx
-from gklx._run import cpu
-cpu._cores = lambda: 4
+from gklx._run import cpu_library
+cpu_library._cores = lambda: 4
 s = np.zeros((4000, 100))
 atexit.register(lambda: print(float(gklx.kl(s, s))))
 """

@@ -20,7 +20,7 @@ import oracle
 from gklx._cli import main
 from gklx._cli.verify import add_to
 from gklx._core.libraries import LIBRARIES, library_of
-from gklx._run import cpu
+from gklx._run import cpu_library
 from gklx._verify import cases, checks, definitions
 from gklx._verify.checks import Check, Report, verify
 from gklx._verify.executions import executions, pairs
@@ -29,7 +29,7 @@ from gklx._verify.report import _BOUNDS, as_json, as_junit, as_markdown, as_tabl
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
 WITH_FUNCTIONS_OF_THEIR_OWN = [each for each in OTHERS if each != "dask"]  # Dask's chunks are NumPy's arrays
-SET = cpu.instruction_set()
+SET = cpu_library.instruction_set()
 FEW = ("kl-T", "gkl-prior absent", "gkl-prior")
 
 
@@ -86,7 +86,7 @@ def names_of(backend):
         "numpy": ["numpy"],
         "dask": ["dask"],
         "torch": ["torch", "torch.compile"],
-        "jax": ["jax", "jax.jit"] if cpu.serves_jax() else [],
+        "jax": ["jax", "jax.jit"] if cpu_library.serves_jax() else [],
     }
     kernels = by_kernel.get(backend, []) if SET else []
     return [*(f"{name} (kernel: {SET})" for name in kernels), f"{backend} (formulas)"]
@@ -242,13 +242,13 @@ def test_a_fault_of_the_kernel_is_the_kernels(few, library, monkeypatch):
     backends.needs(library)
     if SET is None:
         pytest.skip("no kernel is in use")
-    true_run = cpu.run
+    true_run = cpu_library.run
 
     def run_hotter(request):
         request.temperature *= 1 + 1e-4
         true_run(request)
 
-    monkeypatch.setattr(cpu, "run", run_hotter)
+    monkeypatch.setattr(cpu_library, "run", run_hotter)
     found = verify([library])
     *kernels, formulas = names_of(library)
     assert blamed(found) == set(kernels)
@@ -257,7 +257,7 @@ def test_a_fault_of_the_kernel_is_the_kernels(few, library, monkeypatch):
 
 def test_a_fault_of_the_kernel_in_jax(few, monkeypatch):
     backends.needs("jax")
-    if not cpu.serves_jax():
+    if not cpu_library.serves_jax():
         pytest.skip("no kernel with a handler for jax.ffi is in use")
     from gklx._run import xla
 
@@ -265,7 +265,7 @@ def test_a_fault_of_the_kernel_in_jax(few, monkeypatch):
 
     def evaluate(call, asked):
         found = true_evaluate(call, asked)
-        if not cpu.serves_jax():
+        if not cpu_library.serves_jax():
             return found
         return found._replace(value=None if found.value is None else found.value * (1 + 1e-4))
 

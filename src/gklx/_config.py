@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, overload
 
 from ._core.libraries import LIBRARIES
-from ._run import cpu, cuda_launch
+from ._run import cpu_library, cuda_launch
 
 _FORMULAS = "formulas"
 
@@ -70,17 +70,17 @@ def _found() -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": _version("numpy"),
         "array_api_compat": _version("array_api_compat"),
-        "kernel": cpu.instruction_set(),
-        "threads": cpu.threads(),
+        "kernel": cpu_library.instruction_set(),
+        "threads": cpu_library.threads(),
         "libraries": libraries,
     }
 
 
 def _executions(backend: str) -> dict[str, str]:
     """The execution of the losses of a library, for each way of calling them."""
-    eager = _FORMULAS if cpu.instruction_set() is None else f"kernel ({cpu.instruction_set()})"
-    compiled = eager if cpu.serves_jax() else _FORMULAS
-    on_gpu = "kernels (cuda)" if cpu.kernel_allowed() and cuda_launch.installed(backend) else _FORMULAS
+    eager = _FORMULAS if cpu_library.instruction_set() is None else f"kernel ({cpu_library.instruction_set()})"
+    compiled = eager if cpu_library.serves_jax() else _FORMULAS
+    on_gpu = "kernels (cuda)" if cpu_library.kernel_allowed() and cuda_launch.installed(backend) else _FORMULAS
     return {
         "numpy": {"eager": eager},
         "torch": {"eager": eager, "torch.compile": eager, "gpu": on_gpu},

@@ -7,7 +7,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
 from . import _autodiff
 from ._core.call import Array, Call, Formula, Number, Reduction
 from ._core.checks import call_of, truth
-from ._run.rows import prior_is_right
+from ._run.cpu import prior_is_right
 
 _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")

@@ -11,10 +11,14 @@
 
 namespace {
 
+// Not NaN, which has no place in an order.
 template <class R> R maximum(const R *x, int64_t n) {
   Order<R> found = order_of(-Real<R>::inf);
   SIMD(reduction(max : found))
-  for (int64_t j = 0; j < n; ++j) found = order_of(x[j]) > found ? order_of(x[j]) : found;
+  for (int64_t j = 0; j < n; ++j) {
+    const Order<R> here = order_of(is_nan(x[j]) ? -Real<R>::inf : x[j]);
+    found = here > found ? here : found;
+  }
   return number_of<R>(found);
 }
 

@@ -16,7 +16,7 @@ from .._core import batch as batches
 from .._core.batch import Batch
 from .._core.call import Array, Asked, Call, Result, are_static
 from .._core.libraries import dtype_name
-from . import cpu, cuda_launch, rows
+from . import cpu, cpu_library, cuda_launch
 from .cuda_launch import THREADS, Device, Options
 
 _TYPES = {"float16": "Half", "bfloat16": "Brain", "float32": "float", "float64": "double"}
@@ -37,9 +37,9 @@ _Weights = Literal["PROBABILITIES", "TEACHER_POWER", "PRIOR_POWER"]
 def serves(call: Call) -> bool:
     """Whether the logits are eager arrays on an NVIDIA GPU, and a launcher is there that compiles the kernels."""
     s, backend = call.arrays.student, call.library.backend
-    if backend not in ("cupy", "torch") or not cpu.kernel_allowed():
+    if backend not in ("cupy", "torch") or not cpu_library.kernel_allowed():
         return False
-    if backend == "torch" and not (_on_nvidia(s) and rows.are_plain_tensors(call, "cuda")):
+    if backend == "torch" and not (_on_nvidia(s) and cpu.are_plain_tensors(call, "cuda")):
         return False
     if math.prod(s.shape) == 0 or not are_static(call.numbers):
         return False
@@ -79,7 +79,7 @@ def batch(call: Call) -> Batch:
 
 
 def samples(call: Call, names: Sequence[str], device: Device | None = None) -> dict[str, Array]:
-    """As `rows.samples`, whichever names are asked for."""
+    """As `cpu.samples`, whichever names are asked for."""
     xp, temperature = call.xp, call.numbers.temperature
     device = cuda_launch.device_of(call.arrays.student) if device is None else device
     shape = call.arrays.student.shape[:-1]
@@ -186,7 +186,7 @@ class _Run:
         self.plan = plan = plan_of(call, tuple(device.address(x) for x in (*logits, prior) if x is not None))
         where, where_row, where_class = None, 0, 0
         if arrays.where is not None:
-            mask, where_row, where_class = rows.mask_layout(call)
+            mask, where_row, where_class = cpu.mask_layout(call)
             where = contiguous(mask, None)
         self.real, self.options = _REALS[plan.real], plan.options
         self.arrays = (  # kept, since the kernels get addresses alone and some of these are copies

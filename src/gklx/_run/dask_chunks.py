@@ -19,7 +19,7 @@ from .._core.batch import Batch
 from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Reduction, Result
 from .._core.formulas import scaled
 from .._core.libraries import library_of
-from . import blocks, cpu, cuda, rows
+from . import blocks, cpu, cpu_library, cuda
 
 
 class _Plan(NamedTuple):
@@ -45,7 +45,7 @@ class _Value(NamedTuple):
 def evaluate(call: Call, asked: Asked) -> Result:
     """As `dispatch.evaluate`: graphs."""
     s, t = call.arrays.student, call.arrays.teacher
-    plan = _Plan(call.formula, call.reduction, call.numbers, np.dtype(call.dtype).name, cpu.kernel_allowed())
+    plan = _Plan(call.formula, call.reduction, call.numbers, np.dtype(call.dtype).name, cpu_library.kernel_allowed())
     of_rows, of_logits, given = tuple(range(s.ndim - 1)), tuple(range(s.ndim)), _with_axes(call.arrays)
     if batches.uses_batch(call) and not (asked.student or asked.teacher):
         return Result(_value(call, plan, given), None, None)
@@ -85,7 +85,7 @@ def _value(call: Call, plan: _Plan, given: list[Any]) -> Array:
 def kernel_of(call: Call) -> str | None:
     """The instruction set of the kernel that runs the chunks; None where the formulas do, or it is not known here."""
     library = library_of(call.arrays.student._meta)
-    return cpu.instruction_set() if library is not None and library.backend == "numpy" else None
+    return cpu_library.instruction_set() if library is not None and library.backend == "numpy" else None
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -138,16 +138,16 @@ def _call_beside(plan: _Plan, batch: Batch) -> Call:
 
 
 def _batch_of(plan: _Plan, call: Call) -> Batch:
-    if plan.kernel and rows.serves(call):
-        return rows.batch(call, threads=1)  # Dask runs tasks on the others
+    if plan.kernel and cpu.serves(call):
+        return cpu.batch(call, threads=1)  # Dask runs tasks on the others
     if plan.kernel and cuda.serves(call):
         return cuda.batch(call)
     return blocks.batch(call)
 
 
 def _result_of(plan: _Plan, call: Call, shared: Batch | None, asked: Asked) -> Result:
-    if plan.kernel and rows.serves(call):
-        return rows.evaluate(call, asked, shared, threads=1)
+    if plan.kernel and cpu.serves(call):
+        return cpu.evaluate(call, asked, shared, threads=1)
     if plan.kernel and cuda.serves(call):
         return cuda.evaluate(call, asked, shared)
     return blocks.evaluate(call, asked, shared)

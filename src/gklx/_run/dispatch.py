@@ -2,7 +2,7 @@
 
 from .._core.batch import Batch
 from .._core.call import Array, Asked, Call, Result
-from . import blocks, cpu, cuda, dask_chunks, rows
+from . import blocks, cpu, cpu_library, cuda, dask_chunks
 
 
 def kernel_of(call: Call) -> str | None:
@@ -10,11 +10,11 @@ def kernel_of(call: Call) -> str | None:
     if call.library.backend == "jax":
         device = call.library.device(call.arrays.student)  # None over several, which the formulas serve
         on_cpu = device is not None and device.platform == "cpu"
-        return cpu.instruction_set() if on_cpu and cpu.serves_jax() else None
+        return cpu_library.instruction_set() if on_cpu and cpu_library.serves_jax() else None
     if call.library.backend == "dask":
         return dask_chunks.kernel_of(call)
-    if rows.serves(call):
-        return cpu.instruction_set()
+    if cpu.serves(call):
+        return cpu_library.instruction_set()
     return "cuda" if cuda.serves(call) else None
 
 
@@ -34,8 +34,8 @@ def evaluate(
     """
     if call.library.backend == "dask":
         return dask_chunks.evaluate(call, asked)
-    if rows.serves(call):
-        return rows.evaluate(call, asked, shared, upstream=upstream)
+    if cpu.serves(call):
+        return cpu.evaluate(call, asked, shared, upstream=upstream)
     if cuda.serves(call):
         return cuda.evaluate(call, asked, shared, upstream=upstream, statistics=statistics)
     return blocks.evaluate(call, asked, shared, upstream=upstream)

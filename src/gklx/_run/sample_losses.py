@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from .._core import formulas
 from .._core.call import Array, Call
-from . import cuda, rows
+from . import cpu, cuda
 
 
 class SampleLosses(NamedTuple):
@@ -44,9 +44,9 @@ def sample_losses(
     Of calls that differ in formula, gamma, weight temperature or prior alone. The kernel may use so many threads.
     `top_k` is in ascending order.
     """
-    if all(rows.serves(each) for each in calls):
+    if all(cpu.serves(each) for each in calls):
         beside = [*(["reverse_kl"] if reverse else []), *(["overlaps"] if top_k else [])]
-        return _by_kernel(calls, partial(rows.samples, threads=threads, top_k=top_k), beside)
+        return _by_kernel(calls, partial(cpu.samples, threads=threads, top_k=top_k), beside)
     if all(cuda.serves(each) for each in calls):
         return _by_kernel(calls, cuda.samples)
     return _by_formulas(calls)

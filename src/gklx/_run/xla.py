@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from .._core.call import Array, Arrays, Asked, Call, Numbers, Result, are_static, without_arrays
-from . import blocks, cpu
+from . import blocks, cpu_library
 
 _TARGET = "gklx_rows"
 _OPTIONAL = Arrays._fields[2:]
@@ -56,7 +56,7 @@ def evaluate(call: Call, asked: Asked) -> Result:
         return Result(None, None, None)
     given = call.arrays
     present = [name for name in _OPTIONAL if getattr(given, name) is not None]
-    threads = cpu.threads() if _has_kernel() else 0
+    threads = cpu_library.threads() if _has_kernel() else 0
     plan = _Plan(without_arrays(call)._replace(numbers=_NO_NUMBERS), tuple(present), asked, threads)
     numbers = np.asarray(call.numbers, call.dtype) if are_static(call.numbers) else _stacked(call)
     run = _run if is_traced(call) else _compiled
@@ -109,7 +109,7 @@ def _lowered_for_cpu(ctx: Any, *operands: Any, plan: _Plan) -> Any:
         **plan.call.formula._asdict(),
         "present": sum(_PRESENT[name] for name in plan.present),
         "asked": sum(_wanted(plan, _ASKED)),
-        "reduction": cpu.REDUCTIONS[plan.call.reduction],
+        "reduction": cpu_library.REDUCTIONS[plan.call.reduction],
         "threads": plan.threads,
     }
     lowering = jax.ffi.ffi_lowering(_TARGET)
@@ -123,7 +123,7 @@ def _batched(operands: Any, axes: Any, *, plan: _Plan) -> Any:
 
 def _has_kernel() -> bool:
     """Whether a kernel with JAX's interface is in use; JAX knows its handler from then on."""
-    if not cpu.serves_jax():
+    if not cpu_library.serves_jax():
         return False
     _register()
     return True
@@ -131,7 +131,7 @@ def _has_kernel() -> bool:
 
 @cache
 def _register() -> None:
-    library = cpu.library()
+    library = cpu_library.library()
     assert library is not None
     handler = jax.ffi.pycapsule(library.gklx_jax_rows)  # type: ignore[no-untyped-call]
     jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")

@@ -13,8 +13,8 @@ import numpy as np
 
 from .._core.call import Array
 from .._core.libraries import LIBRARIES, Library, library_of
-from .._run.cpu import instruction_set
-from .._run.cpu import threads as threads
+from .._run.cpu_library import instruction_set
+from .._run.cpu_library import threads as threads
 
 _BLOCK_ON_CPU, _BLOCK_OF_COMPILED, _BLOCK_ON_GPU = 2**20, 2**23, 2**27
 

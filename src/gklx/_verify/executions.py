@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._run import cpu, dispatch
+from .._run import cpu_library, dispatch
 from ..losses import call_builder, kl
 from .places import Arguments, Place, Results, call
 from .ulps import DTYPES
@@ -59,7 +59,7 @@ def pairs(found: Sequence[Execution]) -> list[tuple[Execution, Execution]]:
 def _at(place: Place) -> Iterator[Execution]:
     logits = place.array(np.zeros((1, 2)), "float32")
     kernel = dispatch.kernel_of(call_builder(kl)(logits, logits))
-    on_cpu = None if place.backend.on_gpu else cpu.instruction_set()
+    on_cpu = None if place.backend.on_gpu else cpu_library.instruction_set()
     if kernel is not None:
         yield Execution(f"{place.name} (kernel: {kernel})", place, kernel)
     if place.library.backend == "torch" and on_cpu is not None:
