@@ -396,6 +396,17 @@ def assert_close_on_jax(actual, expected, **more):
 JAX_CASES = [case for case in CASES if case.id in ("kl", "gkl-tau", "gkl-prior")]
 
 
+def test_jax_prior_on_one_device_refuses_logits_over_several(jax):
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    logits, labels = np.zeros((16, 3), np.float32), np.zeros(16, np.int32)
+    split = [jax.device_put(x, NamedSharding(mesh_of(jax), P("i"))) for x in (logits, labels)]
+    prior = gklx.ClassPrior(3, like=jax.numpy.zeros(1))
+    with pytest.raises(ValueError, match=r"^logits must be on this prior's device, .*, got several devices$"):
+        prior.update(*split)
+
+
 @pytest.mark.supports("batch split over devices", "JAX")
 @pytest.mark.supports("classes split over devices", "JAX")
 @pytest.mark.parametrize("axis", ["batch", "classes"])

@@ -238,6 +238,12 @@ with threadpoolctl.threadpool_limits(limits=1):
         ),
         ((STUDENT, TEACHER), {"plot": ""}, ValueError, r"^plot must be the name of what to write, got an empty one$"),
         ((STUDENT, TEACHER), {"scheduler": "tcp://x"}, ValueError, r"^scheduler needs backend \"dask\""),
+        (
+            (STUDENT, TEACHER),
+            {"backend": "dask", "scheduler": ""},
+            ValueError,
+            r"^scheduler must be the address of a Dask scheduler, got an empty one$",
+        ),
         ((STUDENT, TEACHER), {"backend": "dask"}, ValueError, r"needs files that its workers can open"),
         ((STUDENT, TEACHER), {"per_sample": "x.txt"}, ValueError, r"x\.txt"),
         ((STUDENT, TEACHER), {"plot": "x.gif"}, ValueError, r"x\.gif"),

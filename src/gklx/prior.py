@@ -342,8 +342,9 @@ class ClassPrior(Generic[ArrayT]):
             self._move(library, sums, dtype_name(self._state.table.dtype if self._settled else sums.dtype))
         elif library is not self._library:
             raise TypeError(f"{name} must be of this prior's library, {self._library.name}, got {library.name}")
-        elif library.device(sums) != self._device:
-            raise ValueError(f"{name} must be on this prior's device, {self._device}, got {library.device(sums)}")
+        elif (device := library.device(sums)) != self._device:
+            here, there = (x or "several devices" for x in (self._device, device))
+            raise ValueError(f"{name} must be on this prior's device, {here}, got {there}")
         own = self._state.sums
         total = own + _namespace(sums).astype(sums, own.dtype, copy=False)
         self._state = self._state._replace(sums=total)

@@ -167,6 +167,8 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
     parameters = Parameters(*(float(x) for x in parameters))
     if request.scheduler is not None and request.backend != "dask":
         raise ValueError(f'scheduler needs backend "dask", got {request.backend!r}')
+    if request.scheduler == "":  # an unset variable of the shell, and no wish for a cluster of its own
+        raise ValueError("scheduler must be the address of a Dask scheduler, got an empty one")
     for name in ("device", "memory"):
         if request.backend == "dask" and (given := getattr(request, name)) is not None:
             raise ValueError(f'{name} must be left to the workers with backend "dask", got {given!r}')

@@ -69,7 +69,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
         raise ValueError("backend dask needs distributed, which is not installed (pip install 'gklx[dask]')") from None
     with contextlib.ExitStack() as stack:
         try:
-            at = scheduler or stack.enter_context(_own_cluster(LocalCluster))
+            at = stack.enter_context(_own_cluster(LocalCluster)) if scheduler is None else scheduler
             client = stack.enter_context(_closing(Client)(at, timeout=10, set_as_default=False))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
