@@ -112,7 +112,11 @@ class _Evaluation:
         for j in n if self.kl else ():
             ratio = log_p[j] - log_q[j] if j in both else ZERO
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]
-            row.kl_off += (summand + abs(p[j] - q[j])) * off + tiny * (1 + abs(ratio))
+            if abs(ratio) < 1:
+                row.kl_off += (summand + abs(p[j] - q[j])) * off
+            else:  # of p ratio + q - p; q may be 0, and nothing its relative error
+                row.kl_off += summand * p_off[j] + p[j] * off + q[j] * q_off[j]
+            row.kl_off += tiny * (1 + abs(ratio))
         if row.w_nan:
             return row
         # What is rounded of the differences: that of the two maxima is taken off before.

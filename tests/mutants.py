@@ -203,6 +203,7 @@ _TESTS = (
     "test_score_fidelity.py::test_reverse_kl_and_low_quantiles",
     "test_score_fidelity.py::test_reverse_kl_of_classes_that_are_ruled_out",
     "test_score_fidelity.py::test_reverse_kl_of_huge_logits",
+    "test_score_fidelity.py::test_reverse_kl_of_logits_further_apart_than_the_largest_float",
     "test_score_fidelity.py::test_reverse_kl_whatever_the_ratio_of_the_probabilities",
     "test_blocks.py::test_blocks_give_the_results_of_the_whole_batch",
 )
@@ -430,6 +431,10 @@ EQUIVALENT: dict[str, str] = {
     "if (Careful) deviation = infinite ? R(1.0) : deviation;": "the class weighs 0, or the row's results are infinite",
     "loops.h: if (Careful) c = is_infinite(d.high) ? R(0) : c;  ->  "
     "if (Careful) c = is_infinite(d.high) ? R(1.0) : c;": "it is multiplied by a weight or a factor of 0",
+    "loops.h: template <> struct Widest<float, true> { using Type = double; };  ->  "
+    "template <> struct Widest<float, false> { using Type = double; };": (
+        "test_kernel.py::test_squares_beyond_the_largest_float_times_a_small_prior; the formulas' are infinite"
+    ),
     "loops.h: if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;  ->  "
     "if (Careful) part = infinite && p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;": (
         "the other form gives q as well, or the sum is infinite or so large that q is nothing beside it"

@@ -465,6 +465,13 @@ def test_normalizer_of_rows_without_a_valid_class(kernel, loss):
     assert (found["to_teacher"][2] == 0).all()
 
 
+def test_squares_beyond_the_largest_float_times_a_small_prior(kernel):
+    """The formulas' sum of squares is infinite in float32; the kernel's is of a wider type."""
+    s, t = np.asarray([[0.0, 1e30, 2.0]], np.float32), np.asarray([[1.0, 0.0, -2.0]], np.float32)
+    prior = np.asarray([[1e-18, 2e-18, 3e-18]], np.float32)
+    compare(kernel, "gkl", s, t, prior=prior, normalize="samples", ce_weight=0.0)
+
+
 def test_masked_classes_have_gradient_positive_zero(kernel):
     s, t = logits(1, 3, 40)
     where = np.random.default_rng(0).random((3, 40)) < 0.5

@@ -137,6 +137,17 @@ def test_reverse_kl_of_huge_logits(on):
     assert (found.mean, found.min, found.max) == pytest.approx((x.mean(), x.min(), x.max()), rel=1e-5)
 
 
+@pytest.mark.parametrize("on", ["numpy", "torch", "jax", "array_api_strict"])
+def test_reverse_kl_of_logits_further_apart_than_the_largest_float(on):
+    """Over the temperature: a small probability brings the loss back."""
+    backends.needs(on)
+    s, t = np.asarray([[1.0, 0.0, -2.0]]), np.asarray([[0.0, 1.0, -float(np.finfo(np.float32).max)]])
+    found = gklx.score(
+        *(x.astype(np.float32) for x in (s, t)), losses=["reverse_kl"], temperature=0.5, backend=on
+    ).losses["reverse_kl"]
+    assert found.mean == pytest.approx(float(gklx.kl(t, s, temperature=0.5)), rel=1e-6)
+
+
 @pytest.mark.parametrize("on", ["numpy"])
 def test_reverse_kl_whatever_the_ratio_of_the_probabilities(on, tmp_path):
     """Each class's part has a form for p near q and another one; KL, of the networks exchanged, has its own."""

@@ -118,18 +118,17 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
   for (int64_t j = 0; !moderate && j < n; ++j) {
     if (is_nan(x[j])) return j;
   }
-  int64_t first = n;
-  in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
-    if (first < n) return;
-    Word found = Word(CHUNK);
-    SIMD_OF(lanes, reduction(min : found))
-    for (int64_t j = begin; j < end; ++j) {
-      const Word here = x[j] == top ? Word(j - begin) : Word(CHUNK);
-      found = here < found ? here : found;
-    }
-    if (found < Word(CHUNK)) first = begin + int64_t(found);
-  });
-  return first;
+  constexpr int64_t block = 16;
+  int64_t begin = 0;
+  for (; n - begin > block; begin += block) {
+    Word found = 0;
+    SIMD(reduction(| : found))
+    for (int64_t j = 0; j < block; ++j) found |= x[begin + j] == top ? Word(1) : Word(0);
+    if (found) break;
+  }
+  int64_t first = begin;  // in a loop whose end does not depend on the logits, which no processor could foresee
+  for (int64_t j = smaller(begin + block, n) - 1; j > begin; --j) first = x[j] == top ? j : first;
+  return x[begin] == top ? begin : first;
 }
 
 // x in a class that weighs most, elsewhere less than any x.
