@@ -114,8 +114,8 @@ class _Evaluation:
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]
             if abs(ratio) < 1:
                 row.kl_off += (summand + abs(p[j] - q[j])) * off
-            else:  # of p ratio + q - p; q may be 0, and nothing its relative error
-                row.kl_off += summand * p_off[j] + p[j] * off + q[j] * q_off[j]
+            else:  # each of p ratio, p and q by itself: one of 0 has no error, whatever its relative one
+                row.kl_off += p[j] * (abs(ratio) * p_off[j] + off) + q[j] * q_off[j]
             row.kl_off += tiny * (1 + abs(ratio))
         if row.w_nan:
             return row
