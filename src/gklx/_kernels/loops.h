@@ -152,8 +152,10 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
     SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : s_max, t_max))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
-        s_max = larger(where_heaviest(s[j], w[j], largest_weight), s_max);
-        t_max = larger(where_heaviest(t[j], w[j], largest_weight), t_max);
+        // Written out: by a function GCC makes a slower loop of it, even where this is left out.
+        Order<R> s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
+        s_max = s_here > s_max ? s_here : s_max;
+        t_max = t_here > t_max ? t_here : t_max;
       }
       R z_s = s[j] - s_top, z_t = t[j] - t_top;
       R of_s = exponential(Tempered ? z_s * per_temperature : z_s);
