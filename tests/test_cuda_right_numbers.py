@@ -25,5 +25,5 @@ def cuda_kernels(on_cpu, monkeypatch):  # noqa: F811
     def serves(call):
         return type(call.arrays.student).__module__ == "numpy" and call.arrays.student.size > 0
 
-    monkeypatch.setattr(dispatch.rows, "serves", serves)
-    monkeypatch.setattr(dispatch.rows, "evaluate", partial(cuda.evaluate, device=on_cpu))
+    monkeypatch.setattr(dispatch.cpu, "serves", serves)
+    monkeypatch.setattr(dispatch.cpu, "evaluate", partial(cuda.evaluate, device=on_cpu))

@@ -86,8 +86,8 @@ def device_with(start):
 @pytest.fixture
 def gklx_on_kernels(on_cpu, monkeypatch):
     """Makes the public functions run the CUDA kernels, on the CPU, for NumPy's arrays."""
-    monkeypatch.setattr(dispatch.rows, "serves", lambda call: True)
-    monkeypatch.setattr(dispatch.rows, "evaluate", partial(cuda.evaluate, device=on_cpu))
+    monkeypatch.setattr(dispatch.cpu, "serves", lambda call: True)
+    monkeypatch.setattr(dispatch.cpu, "evaluate", partial(cuda.evaluate, device=on_cpu))
 
 
 def poisoned(shape, dtype):
@@ -329,7 +329,7 @@ def test_sample_losses_agree_with_the_formulas(on_cpu, monkeypatch, case, mask, 
         s[1], t[2, 3], s[3, 2] = -np.inf, np.nan, -np.inf
     own = call_of(case, s, t, given)
     wide = {name: x.astype("float64") if x.dtype.kind == "f" else x for name, x in given.items()}
-    monkeypatch.setattr(dispatch.rows, "serves", lambda call: False)
+    monkeypatch.setattr(dispatch.cpu, "serves", lambda call: False)
     with np.errstate(all="ignore"):
         exact = sample_losses([call_of(case, s.astype("float64"), t.astype("float64"), wide)])
         monkeypatch.setattr(cuda, "serves", lambda call: True)
