@@ -114,7 +114,7 @@ class _Evaluation:
             summand, off = p[j] * ratio + q[j] - p[j], p_off[j] + q_off[j]
             if abs(ratio) < 1:
                 row.kl_off += (summand + abs(p[j] - q[j])) * off
-            else:  # each of p ratio, p and q by itself: one of 0 has no error, whatever its relative one
+            else:  # the errors of p ratio, p and q; a q of 0 has none, however large its relative error
                 row.kl_off += p[j] * (abs(ratio) * p_off[j] + off) + q[j] * q_off[j]
             row.kl_off += tiny * (1 + abs(ratio))
         if row.w_nan:

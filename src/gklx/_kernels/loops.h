@@ -126,7 +126,7 @@ template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool mo
     for (int64_t j = 0; j < block; ++j) found |= x[begin + j] == top ? Word(1) : Word(0);
     if (found) break;
   }
-  int64_t first = begin;  // in a loop whose end does not depend on the logits, which no processor could foresee
+  int64_t first = begin;  // in a fixed number of steps: a branch on the logits would be mispredicted
   for (int64_t j = smaller(begin + block, n) - 1; j > begin; --j) first = x[j] == top ? j : first;
   return x[begin] == top ? begin : first;
 }
@@ -152,7 +152,7 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
     SIMD_OF(lanes, reduction(+ : a, b, c) reduction(max : s_max, t_max))
     for (int64_t j = begin; j < end; ++j) {
       if (Weighed) {
-        // Written out: by a function GCC makes a slower loop of it, even where this is left out.
+        // Not by `larger`: GCC's loop is then slower, even where nothing is `Weighed`.
         Order<R> s_here = where_heaviest(s[j], w[j], largest_weight), t_here = where_heaviest(t[j], w[j], largest_weight);
         s_max = s_here > s_max ? s_here : s_max;
         t_max = t_here > t_max ? t_here : t_max;
@@ -168,7 +168,7 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
       } else {
         c += of_t * z_s;
       }
-      es[j] = of_s;  // last: to a compiler they may be what was read
+      es[j] = of_s;  // after all reads, which Clang takes for aliases of it
       et[j] = of_t;
     }
     s_total += double(a);

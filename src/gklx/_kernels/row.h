@@ -78,18 +78,17 @@ template <class R> GKLX_BOTH R power_of_two_below(R x) {
   return real_of(typename Real<R>::Word(bits_of(invertible(x)) >> Real<R>::fraction << Real<R>::fraction));
 }
 
-// What numbers are compared by where the largest is looked for. Clang makes no vectors of a loop for the largest
-// floating-point number, since NaN has rules of its own there: it gets integers in the same order. NaN may be the largest.
+// The key by which numbers are compared to find the largest. Clang does not vectorise a floating-point maximum, because of
+// NaN, but that of integers: its key is the number's bits as an integer in the same order, in which a NaN may be the largest.
 #if defined(__clang__)
 template <class R> using Order = typename Real<R>::Signed;
-template <class R> GKLX_BOTH Order<R> order_of(R x) {
-  const Order<R> bits = Order<R>(bits_of(x));
-  return bits ^ ((bits >> (8 * sizeof(R) - 1)) & Order<R>(~typename Real<R>::Word(0) >> 1));
+// Reverses the order of the negative integers; its own inverse.
+template <class Signed> GKLX_BOTH Signed reorder(Signed bits) {
+  constexpr int size = 8 * sizeof(Signed);
+  return bits ^ ((bits >> (size - 1)) & ~(Signed(1) << (size - 1)));
 }
-template <class R> GKLX_BOTH R number_of(Order<R> order) {
-  const Order<R> bits = order ^ ((order >> (8 * sizeof(R) - 1)) & Order<R>(~typename Real<R>::Word(0) >> 1));
-  return real_of(typename Real<R>::Word(bits));
-}
+template <class R> GKLX_BOTH Order<R> order_of(R x) { return reorder(Order<R>(bits_of(x))); }
+template <class R> GKLX_BOTH R number_of(Order<R> order) { return real_of(typename Real<R>::Word(reorder(order))); }
 #else
 template <class R> using Order = R;
 template <class R> GKLX_BOTH R order_of(R x) { return x; }

@@ -88,7 +88,7 @@ def run(call: RowCall) -> None:
 
 
 def prior_is_right(call: RowCall) -> bool:
-    """Whether the rows of the prior that a call uses are finite and not negative."""
+    """Whether all labels name classes, and the prior's rows that a call uses are finite and not negative."""
     return _status("gklx_check_prior", call) == 0
 
 
