@@ -1,10 +1,13 @@
 """A run of `gklx score` that is spread over a Dask cluster: the numbers are those of one process."""
 
+import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import pytest
 import backends
 import gklx
 from dumps import CLASSES, command, save_dumps
+from gklx._scoring import pools
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +101,41 @@ def test_address_of_no_scheduler_is_refused_at_once(files, tmp_path, address):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"gklx: error: scheduler {address}: no Dask scheduler answers there (")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("greeting", "reason"),
+    [(b"", "nothing within 1 s"), (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64), "what answers is something else")],
+)
+def test_socket_of_no_scheduler_is_refused(files, monkeypatch, greeting, reason):
+    """One that says nothing, and one of another protocol; a dashboard's, say."""
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(pools, "_PATIENCE", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as executor:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        asked = executor.submit(gklx.score, *files[:2], backend="dask", scheduler=address)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(greeting)
+            with pytest.raises(
+                ValueError, match=rf"^scheduler {address}: no Dask scheduler answers there \({reason}\)$"
+            ):
+                asked.result(timeout=30)
+
+
+@pytest.mark.parametrize("address", ["foo", "tcp://127.0.0.1:1"])
+def test_address_is_tried_within_an_event_loop(files, monkeypatch, address):
+    """As a notebook has one."""
+    backends.needs("dask")
+    pytest.importorskip("distributed")
+    monkeypatch.setattr(pools, "_PATIENCE", 1)
+
+    async def score():
+        return gklx.score(*files[:2], backend="dask", scheduler=address)
+
+    with pytest.raises(ValueError, match="no Dask scheduler answers there"):
+        asyncio.run(score())
 
 
 def test_scheduler_needs_the_dask_backend():

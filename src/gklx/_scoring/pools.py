@@ -4,6 +4,7 @@ Both return results in the order of the chunks. A bounded number of chunks is in
 transfer and computing overlap and the memory is bounded.
 """
 
+import asyncio
 import collections
 import contextlib
 import logging
@@ -14,6 +15,8 @@ from typing import Any
 
 from .backend import Backend, backend
 from .backend import threads as own_threads
+
+_PATIENCE = 10  # seconds for a scheduler to answer
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
         raise ValueError("backend dask needs distributed, which is not installed (pip install 'gklx[dask]')") from None
     with contextlib.ExitStack() as stack:
         try:
-            at = stack.enter_context(_own_cluster(LocalCluster)) if scheduler is None else scheduler
-            client = stack.enter_context(_closing(Client)(at, timeout=10, set_as_default=False))
+            at = stack.enter_context(_own_cluster(LocalCluster)) if scheduler is None else _that_answers(scheduler)
+            made = Client(at, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+            client = stack.enter_context(made)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
@@ -87,18 +91,34 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
         )
 
 
-def _closing(client: Any) -> Any:
-    """The class of clients that also close where the address is none: else they wait 20 s at the interpreter's exit."""
+def _that_answers(address: str) -> str:
+    """The address, once something at it speaks Dask's protocol.
 
-    class Closing(client):  # type: ignore[misc]
-        async def _start(self, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return await super()._start(*args, **kwargs)
-            except (ValueError, TypeError):
-                await self._close()
-                raise
+    A client would wait for ever at a socket that says nothing, and 20 s at the interpreter's exit where the address is
+    none.
+    """
+    from dask.distributed import Security
+    from distributed.comm.core import connect
 
-    return Closing
+    secured = Security().get_connection_args("client")  # type: ignore[no-untyped-call]
+
+    async def meet() -> None:
+        found = await connect(address, timeout=_PATIENCE, **secured)  # type: ignore[no-untyped-call]
+        await found.close()
+
+    async def in_time() -> None:
+        try:
+            await asyncio.wait_for(meet(), _PATIENCE)
+        except TimeoutError:
+            raise OSError(f"nothing within {_PATIENCE} s") from None
+        except (OSError, ValueError, TypeError):
+            raise  # these say what is wrong with the address
+        except Exception:  # a web server's answer, say, read as the length of a message
+            raise OSError("what answers is something else") from None
+
+    with ThreadPoolExecutor(1) as executor:  # this thread may run an event loop already
+        executor.submit(asyncio.run, in_time()).result()
+    return address
 
 
 def _own_cluster(cluster: Callable[..., Any]) -> Any:
