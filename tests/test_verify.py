@@ -20,12 +20,13 @@ import oracle
 from gklx._cli import main
 from gklx._cli.verify import add_to
 from gklx._core.libraries import LIBRARIES, library_of
-from gklx._run import cpu_library
+from gklx._run import cpu_library, cuda
 from gklx._verify import cases, checks, definitions
 from gklx._verify.checks import Check, Report, verify
 from gklx._verify.executions import executions, pairs
 from gklx._verify.places import Arguments, places
 from gklx._verify.report import _BOUNDS, as_json, as_junit, as_markdown, as_table
+from gklx.transforms import _unwrapped
 
 OTHERS = [library.backend for library in LIBRARIES if library.backend not in ("numpy", "cupy")]
 WITH_FUNCTIONS_OF_THEIR_OWN = [each for each in OTHERS if each != "dask"]  # Dask's chunks are NumPy's arrays
@@ -73,6 +74,18 @@ def run(*argv):
     shown = []
     status = arguments.run(arguments, shown.append)
     return "".join(shown), status
+
+
+def test_problems_fill_the_vectors_of_a_kernel_and_leave_a_rest():
+    """However the classes are weighed."""
+    found = set()
+    for each in cases.problems():
+        call = _unwrapped(each.case.call())(each.student, each.teacher, **each.arrays)
+        plan = cuda.plan_of(call, ())
+        found.add((plan.weights, plan.decomposed, plan.vector))
+    weighed = {("PROBABILITIES", False), ("PROBABILITIES", True), ("TEACHER_POWER", True), ("PRIOR_POWER", True)}
+    assert found == {(*each, vector) for each in weighed for vector in (1, 2)}
+    assert {each.student.shape[-1] % 16 for each in cases.problems()} == {8, 11}  # of AVX-512's 16 and of 4
 
 
 def blamed(report):
@@ -136,7 +149,7 @@ def test_cases_cover_losses_masks_and_extremes():
     for loss in ("kl", "dkl", "ikl", "gkl"):
         for mask in ("elements", "samples", "absent"):
             assert any(name.startswith(loss) and name.endswith(mask) for name in names), (loss, mask)
-    assert len({problem.student.shape for problem in cases.problems()}) == 1
+    assert len({problem.student.shape for problem in cases.problems()}) == 2
     for one, other in zip(cases.problems(), cases.problems(), strict=True):
         assert str(one) == str(other)
 

@@ -1,7 +1,10 @@
 """`gklx verify`: its arguments, and the findings as a report."""
 
 import argparse
+import io
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .._core.libraries import LIBRARIES
@@ -59,10 +62,15 @@ def add_to(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
     from .._verify.checks import verify
     from .._verify.report import as_json, as_junit, as_markdown, as_table
 
-    report = verify(arguments.backend)
+    console = Console(file=sys.stderr or io.StringIO())  # rich takes None for standard output
+    bar = partial(track, description="gklx verify", console=console, transient=True, disable=not console.is_terminal)
+    report = verify(arguments.backend, bar)
     writers = {"table": as_table, "json": as_json, "junit": as_junit, "markdown": as_markdown}
     show(writers[arguments.format](report))
     return int(bool(report.broken))

@@ -3,6 +3,7 @@
 `gklx verify` tries each case without a mask, some with masks, and two losses at extreme logits.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,8 +95,9 @@ def arguments(
 
 _TRIED_MASKS = ("elements", "samples", "absent")  # "classes" is a mask by `where` as well
 _MASKED = ("kl-T", "dkl-T", "ikl-prior", "gkl-prior")
-_DRAWN: Mapping[str, Any] = {"batch": (6,), "classes": 11, "seed": 2305_13948}
-"""All of one shape, and the same in every run."""
+_NARROW: Mapping[str, Any] = {"batch": (6,), "classes": 11, "seed": 2305_13948}
+_WIDE: Mapping[str, Any] = {"batch": (3,), "classes": 40, "seed": 2305_13948}
+"""Two shapes, the same in every run. 40 classes fill the vectors of every kernel and dtype, 11 leave a rest."""
 
 
 class Problem(NamedTuple):
@@ -118,12 +120,12 @@ class Problem(NamedTuple):
 
 def problems() -> Iterator[Problem]:
     """Every case without a mask, every loss with masks, and two at extreme logits."""
-    for case in CASES:
-        yield Problem(case.id, case, *arguments(case, "none", **_DRAWN), ("none", "sum"), autodiff=True)
+    for case, drawn in zip(CASES, itertools.cycle((_NARROW, _WIDE)), strict=False):
+        yield Problem(case.id, case, *arguments(case, "none", **drawn), ("none", "sum"), autodiff=True)
         for mask in _TRIED_MASKS if case.id in _MASKED else ():
-            yield Problem(f"{case.id} {mask}", case, *arguments(case, mask, **_DRAWN))
+            yield Problem(f"{case.id} {mask}", case, *arguments(case, mask, **drawn))
     for case in CASES[0], CASES[7]:  # KL, and the decomposed formula, of which DKL and IKL are special cases
-        s, t, _ = arguments(case, "none", **_DRAWN)
+        s, t, _ = arguments(case, "none", **_WIDE)
         yield Problem(f"{case.id} scale 30", case, 10 * s, 10 * t, {}, confident=True)
         yield Problem(f"{case.id} offset 1e4", case, s - 1e4, t + 1e4, {}, halves=False)
 
@@ -133,7 +135,7 @@ def equivalents() -> Iterator[tuple[Problem, Problem]]:
     for temperature, mask in ((0.5, "none"), (1.0, "none"), (1.0, "elements"), (4.0, "absent")):
         name = f"T={temperature:g} {mask}".removesuffix(" none")
         kl_too, dkl_too = (
-            Problem(name, case, *arguments(case, mask, **_DRAWN), (), autodiff=True)
+            Problem(name, case, *arguments(case, mask, **_NARROW), (), autodiff=True)
             for case in (Case(loss, loss, {"temperature": temperature}) for loss in ("kl", "dkl"))
         )
         yield kl_too, dkl_too

@@ -15,7 +15,7 @@ small the loss is. So for logits of scale 30 the unit of a value is at least the
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -84,28 +84,31 @@ class Report:
         return found
 
 
-def verify(names: Sequence[str] | None) -> Report:
-    """Checks the libraries and devices of these names, or all that are here; ValueError where one is not."""
+def verify(names: Sequence[str] | None, tracked: Callable[[list[Any]], Iterable[Any]] = iter) -> Report:
+    """Checks the libraries and devices of these names, or all that are here; ValueError where one is not.
+
+    `tracked` is handed the list of what is to be done, and may tell how far it is.
+    """
     start = time.monotonic()
     with places(names) as (here, absent):
         found = executions(here)
-        return Report(found, absent, run(found), time.monotonic() - start)
+        return Report(found, absent, run(found, tracked), time.monotonic() - start)
 
 
-def run(found: Sequence[Execution]) -> list[Check]:
+def run(found: Sequence[Execution], tracked: Callable[[list[Any]], Iterable[Any]] = iter) -> list[Check]:
     """All checks of these executions."""
-    checks: list[Check] = []
+    steps: list[tuple[Any, ...]] = []
     for dtype in DTYPES:
-        able = [each for each in found if each.takes(dtype)]
-        for problem in problems():
-            if problem.halves or dtype not in HALVES:
-                checks += _of_problem(able, problem, dtype)
-        for kl, dkl in equivalents() if dtype in EQUIVALENT_IN else ():
-            checks += _of_equivalents(able, kl, dkl, dtype)
+        steps += [(_of_problem, dtype, each) for each in problems() if each.halves or dtype not in HALVES]
+        if dtype in EQUIVALENT_IN:
+            steps += [(_of_equivalents, dtype, *pair) for pair in equivalents()]
+    checks: list[Check] = []
+    for of, dtype, *tried in tracked(steps):
+        checks += of([each for each in found if each.takes(dtype)], dtype, *tried)
     return checks
 
 
-def _of_problem(able: Sequence[Execution], problem: Problem, dtype: str) -> Iterator[Check]:
+def _of_problem(able: Sequence[Execution], dtype: str, problem: Problem) -> Iterator[Check]:
     """Compares every execution with the definition, and some with each other."""
     given = _given(problem, dtype)
     expected = _expected(problem, given, dtype)
@@ -121,7 +124,7 @@ def _of_problem(able: Sequence[Execution], problem: Problem, dtype: str) -> Iter
                 yield _check("pair", (one.name, other.name), dtype, problem, x, either)
 
 
-def _of_equivalents(able: Sequence[Execution], kl: Problem, dkl: Problem, dtype: str) -> Iterator[Check]:
+def _of_equivalents(able: Sequence[Execution], dtype: str, kl: Problem, dkl: Problem) -> Iterator[Check]:
     """Compares the gradients of DKL with those of KL: by the definitions, then in every execution."""
     given = _given(kl, dtype)
     expected, of_definition = (_expected(each, given, dtype) for each in (kl, dkl))

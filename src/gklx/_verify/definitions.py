@@ -82,7 +82,10 @@ def _of_sample(loss: str, s: Any, t: Any, s0: Any, t0: Any, w: Any, factor: Any,
 def _kl(s: Any, t: Any, temperature: float) -> Any:
     some = t.real.reshape(-1, t.shape[-1])[0] > -np.inf  # the same in each row: steps are imaginary
     log_p, log_q = _log_softmax(t[..., some] / temperature), _log_softmax(s / temperature)[..., some]
-    return (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    p, ratio = np.exp(log_p), log_p - log_q
+    mean = (p * ratio).sum(axis=-1).real
+    # Since p sums to 1 a constant makes no difference; without the mean, small slopes are those of smaller summands.
+    return mean + (p * (ratio - mean[..., None])).sum(axis=-1)
 
 
 def _ce(s: Any, t: Any, temperature: float) -> Any:
