@@ -177,6 +177,13 @@ def test_links_of_the_readme_lead_to_files():
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_no_line_is_taken_for_a_comment():
+    """The site would leave out a line that begins with a percent sign, and what follows it in the paragraph."""
+    lines = [(page, line.lstrip()) for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    begins = [f"{page}: {line}" for page, line in lines if line.startswith("%")]
+    assert begins == []
+
+
 def test_no_example_stands_outside_a_block():
     """The doctests would miss a prompt outside a fenced block."""
     for page in PAGES:

@@ -118,11 +118,11 @@ class ClassPriorState(NamedTuple, TupleGeneric[ArrayT]):
     --------
     >>> import numpy as np
     >>> import gklx
-    >>> teacher, labels = np.log(np.asarray([[0.25, 0.75], [0.75, 0.25]])), np.asarray([1, 1])
+    >>> teacher, labels = np.log(np.asarray([[0.25, 0.75], [0.5, 0.5]])), np.asarray([1, 1])
     >>> state = gklx.ClassPriorState.uniform(2, like=teacher)
     >>> state.update(teacher, labels).advance().table
-    array([[0.5, 0.5],
-           [0.5, 0.5]])
+    array([[0.5  , 0.5  ],
+           [0.375, 0.625]])
     """
 
     table: ArrayT
@@ -233,11 +233,11 @@ class ClassPrior(Generic[ArrayT]):
     >>> prior.table
     array([[0.5, 0.5],
            [0.5, 0.5]])
-    >>> prior.update(np.log(np.asarray([[0.25, 0.75], [0.75, 0.25]])), np.asarray([1, 1]))
+    >>> prior.update(np.log(np.asarray([[0.25, 0.75], [0.5, 0.5]])), np.asarray([1, 1]))
     >>> prior.advance()
     >>> prior.table
-    array([[0.5, 0.5],
-           [0.5, 0.5]])
+    array([[0.5  , 0.5  ],
+           [0.375, 0.625]])
     """
 
     def __init__(self, num_classes: int, *, temperature: float = 1.0, like: ArrayT | None = None) -> None:

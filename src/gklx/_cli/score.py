@@ -50,8 +50,8 @@ json:
   same with name and, but for the first, difference_from_first.NAME.{value, stderr}.
 
 exit status:
-  0 done, 1 trouble (a full disk, too little memory), 2 wrong input, 3 a bound of --fail-if holds (after the report is
-  written, with a line for each), 130 interrupted.
+  0 done, 1 failure (a full disk, too little memory), 2 wrong input, 3 a condition of --fail-if is true (after the
+  report is written, with a line for each), 130 interrupted.
 
 examples:
   gklx score student.npy teacher.npy
@@ -122,8 +122,8 @@ def add_to(commands: Any) -> None:
         type=_gate,
         action="append",
         default=[],
-        metavar="BOUND",
-        help="status 3 where it holds, as 'kl.p99 > 0.1': a result in the JSON report by its name (none of "
+        metavar="CONDITION",
+        help="status 3 where it is true, as 'kl.p99 > 0.1': a result in the JSON report by its name (none of "
         "worst_classes), < or >, a number; may be given again",
     )
     where = score.add_argument_group("where to compute")
