@@ -416,6 +416,36 @@ def test_labels_beyond_the_signed_range_name_no_class(backend, kind, value):
         assert np.isnan(backend.numpy(sums(t, labels))).any()
 
 
+@pytest.mark.parametrize("samples", [4, 8], ids=["fewer samples than classes", "more"])
+def test_prior_may_hold_anything_where_nothing_counts(backend, samples):
+    """In rows of classes without samples, and of samples without weight; in classes that are masked."""
+    rng = np.random.default_rng(0)
+    s, t = (backend.array(x, "float32") for x in rng.standard_normal((2, samples, 5)))
+    table, labels, weights = rng.dirichlet(np.ones(5), 5), rng.integers(0, 3, samples), np.ones(samples)
+    labels[1], weights[1] = 3, 0.0
+    some = np.arange(5) != 2
+    call = backend.wrap(
+        lambda s, t, p, y, v, where: gklx.value_and_grad(gklx.gkl, (0, 1))(
+            s, t, prior=p, labels=y, sample_weight=v, where=where
+        )
+    )
+
+    def results(table, labels):
+        prior, weight = (backend.array(x, "float32") for x in (table, weights))
+        return call(s, t, prior, backend.array(labels), weight, backend.array(some))
+
+    expected, expected_gradients = results(table, labels)
+    table[3:], table[:, 2] = np.nan, -1.0
+    value, gradients = results(table, labels)
+    assert_close(value, backend.numpy(expected), backend, "float32", ulps=0)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        assert_close(one, backend.numpy(other), backend, "float32", ulps=0)
+    if backend.library.readable(s) and not backend.traced:
+        labels[-1] = 4
+        with raises(ValueError, "prior must be finite and not negative, got nan at index [4, 0]"):
+            results(table, labels)
+
+
 def test_unsigned_labels_under_torch_compile():
     needs("torch")
     import torch

@@ -355,19 +355,21 @@ def _too_large(xp: ModuleType, x: Array, dtype: Any) -> float:
 
 
 def _prior_values(xp: ModuleType, arrays: Arrays, too_large: float) -> None:
-    """Priors that are weights in every sample that counts: those used, of a table with more rows than samples."""
-    prior, labels, rows = arrays.prior, arrays.labels, None
+    """Priors that are weights in every class and sample that counts. Other rows of a table may hold anything."""
+    prior, labels, shape = arrays.prior, arrays.labels, arrays.student.shape
     assert prior is not None
-    classes = prior.shape[-1]
-    if labels is not None and math.prod(labels.shape) < classes:
-        rows = xp.reshape(xp.where(is_class(labels, classes), labels, xp.zeros_like(labels)), (-1,))
-        prior = xp.take(prior, xp.astype(rows, xp.int32), axis=0)
-    if not _all_weights(xp, prior, too_large):
-        bad = ~((prior >= 0) & (prior < too_large))
-        if labels is None:
-            bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
-        if bool(xp.any(bad)):
-            raise ValueError(f"prior must be finite and not negative, got {_first(prior, bad, rows)}")
+    used, rows = prior, None
+    if labels is not None:
+        if math.prod(labels.shape) >= prior.shape[0] and _all_weights(xp, prior, too_large):
+            return  # a table that has no more rows than there are samples is read faster than chosen from
+        rows = xp.where(is_class(labels, prior.shape[0]), labels, xp.zeros_like(labels))
+        used = xp.reshape(xp.take(prior, xp.astype(xp.reshape(rows, (-1,)), xp.int32), axis=0), shape)
+    if _all_weights(xp, used, too_large):
+        return
+    bad = ~((used >= 0) & (used < too_large))
+    bad = bad & valid_mask(xp, (arrays.student, arrays.teacher), arrays.where, arrays.sample_weight)
+    if bool(xp.any(bad)):
+        raise ValueError(f"prior must be finite and not negative, got {_first(used, bad, rows)}")
 
 
 def _all_weights(xp: ModuleType, x: Array, too_large: float) -> bool:
@@ -396,11 +398,11 @@ def _label_values(
 
 
 def _first(x: Array, which: Array, rows: Array | None = None) -> str:
-    """The first element chosen, and its place, as text; `rows` are those of the user's array that x was made of."""
+    """The first element chosen, and its place, as text; `rows` are those of a table that the samples in x are of."""
     index = np.argwhere(to_numpy(which))[0].tolist()
     value = x[tuple(index)]
     if rows is not None:
-        index[0] = int(rows[index[0]])
+        index = [int(rows[tuple(index[:-1])]), index[-1]]
     # By way of NumPy, since PyTorch makes no int of a uint64 beyond int64.
     number = float(value) if dtype_name(x.dtype) in _COMPUTED_IN else int(to_numpy(value))
     return f"{number} at index {_text(tuple(index))}"

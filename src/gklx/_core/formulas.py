@@ -242,7 +242,7 @@ def cross_entropy(call: Call, rows: Rows) -> Array:
 def kullback_leibler(call: Call, rows: Rows) -> Array:
     """KL = sum_j p_j L_j + q_j - p_j with L = log p - log q, [...]: the same, since p and q each sum to 1.
 
-    Every summand is p (L + exp(-L) - 1) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
+    Every summand is p (exp(-L) - 1 + L) >= 0, free of the cancellation that leaves nothing of the KL of two close rows.
     """
     xp, p, q = call.xp, rows.teacher.probabilities, rows.student.probabilities
     d = subtract(rows.d, rows.top)
@@ -253,15 +253,21 @@ def kullback_leibler(call: Call, rows: Rows) -> Array:
 
     ratio = over_t(d) - (xp.log(rows.teacher.total) - xp.log(rows.student.total))[..., None]
     is_near = abs(ratio) < 1
-    near = xp.where(is_near, ratio, 0.0)
-    convex = near + xp.expm1(-near)
+    near = p * exponential_remainder(xp, xp.where(is_near, ratio, 0.0))
     # Where L is too large for the dtype, p L need not be. Where d is infinite, p is 0 or the row unreachable.
     overflows = xp.isinf(ratio)
     product = over_t(p * xp.where(xp.isinf(d), 0.0, d))
     far = xp.where(overflows, product, p * xp.where(overflows, 0.0, ratio)) + (q - p)
-    summand = xp.where(is_near, p * xp.where(convex < 0, 0.0, convex), far)
-    found = xp.sum(xp.where(rows.valid, summand, 0.0), axis=-1)
+    found = xp.sum(xp.where(rows.valid, xp.where(is_near, near, far), 0.0), axis=-1)
     return xp.where(rows.unreachable, xp.inf, found)
+
+
+def exponential_remainder(xp: ModuleType, x: Array) -> Array:
+    """exp(-x) - 1 + x >= 0 for |x| <= 1, by its series: a sum of exp(-x) - 1 and x keeps few of its digits near 0."""
+    series = xp.ones_like(x)
+    for k in range(19, 2, -1):  # the first summand that is left out is 1e-19 of the sum
+        series = 1.0 - x / float(k) * series
+    return 0.5 * (x * x) * series
 
 
 def probability_gap(call: Call, rows: Rows) -> Array:
