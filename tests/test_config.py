@@ -76,6 +76,14 @@ def test_config_reports_formulas_when_the_kernel_library_is_missing():
     assert in_a_process(code, GKLX_KERNEL_LIBRARY=str(ROOT / "no" / "such.so")) == "None formulas\n"
 
 
+def test_kernel_of_another_version_is_refused(monkeypatch):
+    """Here a library that has none of the kernel's functions."""
+    monkeypatch.setenv("GKLX_KERNEL_LIBRARY", np.linalg._umath_linalg.__file__)
+    message = r"^.*_umath_linalg.* is the row kernel of another version of gklx: build it again$"
+    with pytest.raises(ImportError, match=message):
+        cpu_library.library.__wrapped__()
+
+
 def test_config_imports_no_library():
     names = sorted(backends.BY_BACKEND.keys() - {"numpy"})
     code = f"import gklx, sys; gklx.show_config('dicts'); print([m for m in {names} if m in sys.modules])"

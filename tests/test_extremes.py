@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+import backends
 import gklx
 from cases import CASES, LOSSES, call, loss_of
 from closeness import assert_close
@@ -147,3 +148,33 @@ def test_nan_takes_precedence_over_an_infinite_difference(backend, loss, network
         found = backend.numpy(backend.wrap(partial(loss, reduction="none"))(backend.array(s), backend.array(t)))
     assert np.isnan(found[0])
     assert np.isfinite(found[1])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_arrays_that_begin_between_two_numbers(library):
+    """As a view of bytes may; the kernel gets aligned copies."""
+    backends.needs(library)
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((2, 9, 37)).astype("float32")
+    prior, labels = rng.dirichlet(np.ones(37), 37).astype("float32"), rng.integers(0, 37, 9)
+
+    def shifted(x):
+        memory = np.zeros(x.nbytes + 1, np.uint8)[1:]
+        view = memory.view(x.dtype).reshape(x.shape)
+        view[...] = x
+        assert not view.flags.aligned
+        return view
+
+    def results(*arrays):
+        if library == "torch":
+            import torch
+
+            arrays = [torch.from_numpy(x) for x in arrays]
+        s, t, prior, labels, weight = arrays
+        given = {"prior": prior, "labels": labels, "sample_weight": weight, "gamma": 0.5}
+        value, gradients = gklx.value_and_grad(gklx.gkl, (0, 1))(s, t, **given)
+        return [np.asarray(x) for x in (value, *gradients)]
+
+    arrays = s, t, prior, labels, rng.random(9)
+    for found, expected in zip(results(*map(shifted, arrays)), results(*arrays), strict=True):
+        assert (found == expected).all()

@@ -332,6 +332,25 @@ def test_torch_global_batch_without_a_process_group_does_nothing():
         assert_same(gklx.class_sums(t, s.argmax(-1), C), gklx.class_sums(t, s.argmax(-1), C))
 
 
+def a_rank_without_the_kernel(rank, size):
+    """What the ranks exchange is of one dtype, whatever computes it."""
+    import torch
+
+    os.environ["GKLX_KERNEL"] = str(1 - rank)
+    s, t = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0))
+    for loss in (gklx.kl, partial(gklx.gkl, gamma=0.5)):
+        for dtype in (torch.float32, torch.float64):
+            whole, rows = loss(s.to(dtype), t.to(dtype)), slice(4 * rank, 4 * rank + 4)
+            with gklx.global_batch():
+                own = loss(s[rows].to(dtype), t[rows].to(dtype))
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(sum_over_ranks(own) / size, whole, rtol=8 * eps, atol=0)
+
+
+def test_torch_ranks_without_the_kernel_beside_others(tmp_path):
+    on_ranks(2, a_rank_without_the_kernel, tmp_path)
+
+
 def test_global_batches_nest_and_are_local_to_a_thread():
     """The innermost context applies; another thread is in none."""
     import threading
@@ -348,6 +367,13 @@ def test_global_batches_nest_and_are_local_to_a_thread():
         raise RuntimeError("stop")
     assert _entered.batches == ()
     assert seen == [()]
+    inner.__enter__()
+    outer.__enter__()
+    with pytest.raises(RuntimeError, match=r"^global_batch must end where it began: in the same thread, the innermost"):
+        inner.__exit__(None, None, None)
+    outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    assert _entered.batches == ()
 
 
 def test_global_batch_of_the_wrong_kind_is_refused(backend):

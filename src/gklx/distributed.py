@@ -48,8 +48,8 @@ class global_batch:  # noqa: N801, a context reads like a function
 
     Notes
     -----
-    The context holds for the thread that entered it. No gradient flows between ranks but in second
-    derivatives of `gkl`, whose normaliser depends on every rank's teacher: PyTorch's `all_reduce` is differentiated.
+    The context holds for the thread that entered it, and contexts end in the reverse order of their beginnings. No
+    gradient flows between ranks but in second derivatives of `gkl`, whose normaliser depends on every rank's teacher: PyTorch's `all_reduce` is differentiated.
 
     Examples
     --------
@@ -71,4 +71,6 @@ class global_batch:  # noqa: N801, a context reads like a function
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not (entered.batches and entered.batches[-1] is self._over):
+            raise RuntimeError("global_batch must end where it began: in the same thread, the innermost one first")
         entered.batches = entered.batches[:-1]

@@ -63,6 +63,8 @@ def over_ranks(call: Call, own: Batch) -> Batch:
     """The batch over all ranks, from this rank's part of it."""
     if call.ranks is None:
         return own
+    # Of one dtype, whatever made them: a rank may have no kernel.
+    own = Batch(*(call.xp.astype(x, call.dtype, copy=False) for x in own))
     scales = call.ranks.largest(call.xp.stack([own.weight_scale, own.base_scale]))
     part = _rescaled(call, own, scales[0], scales[1])
     sums = call.ranks.total(call.xp.stack([part.weight, part.squared_mass]))

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -115,7 +115,7 @@ template <class Work> void in_parallel(const gklx_call &call, int64_t n, Work wo
   std::vector<std::thread> others;
   try {
     for (int64_t i = 1; i < threads; ++i) others.emplace_back(take, i);
-  } catch (const std::system_error &) {  // no more threads to be had: those that run do the work
+  } catch (const std::exception &) {  // no more threads, or no memory for them: those that run do the work
   }
   take(0);
   for (std::thread &other : others) other.join();
@@ -356,3 +356,5 @@ int gklx_check_prior(const gklx_call *call) {
 }
 
 const char *gklx_instruction_set() { return loops.name; }
+
+int gklx_call_bytes() { return int(sizeof(gklx_call)); }

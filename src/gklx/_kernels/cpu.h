@@ -60,6 +60,7 @@ GKLX_PUBLIC int gklx_rows(const gklx_call *call);  // 0: done; 1: out of memory
 // of memory; 2: no. Reads `prior`, its type, `labels`, the sizes and the threads.
 GKLX_PUBLIC int gklx_check_prior(const gklx_call *call);
 GKLX_PUBLIC const char *gklx_instruction_set(void);
+GKLX_PUBLIC int gklx_call_bytes(void);  // the size of the structure, by which a library of another version is known
 
 // --- within the library ----------------------------------------------------------------------------------------------
 

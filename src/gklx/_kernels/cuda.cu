@@ -509,6 +509,7 @@ struct RowStatistics {
   REAL mean;                      // of what d is larger than at the reference
   REAL others;                    // d less its mean in the classes where d is finite, of a row where some d is infinite
 };
+static_assert(sizeof(RowStatistics) == 25 * sizeof(REAL), "_ROW in _run/cuda.py");
 
 // A sample's losses where they are not numbers.
 GKLX_BOTH void settle(RowStatistics &r) {

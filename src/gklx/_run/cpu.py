@@ -226,11 +226,13 @@ def _numpy_address(x: Any) -> int:
 
 
 def _numpy_contiguous(x: Any, dtype: Any) -> Any:
-    return np.ascontiguousarray(x, dtype)
+    x = np.ascontiguousarray(x, dtype)
+    return x if x.flags.aligned else x.copy()  # one made of bytes may begin anywhere
 
 
 def _torch_contiguous(x: Any, dtype: Any) -> Any:
-    return (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
+    x = (x if dtype is None else x.to(dtype)).contiguous().resolve_neg()
+    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
 
 
 @functools.cache

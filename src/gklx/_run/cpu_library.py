@@ -1,6 +1,6 @@
 """The CPU row kernel: loading the shared library, how many threads it may use, and what it is handed.
 
-The library is plain C to Python: one structure in, a status out. Imports NumPy and nothing slower.
+The library is plain C to Python: one structure in, a status out.
 """
 
 import ctypes
@@ -59,6 +59,8 @@ def library() -> ctypes.CDLL | None:
     for path in [Path(elsewhere)] if elsewhere else [folder / f"rows{suffix}" for suffix in _SUFFIXES]:
         if path.exists():
             loaded = ctypes.CDLL(str(path))
+            if not hasattr(loaded, "gklx_call_bytes") or loaded.gklx_call_bytes() != ctypes.sizeof(RowCall):
+                raise ImportError(f"{path} is the row kernel of another version of gklx: build it again")
             for function in (loaded.gklx_rows, loaded.gklx_check_prior):
                 function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int
             loaded.gklx_instruction_set.restype = ctypes.c_char_p
