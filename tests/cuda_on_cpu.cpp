@@ -14,12 +14,12 @@ template <class T, class Merge> const T &all_merged(T *x, int n, Merge merge) {
   return x[0];
 }
 
-template <bool Careful> Partial partial_of(const Given &g, int64_t row) {
+template <bool Guarded> Partial partial_of(const Given &g, int64_t row) {
   Origin origins[GROUP];
   Partial partials[GROUP];
-  for (int lane = 0; lane < GROUP; ++lane) origins[lane] = thread_origin<Careful>(g, row, lane);
+  for (int lane = 0; lane < GROUP; ++lane) origins[lane] = thread_origin<Guarded>(g, row, lane);
   const Origin origin = all_merged(origins, GROUP, [](const Origin &a, const Origin &b) { return merged(a, b); });
-  for (int lane = 0; lane < GROUP; ++lane) partials[lane] = thread_statistics<Careful>(g, row, lane, origin);
+  for (int lane = 0; lane < GROUP; ++lane) partials[lane] = thread_statistics<Guarded>(g, row, lane, origin);
   return all_merged(partials, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
 }
 
@@ -28,9 +28,9 @@ extern "C" int bytes_of_row() { return sizeof(RowStatistics); }
 extern "C" void statistics(GIVEN, RowStatistics *found) {
   const Given g = GATHERED;
   for (int64_t row = 0; row < rows; ++row) {
-    if (is_ordinary(g)) {
+    if (exponents_are_finite(g)) {
       const Partial x = partial_of<false>(g, row);
-      if (needs_no_care(x)) {
+      if (logits_are_bounded(x)) {
         found[row] = finished(g, row, x, false);
         continue;
       }
@@ -62,7 +62,7 @@ extern "C" void gradients(GIVEN, const RowStatistics *found, ASKED) {
   const Asked a = ASKED_FOR;
   for (int64_t row = 0; row < rows; ++row) {
     const Factors f = with_upstream(a, factors_of(g, a, found[row]), row);
-    const RowStatistics r = careful_for(g, found[row], f);
+    const RowStatistics r = guarded_for(g, found[row], f);
     const bool summed = needs_sums(a, r);
     Sums sums[GROUP];
     for (int lane = 0; lane < GROUP; ++lane) sums[lane] = thread_results(g, a, r, f, summed, row, lane);

@@ -403,8 +403,8 @@ EQUIVALENT: dict[str, str] = {
     "loops.h: R largest = as_they_are ? base : R(0);  ->  R largest = as_they_are ? base : R(1.0);": (
         "the base is no larger than the largest weight, whose quotient is therefore at least 1"
     ),
-    "loops.h: bool is_ordinary(double largest) { return largest >= 0.5 && largest < 2; }  ->  "
-    "bool is_ordinary(double largest) { return largest >= 1.0 && largest < 2; }": (
+    "loops.h: bool usable_unscaled(double largest) { return largest >= 0.5 && largest < 2; }  ->  "
+    "bool usable_unscaled(double largest) { return largest >= 1.0 && largest < 2; }": (
         "rows between are then divided by 1/2, which is exact"
     ),
     "row.h: return totals.weight == R(0) ? R(0) : ranks * (weight / totals.largest_weight / totals.weight);  ->  "
@@ -414,8 +414,8 @@ EQUIVALENT: dict[str, str] = {
     "loops.h: invalid |= x[j] >= R(0) ? Word(0) : Word(1);  ->  invalid &= x[j] >= R(0) ? Word(0) : Word(1);": (
         "NumPy's priors are read and refused; test_kernel.py's test_invalid_prior_entry_gives_nan"
     ),
-    "loops.h: c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));  ->  "
-    "c += of_t == R(0) && s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));": (
+    "loops.h: c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Guarded>));  ->  "
+    "c += of_t == R(0) && s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Guarded>));": (
         "CE is infinite where the student alone rules a class out"
     ),
     "loops.h: if (Weighed && x.w_total > 0) {  ->  if (Weighed || x.w_total > 0) {": (
@@ -427,20 +427,20 @@ EQUIVALENT: dict[str, str] = {
     ),
     "loops.h: const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);  ->  "
     "const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(1.0);": "KL alone uses it",
-    "loops.h: if (Careful) deviation = infinite ? R(0) : deviation;  ->  "
-    "if (Careful) deviation = infinite ? R(1.0) : deviation;": "the class weighs 0, or the row's results are infinite",
-    "loops.h: if (Careful) c = is_infinite(d.high) ? R(0) : c;  ->  "
-    "if (Careful) c = is_infinite(d.high) ? R(1.0) : c;": "it is multiplied by a weight or a factor of 0",
+    "loops.h: if (Guarded) deviation = infinite ? R(0) : deviation;  ->  "
+    "if (Guarded) deviation = infinite ? R(1.0) : deviation;": "the class weighs 0, or the row's results are infinite",
+    "loops.h: if (Guarded) c = is_infinite(d.high) ? R(0) : c;  ->  "
+    "if (Guarded) c = is_infinite(d.high) ? R(1.0) : c;": "it is multiplied by a weight or a factor of 0",
     "loops.h: template <> struct Widest<float, true> { using Type = double; };  ->  "
     "template <> struct Widest<float, false> { using Type = double; };": (
         "test_kernel.py::test_squares_beyond_the_largest_float_times_a_small_prior; the formulas' are infinite"
     ),
-    "loops.h: if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;  ->  "
-    "if (Careful) part = infinite && p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;": (
+    "loops.h: if (Guarded) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;  ->  "
+    "if (Guarded) part = infinite && p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;": (
         "the other form gives q as well, or the sum is infinite or so large that q is nothing beside it"
     ),
-    "loops.h: if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;  ->  "
-    "if (Careful) part = infinite && q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;": (
+    "loops.h: if (Guarded) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;  ->  "
+    "if (Guarded) part = infinite && q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;": (
         "the other form gives p as well, or the sum is infinite or so large that p is nothing beside it"
     ),
 }

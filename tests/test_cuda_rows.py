@@ -460,7 +460,7 @@ MUTATIONS = [
     ("gkl-tau", "    add(a.mass, b.mass);\n".replace("    ", "  "), ""),
     ("gkl-tau", "multiply(x.s_total, exponential_of<true>(from.s_top - to.s_top, g.per_temperature))", ""),
     ("gkl-tau", "          multiply(x.mass, by_weight);\n          multiply", "          multiply"),
-    ("ikl-tau", "of<Careful>(below, g.per_weight_temperature);\n", "of<Careful>(below, g.per_temperature);\n"),
+    ("ikl-tau", "of<Guarded>(below, g.per_weight_temperature);\n", "of<Guarded>(below, g.per_temperature);\n"),
     ("gkl-tau", "add(x.moment, -(mass.high * g.per_class * by))", "add(x.moment, mass.high * g.per_class * by)"),
     ("gkl-tau", "(mass.high * g.per_class * by - REAL(2) * x.moment.high)", "(mass.high * g.per_class * by)"),
     ("gkl-tau", "add(x.mean_logit, value_of(x.t_total) * g.per_class * half_of(from.s_top, to.s_top))", ""),

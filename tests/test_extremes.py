@@ -178,3 +178,18 @@ def test_arrays_that_begin_between_two_numbers(library):
     arrays = s, t, prior, labels, rng.random(9)
     for found, expected in zip(results(*map(shifted, arrays)), results(*arrays), strict=True):
         assert (found == expected).all()
+
+
+@pytest.mark.parametrize("kernel", ["1", "0"], ids=["kernel", "formulas"])
+def test_numpy_does_not_warn(kernel, monkeypatch):
+    """Of numbers that overflow or are NaN on the way."""
+    backends.needs("numpy")
+    monkeypatch.setenv("GKLX_KERNEL", kernel)
+    rng = np.random.default_rng(0)
+    s, t = rng.standard_normal((2, 4, 5)).astype("float32")
+    hot = np.where(np.arange(5) == 1, np.float32(INF), s)
+    with np.errstate(all="raise"):
+        for loss in LOSSES.values():
+            for a, b, settings in ((s, t, {"temperature": 1.2e-38}), (hot, t, {}), (s * 1e38, t, {}), (t, -hot, {})):
+                gklx.value_and_grad(partial(loss, **settings), (0, 1))(a.astype("float32"), b)
+                loss(a, b, **settings)

@@ -7,7 +7,7 @@ four a loss, C² a `class_sums`.
 from types import TracebackType
 from typing import Any
 
-from ._core.ranks import Spread, entered
+from ._core.ranks import GlobalBatch, entered
 
 
 class global_batch:  # noqa: N801, a context reads like a function
@@ -49,7 +49,8 @@ class global_batch:  # noqa: N801, a context reads like a function
     Notes
     -----
     The context holds for the thread that entered it, and contexts end in the reverse order of their beginnings. No
-    gradient flows between ranks but in second derivatives of `gkl`, whose normaliser depends on every rank's teacher: PyTorch's `all_reduce` is differentiated.
+    gradient flows between ranks but in second derivatives of `gkl`, whose normaliser depends on every rank's teacher:
+    PyTorch's `all_reduce` is differentiated.
 
     Examples
     --------
@@ -62,7 +63,7 @@ class global_batch:  # noqa: N801, a context reads like a function
     """
 
     def __init__(self, *, process_group: Any = None, axis_name: Any = None) -> None:
-        self._over = Spread(process_group, axis_name)
+        self._over = GlobalBatch(process_group, axis_name)
 
     def __enter__(self) -> "global_batch":
         entered.batches = (*entered.batches, self._over)

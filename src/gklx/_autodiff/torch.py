@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .._core.batch import Batch
-from .._core.call import Arrays, Asked, Call, Result, without_arrays
+from .._core.call import Arrays, Asked, Batch, Call, Result, without_arrays
 from .._run.dispatch import evaluate, kernel_of
 
 _NOT_ARRAYS = 1  # arguments of the functions before the arrays: the call
@@ -209,7 +208,7 @@ def _followable(arrays: Sequence[Any]) -> list[Any]:
 def _backward(
     ctx: Any,
     arrays: Sequence[Any],
-    batch: Any,
+    batch: Batch | None,
     ahead: tuple[Any, ...],
     upstream: torch.Tensor,
     statistics: Any = None,
@@ -234,7 +233,10 @@ def _primal(x: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
-    """The gradients times the upstream gradient; as they are, where that may be seen to be 1 and this is their end."""
+    """The gradients times the upstream gradient.
+
+    As they are, where that is seen to be 1 at no cost and the graph is not kept: they are what `_save` kept.
+    """
     if (
         type(upstream) is torch.Tensor  # a subclass may stand for numbers that there are not
         and upstream.ndim == 0
@@ -249,7 +251,7 @@ def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
 
 
 def _gradients(
-    call: Call, batch: Any, wanted: tuple[bool, bool], upstream: torch.Tensor | None, statistics: Any = None
+    call: Call, batch: Batch | None, wanted: tuple[bool, bool], upstream: torch.Tensor | None, statistics: Any = None
 ) -> list[Any]:
     """The gradients that are asked for, in their logits' dtypes."""
     found = evaluate(call, Asked(False, *wanted), batch, upstream=upstream, statistics=statistics)

@@ -6,24 +6,9 @@ that neither leaves the dtype's range where v or the class weights are very smal
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from .call import Array, Call, is_static
+from .call import Array, Batch, Call, is_static
 from .formulas import ClassWeights, Factors
-
-
-class Batch(NamedTuple):
-    """What the samples of a batch share, 0-d arrays."""
-
-    weight_scale: Array
-    """The largest v, rounded to a power of two: see `_power_of_two`."""
-    base_scale: Array
-    """The largest class weight before gamma: relative to it, powers of the others are at most 1. It is 1 where the loss
-    is not normalised by the batch."""
-    weight: Array
-    """The sum of v / weight_scale."""
-    squared_mass: Array
-    """The sum of v W^2, relative to both scales; 0 where the loss is not normalised by the batch."""
 
 
 def uses_batch_mass(call: Call) -> bool:

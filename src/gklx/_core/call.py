@@ -8,7 +8,7 @@ from .libraries import Array as Array
 from .libraries import Library
 
 Number = Any
-"""A Python float or, under JAX, a 0-d array of the dtype computed in."""
+"""A Python float; under JAX or `torch.compile` it may be traced."""
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -61,7 +61,10 @@ def combine(static: Numbers, traced: Numbers) -> Numbers:
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call, as the caller gave them, but for constants cut from any autodiff graph."""
+    """The arrays of a call: logits, prior and mask as given, labels signed, weights in the dtype computed in.
+
+    All but the logits are cut from any autodiff graph.
+    """
 
     student: Array
     teacher: Array
@@ -116,6 +119,20 @@ class Asked(NamedTuple):
     """The gradient with respect to the teacher's logits."""
 
 
+class Batch(NamedTuple):
+    """What the samples of a batch share, 0-d arrays."""
+
+    weight_scale: Array
+    """The largest v, rounded to a power of two: see `batch._power_of_two`."""
+    base_scale: Array
+    """The largest class weight before gamma: relative to it, powers of the others are at most 1. It is 1 where the loss
+    is not normalised by the batch."""
+    weight: Array
+    """The sum of v / weight_scale."""
+    squared_mass: Array
+    """The sum of v W^2, relative to both scales; 0 where the loss is not normalised by the batch."""
+
+
 class Result(NamedTuple):
     """What was asked for; the rest is None."""
 
@@ -124,7 +141,7 @@ class Result(NamedTuple):
     """The gradient with respect to the student's logits, in their dtype."""
     teacher: Array | None
     """The gradient with respect to the teacher's logits, in their dtype."""
-    batch: Any = None
-    """What the samples of the batch share (`Batch`), None where they share nothing or the kernel keeps it."""
+    batch: Batch | None = None
+    """None where the samples share nothing or the kernel keeps it."""
     statistics: Array | None = None
     """What the CUDA kernels found of each row: gradients of the same call need not find it again."""

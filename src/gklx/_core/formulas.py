@@ -40,7 +40,7 @@ class Softmax(NamedTuple):
     probabilities: Array
     """[..., C]; 0 where a class is not valid."""
     total: Array
-    """[...], the sum of exp(z / temperature); NaN where a valid logit is, or where no valid logit is finite."""
+    """[...], the sum of exp(z / temperature); NaN where a valid logit is NaN or +inf, or where none is finite."""
 
 
 class Difference(NamedTuple):

@@ -34,7 +34,7 @@ class Library(NamedTuple):
     readable: Callable[..., bool]
     """Whether reading a value of any of these arrays costs neither a device sync nor a compilation."""
     to_numpy: Callable[[Array], Any]
-    """A NumPy copy on the host; never called inside a loss or a gradient."""
+    """A NumPy array on the host, which may share the memory; never called inside a loss or a gradient."""
     device: Callable[[Array], Any] = compat.device
     """The device of an array; None where it has none to tell, as under tracing or over several devices."""
     block: Callable[..., int] = lambda *xs: 0
@@ -107,7 +107,7 @@ def _numpy(x: Any) -> Any:
     return sys.modules["numpy"].asarray(x)
 
 
-# These two by the type alone: a compiler follows them without a word, and array-api-compat's with a warning each.
+# These two by the type alone: PyTorch's compiler warns of array-api-compat's.
 def _is_plain_numpy(x: Any) -> bool:
     """NumPy arrays but for the subclasses that change what arithmetic means."""
     return type(x) is np.ndarray or (
@@ -282,7 +282,7 @@ def dtype_name(dtype: Any) -> str:
 
 
 def to_numpy(x: Array) -> Any:
-    """A host copy of any library's array; never called inside a loss or a gradient."""
+    """A NumPy array of any library's, which may share its memory; never called inside a loss or a gradient."""
     library = library_of(x)
     assert library is not None
     return library.to_numpy(x)

@@ -8,7 +8,7 @@ from .call import Array, Ranks
 from .libraries import Library
 
 
-class Spread(NamedTuple):
+class GlobalBatch(NamedTuple):
     """What `global_batch` was given."""
 
     process_group: Any
@@ -19,7 +19,7 @@ class _Entered(threading.local):
     """What was entered in this thread, innermost last; no ContextVar, which PyTorch's compiler does not follow."""
 
     def __init__(self) -> None:
-        self.batches: tuple[Spread, ...] = ()
+        self.batches: tuple[GlobalBatch, ...] = ()
 
 
 entered = _Entered()
@@ -37,7 +37,7 @@ def ranks_of(library: Library) -> Ranks | None:
     raise TypeError(f"global_batch must hold PyTorch or JAX arrays, got {library.name}")
 
 
-def _of_torch(over: Spread) -> Ranks | None:
+def _of_torch(over: GlobalBatch) -> Ranks | None:
     if over.axis_name is not None:
         raise TypeError(f"global_batch must have a process_group for PyTorch, got axis_name {over.axis_name!r}")
     distributed = sys.modules["torch"].distributed
@@ -60,7 +60,7 @@ def _of_torch(over: Spread) -> Ranks | None:
     return Ranks(size, lambda x: reduced(x, "sum"), lambda x: reduced(x.detach(), "max"))
 
 
-def _of_jax(over: Spread) -> Ranks | None:
+def _of_jax(over: GlobalBatch) -> Ranks | None:
     if over.axis_name is None or over.process_group is not None:
         raise TypeError(f"global_batch must have an axis_name for JAX, got process_group {over.process_group!r}")
     lax = sys.modules["jax"].lax

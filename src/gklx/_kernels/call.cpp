@@ -123,8 +123,6 @@ template <class Work> void in_parallel(const gklx_call &call, int64_t n, Work wo
 
 // --- a batch ---------------------------------------------------------------------------------------------------------
 
-bool in_double(const gklx_call &c) { return c.student_type == F64 || c.teacher_type == F64; }
-
 double real_at(const gklx_call &c, const void *array, int64_t i) {
   return in_double(c) ? ((const double *)array)[i] : double(((const float *)array)[i]);
 }
@@ -190,7 +188,7 @@ double loss_of(const gklx_call &c, const Row &row, const Totals<double> &totals)
 void write_value(const gklx_call &c, const std::vector<Row> &rows, const Totals<double> &totals) {
   double value = 0;
   for (int64_t i = 0; i < c.rows; ++i) {
-    const double share = share_of(rows[i].weight, c.reduction == MEAN, c.ranks, totals);
+    const double share = reduction_weight(rows[i].weight, c.reduction == MEAN, c.ranks, totals);
     const double entry = scaled(share, loss_of(c, rows[i], totals));
     if (c.reduction == NONE) set_real(c, c.value, i, entry);
     value += entry;
@@ -201,7 +199,7 @@ void write_value(const gklx_call &c, const std::vector<Row> &rows, const Totals<
 // The prior's rows that are used, once each, and which row of logits uses which.
 class PriorRows {
  public:
-  // Where the sums of the prior's rows alone are known beforehand, or rows are used more than once.
+  // For rows that several samples use, or whose W the gradients need before any row of logits is read.
   PriorRows(const gklx_call &c, const Pass &pass) {
     of_row_.resize(size_t(c.rows));
     if (c.labels) {
@@ -230,19 +228,20 @@ class PriorRows {
       if (!weights_) throw std::bad_alloc();
     }
     double *numbers = numbers_.data();
-    raised_ = {weights_.get(), numbers, numbers + n, numbers + 2 * n, numbers + 3 * n, source_.data(), of_row_.data()};
-    Pass raising = pass;
-    raising.raised = &raised_;
-    in_parallel(c, int64_t(n), [&](int64_t begin, int64_t end, void *scratch) { loops.raise(raising, begin, end, scratch); });
+    powered_ = {weights_.get(), numbers, numbers + n, numbers + 2 * n, numbers + 3 * n, source_.data(), of_row_.data()};
+    Pass powering = pass;
+    powering.powered = &powered_;
+    in_parallel(c, int64_t(n),
+                [&](int64_t begin, int64_t end, void *scratch) { loops.power_prior(powering, begin, end, scratch); });
   }
 
-  const RaisedPrior *raised() const { return &raised_; }
+  const PoweredPrior *powered() const { return &powered_; }
 
  private:
   std::vector<int64_t> of_row_, source_;
   std::vector<double> numbers_;
   std::unique_ptr<char, Free> weights_;
-  RaisedPrior raised_;
+  PoweredPrior powered_;
 };
 
 void run_pass(const Pass &pass) {
@@ -250,17 +249,18 @@ void run_pass(const Pass &pass) {
               [&](int64_t begin, int64_t end, void *scratch) { loops.run(pass, begin, end, scratch); });
 }
 
-// What the rows come to if all their classes are valid and their softmaxes defined: known without a pass over them.
-void presume(const Pass &pass) {
+// What the rows come to if all their classes are valid and their softmaxes defined: known without a pass over them. Where
+// that turns out to be wrong, `run_call` makes the gradients again.
+void assume_all_valid(const Pass &pass) {
   const gklx_call &c = *pass.call;
   for (int64_t i = 0; i < c.rows; ++i) {
     Row &row = pass.rows[i];
     row = {sample_weight(c, i), 1, 1};
     if (pass.weights == TEACHER_POWER && c.gamma == 0) row.mass = double(c.classes);
-    if (pass.weights != PRIOR_POWER || !pass.raised) continue;
-    const int64_t at = pass.raised->of_row[i];
-    row.mass = at < 0 ? NAN : pass.raised->mass[at];
-    row.base = at < 0 ? 1 : pass.raised->base[at];
+    if (pass.weights != PRIOR_POWER || !pass.powered) continue;
+    const int64_t at = pass.powered->of_row[i];
+    row.mass = at < 0 ? NAN : pass.powered->mass[at];
+    row.base = at < 0 ? 1 : pass.powered->base[at];
   }
 }
 
@@ -283,26 +283,26 @@ void run_call(const gklx_call &c) {
   const bool squares = needs_squared_mass(c);
   Totals<double> totals = {1, 1, 0, 0};
   if (c.totals) totals = {c.totals[0], c.totals[1], c.totals[2], c.totals[3]};
-  const bool presumes = gradients && !c.totals && (c.reduction == MEAN || squares);
+  const bool assumes = gradients && !c.totals && (c.reduction == MEAN || squares);
   // W is 1 where the weights are probabilities; otherwise it may depend on masks or on the teacher's logits.
   const bool of_probabilities = pass.weights == PROBABILITIES || (pass.weights == TEACHER_POWER && c.gamma == 1);
-  const bool needs_pass = presumes && squares && !of_probabilities &&
+  const bool needs_pass = assumes && squares && !of_probabilities &&
                           (c.where || (pass.weights == TEACHER_POWER && c.gamma != 0));
 
   std::unique_ptr<PriorRows> prior;
-  if (pass.weights == PRIOR_POWER && (c.labels || (presumes && squares && !needs_pass))) {
+  if (pass.weights == PRIOR_POWER && (c.labels || (assumes && squares && !needs_pass))) {
     prior = std::make_unique<PriorRows>(c, pass);
-    pass.raised = prior->raised();
+    pass.powered = prior->powered();
   }
   pass.totals = &totals;
-  if (presumes) {
+  if (assumes) {
     if (needs_pass) {
       Pass masses = pass;
       masses.kl = masses.mse = masses.ce = masses.reverse = false;
       run_pass(masses);
       pass.masses_known = true;
     } else {
-      presume(pass);
+      assume_all_valid(pass);
     }
     totals = totals_of(c, rows);
   }
@@ -311,7 +311,7 @@ void run_call(const gklx_call &c) {
   run_pass(pass);
   if (!c.totals) {
     const Totals<double> found = totals_of(c, rows);
-    const bool wrong = presumes && !same(found, totals);
+    const bool wrong = assumes && !same(found, totals);
     totals = found;
     if (wrong) run_pass(pass);
   }

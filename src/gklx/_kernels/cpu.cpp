@@ -55,7 +55,7 @@ template <class R> int64_t mark_valid(const gklx_call &c, int64_t row, const R *
   return found;
 }
 
-// What a row that is not moderate holds.
+// What a guarded row holds.
 struct Exceptions {
   bool student_nan, teacher_nan;
   bool student_rules_out, teacher_rules_out;  // -inf
@@ -72,7 +72,7 @@ template <class R> Exceptions exceptions_of(const R *s, const R *t, int64_t n) {
   return found;
 }
 
-template <class R> struct Rower {
+template <class R> struct RowKernel {
   const Pass &pass;
   const gklx_call &call;
   Scratch<R> scratch;
@@ -82,7 +82,7 @@ template <class R> struct Rower {
   const bool gap;                                           // whether q - p reaches the student's
   const bool spread;                                        // whether d's deviations are asked for
 
-  Rower(const Pass &pass, void *memory)
+  RowKernel(const Pass &pass, void *memory)
       : pass(pass), call(*pass.call), scratch(memory, pass.call->classes), temperature(R(call.temperature)),
         per_temperature(R(1) / temperature), gamma(R(call.gamma)),
         per_square(1 / (double(temperature) * double(temperature))),
@@ -99,15 +99,15 @@ template <class R> struct Rower {
   void undefined_gradients(int64_t row, const uint8_t *valid, int64_t n, const R *w, const Row &found) {
     if (!pass.to_student && !pass.to_teacher) return;
     const R nan = nan_of<R>();
-    const Rates<R> rates = rates_of(row, found, 1);
-    const R of_gap = scaled(rates.gap, nan);
+    const GradientScales<R> scales = scales_of(row, found, 1);
+    const R of_gap = scaled(scales.gap, nan);
     for (int64_t j = 0; j < n; ++j) {
-      const R difference = scaled(rates.difference, w && w[j] == 0 && !is_nan(found.mass) ? R(0) : nan);
+      const R difference = scaled(scales.difference, w && w[j] == 0 && !is_nan(found.mass) ? R(0) : nan);
       scratch.to_s[j] = difference_to_student ? of_gap - difference : of_gap;
       scratch.to_t[j] = difference;
     }
-    if (pass.to_student) give(scratch.to_s, call.to_student, call.student_type, row, valid);
-    if (pass.to_teacher) give(scratch.to_t, call.to_teacher, call.teacher_type, row, valid);
+    if (pass.to_student) scatter_gradient(scratch.to_s, call.to_student, call.student_type, row, valid);
+    if (pass.to_teacher) scatter_gradient(scratch.to_t, call.to_teacher, call.teacher_type, row, valid);
   }
 
   void report(int64_t row, const Row &found, bool valid, bool undefined, double s_total, double t_total) const {
@@ -132,26 +132,26 @@ template <class R> struct Rower {
       if (call.student_class) call.student_class[row] = 0;
       if (call.teacher_class) call.teacher_class[row] = 0;
       for (int64_t i = 0; call.overlaps && i < call.top_ks; ++i) call.overlaps[row * call.top_ks + i] = 0;
-      return absent(row);
+      return write_excluded(row);
     }
     if (weight < 0) weight = double(nan_of<R>());
-    Line<R> x;
+    RowData<R> x;
     x.n = classes;
     x.student_ahead = ahead(call.student, call.student_type, row);
     x.teacher_ahead = ahead(call.teacher, call.teacher_type, row);
     x.s = widened(call.student, call.student_type, row, classes, scratch.s);
     x.t = widened(call.teacher, call.teacher_type, row, classes, scratch.t);
     Inspected<R> seen = inspect(x.s, x.t, classes);
-    if (call.student_class) call.student_class[row] = top_class(x.s, classes, seen.s_top, seen.moderate);
-    if (call.teacher_class) call.teacher_class[row] = top_class(x.t, classes, seen.t_top, seen.moderate);
+    if (call.student_class) call.student_class[row] = top_class(x.s, classes, seen.s_top, seen.bounded);
+    if (call.teacher_class) call.teacher_class[row] = top_class(x.t, classes, seen.t_top, seen.bounded);
     if (call.overlaps) {
       R *const free[4] = {scratch.es, scratch.et, scratch.w, scratch.raw};
       overlaps_of(call, row, x.s, x.t, free);
     }
     const uint8_t *valid = nullptr;
-    if (call.where || !seen.moderate) {
+    if (call.where || !seen.bounded) {
       x.n = mark_valid(call, row, x.s, x.t, scratch.valid);
-      if (x.n == 0) return absent(row);
+      if (x.n == 0) return write_excluded(row);
       if (x.n < classes) {
         valid = scratch.valid;
         x.s = compacted(x.s, valid, classes, scratch.s);
@@ -162,8 +162,8 @@ template <class R> struct Rower {
     x.s_top = seen.s_top;
     x.t_top = seen.t_top;
     x.per_temperature = per_temperature;
-    if (seen.moderate) return finish<false>(row, weight, valid, x, {});
-    finish<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
+    if (seen.bounded) return evaluate_row<false>(row, weight, valid, x, {});
+    evaluate_row<true>(row, weight, valid, x, exceptions_of(x.s, x.t, x.n));
   }
 
   Ahead ahead(const void *logits, int32_t type, int64_t row) const {
@@ -172,7 +172,7 @@ template <class R> struct Rower {
     return {fetches ? (const char *)logits + (row + 1) * call.classes * bytes_of(type) : nullptr, bytes_of(type)};
   }
 
-  void absent(int64_t row) {
+  void write_excluded(int64_t row) {
     report(row, {}, false, false, 1, 1);
     for (int side = 0; side < 2; ++side) {
       if (!(side ? pass.to_teacher : pass.to_student)) continue;
@@ -181,8 +181,8 @@ template <class R> struct Rower {
     }
   }
 
-  template <bool Careful>
-  void finish(int64_t row, double weight, const uint8_t *valid, Line<R> &x, Exceptions exceptions) {
+  template <bool Guarded>
+  void evaluate_row(int64_t row, double weight, const uint8_t *valid, RowData<R> &x, Exceptions exceptions) {
     const bool student_defined = !exceptions.student_nan && !is_infinite(x.s_top);
     const bool teacher_defined = !exceptions.teacher_nan && !is_infinite(x.t_top);
     const double nan = double(nan_of<R>());
@@ -206,24 +206,24 @@ template <class R> struct Rower {
     R *to_t = to_t_in_place ? (R *)call.to_teacher + row * call.classes : scratch.to_t;
     x.es = pass.to_student ? to_s : scratch.es;  // the gradients take the place of what they are made of
     x.et = pass.to_teacher ? to_t : scratch.et;
-    softmaxes<Careful>(x, weighing.largest);
-    const Sums of_row = sums_of<Careful>(x);
-    const int infinite = Careful && spread ? infinite_differences(x) : 0;
-    find_losses<Careful>(x, of_row, exceptions.student_rules_out, infinite != 0, found);
+    softmaxes<Guarded>(x, weighing.largest);
+    const Sums of_row = sums_of<Guarded>(x);
+    const int infinite = Guarded && spread ? infinite_differences(x) : 0;
+    find_losses<Guarded>(x, of_row, exceptions.student_rules_out, infinite != 0, found);
     if (pass.reverse) found.reverse_kl = exceptions.teacher_rules_out ? double(Real<R>::inf) : of_row.reverse_kl;
     report(row, found, true, false, x.s_total, x.t_total);
     if (!pass.to_student && !pass.to_teacher) return;
-    const Rates<R> rates = rates_of(row, found, difference_scale<Careful> / (x.w_total == 0 ? 1 : x.w_total));
-    if ((infinite && rates.difference != 0) || is_infinite(rates.difference) || is_infinite(rates.gap)) {
-      unbounded_gradients<Careful>(x, infinite, rates, R(of_row.gap), to_s, to_t);
+    const GradientScales<R> scales = scales_of(row, found, difference_scale<Guarded> / (x.w_total == 0 ? 1 : x.w_total));
+    if ((infinite && scales.difference != 0) || is_infinite(scales.difference) || is_infinite(scales.gap)) {
+      unbounded_gradients<Guarded>(x, infinite, scales, R(of_row.gap), to_s, to_t);
     } else {
-      find_gradients<Careful>(x, rates, R(of_row.gap), to_s, to_t);
+      find_gradients<Guarded>(x, scales, R(of_row.gap), to_s, to_t);
     }
-    if (pass.to_student) give(to_s, call.to_student, call.student_type, row, valid);
-    if (pass.to_teacher) give(to_t, call.to_teacher, call.teacher_type, row, valid);
+    if (pass.to_student) scatter_gradient(to_s, call.to_student, call.student_type, row, valid);
+    if (pass.to_teacher) scatter_gradient(to_t, call.to_teacher, call.teacher_type, row, valid);
   }
 
-  template <bool Careful> void softmaxes(Line<R> &x, R largest_weight) const {
+  template <bool Guarded> void softmaxes(RowData<R> &x, R largest_weight) const {
     x.mean = 0;
     x.s_reference = x.s_top;
     x.t_reference = x.t_top;
@@ -232,11 +232,11 @@ template <class R> struct Rower {
     const bool own = !x.w;
     if ((own && spread) || needs_softmax()) {
       if (temperature == R(1)) {
-        if (own || !spread) exponentials<R, Careful, false, false>(x);
-        else exponentials<R, Careful, false, true>(x, largest_weight);
+        if (own || !spread) exponentials<R, Guarded, false, false>(x);
+        else exponentials<R, Guarded, false, true>(x, largest_weight);
       } else {
-        if (own || !spread) exponentials<R, Careful, true, false>(x);
-        else exponentials<R, Careful, true, true>(x, largest_weight);
+        if (own || !spread) exponentials<R, Guarded, true, false>(x);
+        else exponentials<R, Guarded, true, true>(x, largest_weight);
       }
     }
     if (own) {  // the teacher's own softmax weighs most at its top; of several tops any one does
@@ -246,39 +246,39 @@ template <class R> struct Rower {
     } else if (!needs_softmax() && spread && x.w_total > 0) {
       find_reference(x, largest_weight);
     }
-    if (Careful && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
+    if (Guarded && is_infinite(x.t_reference - x.s_reference)) {  // so is the mean of d, which is not summed then
       x.s_reference = x.s_top;
       x.t_reference = x.t_top;
     }
   }
 
-  template <bool Careful>
-  void find_losses(const Line<R> &x, const Sums &of_row, bool unreachable, bool infinite, Row &found) const {
-    constexpr double inf = double(Real<R>::inf), scale = difference_scale<Careful> * difference_scale<Careful>;
+  template <bool Guarded>
+  void find_losses(const RowData<R> &x, const Sums &of_row, bool unreachable, bool infinite, Row &found) const {
+    constexpr double inf = double(Real<R>::inf), scale = difference_scale<Guarded> * difference_scale<Guarded>;
     if (pass.kl) found.loss_kl = unreachable ? inf : of_row.kl;
     if (pass.ce) {
-      const double mean = x.z_student / x.t_total / summed_part<Careful> * double(x.per_temperature);
+      const double mean = x.z_student / x.t_total / summed_part<Guarded> * double(x.per_temperature);
       found.loss_ce = unreachable ? inf : std::log(x.s_total) - mean;
     }
     if (pass.mse) {
-      found.loss_mse = x.w_total == 0 ? 0 : of_row.squares / x.w_total * (0.5 * scale / summed_part<Careful>);
+      found.loss_mse = x.w_total == 0 ? 0 : of_row.squares / x.w_total * (0.5 * scale / summed_part<Guarded>);
       if (call.tempered) found.loss_mse /= double(temperature) * double(temperature);
       if (infinite) found.loss_mse = inf;
       if (is_nan(found.mass)) found.loss_mse = found.mass;
     }
   }
 
-  template <bool Careful>
-  void find_gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) const {
+  template <bool Guarded>
+  void find_gradients(const RowData<R> &x, GradientScales<R> scales, R gap_sum, R *to_s, R *to_t) const {
     const bool to_teacher = pass.to_teacher && difference_to_teacher;
     if (pass.to_student && difference_to_student) {
-      if (to_teacher) gradients<R, Careful, GAP_AND_DIFFERENCE, true>(x, rates, gap_sum, to_s, to_t);
-      else gradients<R, Careful, GAP_AND_DIFFERENCE, false>(x, rates, gap_sum, to_s, to_t);
+      if (to_teacher) gradients<R, Guarded, GAP_AND_DIFFERENCE, true>(x, scales, gap_sum, to_s, to_t);
+      else gradients<R, Guarded, GAP_AND_DIFFERENCE, false>(x, scales, gap_sum, to_s, to_t);
     } else if (pass.to_student) {
-      if (to_teacher) gradients<R, Careful, GAP, true>(x, rates, gap_sum, to_s, to_t);
-      else gradients<R, Careful, GAP, false>(x, rates, gap_sum, to_s, to_t);
+      if (to_teacher) gradients<R, Guarded, GAP, true>(x, scales, gap_sum, to_s, to_t);
+      else gradients<R, Guarded, GAP, false>(x, scales, gap_sum, to_s, to_t);
     } else if (to_teacher) {
-      gradients<R, Careful, NOT, true>(x, rates, gap_sum, to_s, to_t);
+      gradients<R, Guarded, NOT, true>(x, scales, gap_sum, to_s, to_t);
     }
     if (!pass.to_teacher || to_teacher) return;
     for (int64_t j = 0; j < x.n; ++j) to_t[j] = 0;
@@ -289,7 +289,7 @@ template <class R> struct Rower {
   }
 
   // The gradients of a row's valid classes, to their places in the result.
-  void give(R *line, void *array, int32_t type, int64_t row, const uint8_t *valid) {
+  void scatter_gradient(R *line, void *array, int32_t type, int64_t row, const uint8_t *valid) {
     if (valid) {
       int64_t m = 0;
       for (int64_t j = 0; j < call.classes; ++j) m += valid[j];
@@ -299,7 +299,7 @@ template <class R> struct Rower {
   }
 
   // No weights (null) are those of the teacher's probabilities, which are not made yet.
-  Weighing<R> weights_of(int64_t row, const uint8_t *valid, const Line<R> &x, bool teacher_defined) {
+  Weighing<R> weights_of(int64_t row, const uint8_t *valid, const RowData<R> &x, bool teacher_defined) {
     const double nan = double(nan_of<R>());
     if (pass.weights == PROBABILITIES) return {nullptr, 0, teacher_defined ? 1 : nan, 1, R(1)};
     if (pass.weights == TEACHER_POWER) {
@@ -312,15 +312,15 @@ template <class R> struct Rower {
       return found;
     }
     int64_t source = row;
-    if (const RaisedPrior *raised = pass.raised) {
-      const int64_t at = raised->of_row[row];
+    if (const PoweredPrior *powered = pass.powered) {
+      const int64_t at = powered->of_row[row];
       if (at < 0) return {nullptr, 0, nan, 1, R(1)};
-      source = raised->source[at];
+      source = powered->source[at];
       if (!valid) {
         const R *w = (const R *)call.prior + source * call.classes;
-        if (raised->weights) w = (const R *)raised->weights + at * call.classes;
-        if (raised->weights || is_ordinary(raised->base[at])) {
-          return {w, raised->total[at], raised->mass[at], raised->base[at], R(raised->largest[at])};
+        if (powered->weights) w = (const R *)powered->weights + at * call.classes;
+        if (powered->weights || usable_unscaled(powered->base[at])) {
+          return {w, powered->total[at], powered->mass[at], powered->base[at], R(powered->largest[at])};
         }
       }
     }
@@ -329,24 +329,24 @@ template <class R> struct Rower {
     return prior_power(prior, x.n, gamma, scratch.w);
   }
 
-  template <bool Careful, bool Spread> Sums sums_for(const Line<R> &x) const {
+  template <bool Guarded, bool Spread> Sums sums_for(const RowData<R> &x) const {
     if (pass.reverse) {
-      return gap ? sums<R, Careful, Spread, true, true, true>(x) : sums<R, Careful, Spread, false, true, true>(x);
+      return gap ? sums<R, Guarded, Spread, true, true, true>(x) : sums<R, Guarded, Spread, false, true, true>(x);
     }
-    if (pass.kl) return gap ? sums<R, Careful, Spread, true, true>(x) : sums<R, Careful, Spread, false, true>(x);
-    if (gap) return sums<R, Careful, Spread, true, false>(x);
-    return Spread ? sums<R, Careful, Spread, false, false>(x) : Sums{};
+    if (pass.kl) return gap ? sums<R, Guarded, Spread, true, true>(x) : sums<R, Guarded, Spread, false, true>(x);
+    if (gap) return sums<R, Guarded, Spread, true, false>(x);
+    return Spread ? sums<R, Guarded, Spread, false, false>(x) : Sums{};
   }
 
-  template <bool Careful> Sums sums_of(Line<R> &x) const {
-    if (!spread) return sums_for<Careful, false>(x);
-    Sums found = sums_for<Careful, true>(x);
+  template <bool Guarded> Sums sums_of(RowData<R> &x) const {
+    if (!spread) return sums_for<Guarded, false>(x);
+    Sums found = sums_for<Guarded, true>(x);
     if (x.w_total == 0) return found;
-    const double mean = found.moment / x.w_total / summed_part<Careful>, off = found.moment * mean;
+    const double mean = found.moment / x.w_total / summed_part<Guarded>, off = found.moment * mean;
     x.mean = R(mean);
     // The squares about the reference are too large by `off`: where that is most of them, they are summed again.
     if (pass.mse && (!(4 * off <= 3 * found.squares) || is_infinite(off))) {
-      found.squares = sums<R, Careful, true, false, false>(x).squares;
+      found.squares = sums<R, Guarded, true, false, false>(x).squares;
     } else {
       found.squares -= off;
     }
@@ -354,7 +354,7 @@ template <class R> struct Rower {
   }
 
   // 1: some d of weight is +inf, 2: some is -inf; their sum where both.
-  int infinite_differences(const Line<R> &x) const {
+  int infinite_differences(const RowData<R> &x) const {
     int found = 0;
     for (int64_t j = 0; j < x.n; ++j) {
       const R d = R(0.25) * x.t[j] - R(0.25) * x.s[j];
@@ -365,29 +365,29 @@ template <class R> struct Rower {
 
   // Of a row in which differences of weight are infinite: their mean is, too, and between opposite ones there is none.
   // Or of one whose factor is beyond the largest number: what it multiplies may be 0.
-  template <bool Careful>
-  void unbounded_gradients(const Line<R> &x, int infinite, Rates<R> rates, R gap_sum, R *to_s, R *to_t) const {
+  template <bool Guarded>
+  void unbounded_gradients(const RowData<R> &x, int infinite, GradientScales<R> scales, R gap_sum, R *to_s, R *to_t) const {
     constexpr R inf = Real<R>::inf;
     const R others = infinite == 1 ? -inf : infinite == 2 ? inf : nan_of<R>();
-    const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
+    const Difference<R> reference = difference_at<R, Guarded>(x.t_reference, x.s_reference);
     for (int64_t j = 0; j < x.n; ++j) {
-      const Difference<R> d = difference_at<R, Careful>(x.t[j], x.s[j]);
+      const Difference<R> d = difference_at<R, Guarded>(x.t[j], x.s[j]);
       R c = is_infinite(d.high) ? d.high : others;
       if (!infinite) c = ((d.high - reference.high) + (d.low - reference.low)) - x.mean;
       const R weighted = x.w[j] == 0 ? R(0) : infinite ? c : x.w[j] * c;
-      const R of_difference = scaled(rates.difference, weighted);
+      const R of_difference = scaled(scales.difference, weighted);
       const R p = x.et[j] * x.of_t, q = x.es[j] * x.of_s;
       if (pass.to_student) {
-        const R of_gap = scaled(rates.gap, (q - p) - p * gap_sum);
+        const R of_gap = scaled(scales.gap, (q - p) - p * gap_sum);
         to_s[j] = difference_to_student ? of_gap - of_difference : of_gap;
       }
       if (pass.to_teacher) to_t[j] = difference_to_teacher ? of_difference : R(0);
     }
   }
 
-  Rates<R> rates_of(int64_t row, const Row &found, double per_total) const {
+  GradientScales<R> scales_of(int64_t row, const Row &found, double per_total) const {
     const Totals<double> &totals = *pass.totals;
-    double share = share_of(found.weight, call.reduction == MEAN, call.ranks, totals);
+    double share = reduction_weight(found.weight, call.reduction == MEAN, call.ranks, totals);
     if (call.upstream) share *= double(((const R *)call.upstream)[call.upstream_per_row ? row : 0]);
     if (!call.decomposed) return {R(share * per_square * per_total), R(share / double(temperature))};
     double base = found.base;
@@ -402,22 +402,22 @@ template <class R> struct Rower {
 };
 
 template <class R> void run_rows(const Pass &pass, int64_t begin, int64_t end, void *memory) {
-  Rower<R> rower(pass, memory);
-  for (int64_t row = begin; row < end; ++row) rower.run(row);
+  RowKernel<R> kernel(pass, memory);
+  for (int64_t row = begin; row < end; ++row) kernel.run(row);
 }
 
-template <class R> void raise_rows(const Pass &pass, int64_t begin, int64_t end, void *memory) {
+template <class R> void power_prior_rows(const Pass &pass, int64_t begin, int64_t end, void *memory) {
   const gklx_call &c = *pass.call;
   Scratch<R> scratch(memory, c.classes);
   for (int64_t at = begin; at < end; ++at) {
-    const R *raw = widened(c.prior, c.prior_type, pass.raised->source[at], c.classes, scratch.raw);
-    R *kept = pass.raised->weights ? (R *)pass.raised->weights + at * c.classes : scratch.w;
+    const R *raw = widened(c.prior, c.prior_type, pass.powered->source[at], c.classes, scratch.raw);
+    R *kept = pass.powered->weights ? (R *)pass.powered->weights + at * c.classes : scratch.w;
     Weighing<R> found = prior_power(raw, c.classes, R(c.gamma), kept);
-    if (pass.raised->weights && found.w != kept) std::memcpy(kept, found.w, size_t(c.classes) * sizeof(R));
-    pass.raised->base[at] = found.base;
-    pass.raised->mass[at] = found.mass;
-    pass.raised->total[at] = found.total;
-    pass.raised->largest[at] = double(found.largest);
+    if (pass.powered->weights && found.w != kept) std::memcpy(kept, found.w, size_t(c.classes) * sizeof(R));
+    pass.powered->base[at] = found.base;
+    pass.powered->mass[at] = found.mass;
+    pass.powered->total[at] = found.total;
+    pass.powered->largest[at] = double(found.largest);
   }
 }
 
@@ -437,8 +437,6 @@ bool are_weights(const void *array, int32_t type, int64_t row, int64_t n) {
   return are_weights_of<uint16_t>(array, row, n, type == BF16 ? 0x7f80 : 0x7c00);
 }
 
-bool in_double(const gklx_call &c) { return c.student_type == F64 || c.teacher_type == F64; }
-
 size_t scratch_bytes(const gklx_call &c) {
   return in_double(c) ? Scratch<double>::bytes(c.classes) : Scratch<float>::bytes(c.classes);
 }
@@ -447,8 +445,9 @@ void run(const Pass &pass, int64_t begin, int64_t end, void *memory) {
   in_double(*pass.call) ? run_rows<double>(pass, begin, end, memory) : run_rows<float>(pass, begin, end, memory);
 }
 
-void raise(const Pass &pass, int64_t begin, int64_t end, void *memory) {
-  in_double(*pass.call) ? raise_rows<double>(pass, begin, end, memory) : raise_rows<float>(pass, begin, end, memory);
+void power_prior(const Pass &pass, int64_t begin, int64_t end, void *memory) {
+  if (in_double(*pass.call)) power_prior_rows<double>(pass, begin, end, memory);
+  else power_prior_rows<float>(pass, begin, end, memory);
 }
 
 }  // namespace
@@ -459,4 +458,4 @@ void raise(const Pass &pass, int64_t begin, int64_t end, void *memory) {
 #define NAME_OF(set) TEXT(set)
 
 extern const Loops LOOPS_OF(GKLX_SET);
-const Loops LOOPS_OF(GKLX_SET) = {NAME_OF(GKLX_SET), scratch_bytes, run, raise, are_weights};
+const Loops LOOPS_OF(GKLX_SET) = {NAME_OF(GKLX_SET), scratch_bytes, run, power_prior, are_weights};

@@ -67,6 +67,9 @@ GKLX_PUBLIC int gklx_call_bytes(void);  // the size of the structure, by which a
 struct Row;
 template <class R> struct Totals;
 
+// Whether a call is computed in double; else in float.
+static inline bool in_double(const gklx_call &c) { return c.student_type == F64 || c.teacher_type == F64; }
+
 // Where the class weights of a row come from.
 enum Weights {
   PROBABILITIES,   // p itself: the teacher's softmax at T, to the power 1
@@ -76,7 +79,7 @@ enum Weights {
 
 // Rows of the prior to the power gamma, relative to each one's largest: made once where several rows of logits, or
 // several passes over them, use them.
-struct RaisedPrior {
+struct PoweredPrior {
   void *weights;          // REAL [distinct, classes]; null where the prior's own rows can be used as they are
   double *base, *mass;    // [distinct], as in `Row`
   double *total, *largest;  // [distinct], of the weights as they lie here
@@ -88,12 +91,12 @@ struct RaisedPrior {
 struct Pass {
   const gklx_call *call;
   Weights weights;
-  bool kl, mse, ce, reverse;   // values
+  bool kl, mse, ce, reverse;  // values
   bool to_student, to_teacher;
-  const Totals<double> *totals;        // of the batch, for the gradients
-  const RaisedPrior *raised;   // or null
-  bool masses_known;           // `rows` holds each W already
-  Row *rows;                   // what was found
+  const Totals<double> *totals;  // of the batch, for the gradients
+  const PoweredPrior *powered;   // or null
+  bool masses_known;             // `rows` holds each W already
+  Row *rows;                     // what was found
 };
 
 // Fills `overlaps` of one row. `scratch` are four arrays, each as large as the row.
@@ -105,6 +108,6 @@ struct Loops {
   const char *name;
   size_t (*scratch_bytes)(const gklx_call &call);
   void (*run)(const Pass &pass, int64_t begin, int64_t end, void *scratch);
-  void (*raise)(const Pass &pass, int64_t begin, int64_t end, void *scratch);  // fills `raised`, distinct rows
+  void (*power_prior)(const Pass &pass, int64_t begin, int64_t end, void *scratch);  // fills `powered`, distinct rows
   bool (*are_weights)(const void *array, int32_t type, int64_t row, int64_t n);
 };

@@ -10,7 +10,7 @@
 //
 // All is computed in REAL: most GPUs do 32 or 64 times as much in float as in double. Sums therefore keep what their
 // additions round off. As in cpu.cpp, d is taken from that of a reference, a class that weighs about most, and
-// functions with `Careful` take masks, infinities, NaN and huge logits, which most rows do not have.
+// functions with `Guarded` take masks, infinities, NaN and huge logits, which most rows do not have.
 //
 // Compiled with: REAL (float or double), STUDENT and TEACHER (types of the logits: float, double, Half or Brain),
 // WEIGHTS (where the class weights come from), DECOMPOSED (wMSE and CE are the losses, else KL), VECTOR (how many
@@ -92,8 +92,8 @@ GKLX_BOTH void multiply(Sum &x, REAL by) {
 
 GKLX_BOTH REAL value_of(const Sum &x) { return is_finite(x.high) ? x.high + x.low : x.high; }
 
-// A sum of numbers from 0 to AHEAD, which it is ahead of itself: whatever is added is smaller, and what that rounds off
-// is found in half as many steps.
+// A sum of numbers from 0 to AHEAD, stored with AHEAD added: it exceeds every summand, so that Dekker's fast two-sum is
+// exact, in half of the steps of Knuth's.
 struct Total {
   REAL high, low;
 };
@@ -132,11 +132,11 @@ struct Rate {
 };
 
 // 2^(x * rate). An exponent of -40 is rounded by as much as 40 units in the last place of the result. Where not
-// Careful, the exponent is finite.
-template <bool Careful> GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
+// Guarded, the exponent is finite.
+template <bool Guarded> GKLX_BOTH REAL exponential_of(REAL x, const Rate &rate) {
   const REAL exponent = x * rate.high, y = power_of_2(exponent);
   const REAL rounding = product_and_sum(x, rate.low, product_and_sum(x, rate.high, -exponent));
-  if (Careful && y == REAL(0)) return y;
+  if (Guarded && y == REAL(0)) return y;
   return product_and_sum(y * rounding, REAL(0.69314718055994530942), y);
 }
 
@@ -173,17 +173,17 @@ GKLX_BOTH const REAL *prior_of(const Given &g, int64_t row) {
   return g.prior + (has_label(g, row) ? g.labels[row] * g.classes : 0);
 }
 
-// Whether rows of moderate logits need no care: their exponents are finite.
-GKLX_BOTH bool is_ordinary(const Given &g) {
-  constexpr REAL limit = Real<REAL>::moderate * 256;
+// Whether the exponents of a row are finite if its logits are within `logit_bound`.
+GKLX_BOTH bool exponents_are_finite(const Given &g) {
+  constexpr REAL limit = Real<REAL>::logit_bound * 256;
   return !g.where && g.per_temperature.high < limit && g.per_weight_temperature.high < limit && g.weighing.high < limit;
 }
 
 // softmax^gamma of the teacher, relative to that of a class that t is so much below; 0^0 = 1.
-template <bool Careful> GKLX_BOTH REAL teacher_weight(const Given &g, REAL below) {
-  if (WEIGHTS == PROBABILITIES) return exponential_of<Careful>(below, g.per_temperature);
+template <bool Guarded> GKLX_BOTH REAL teacher_weight(const Given &g, REAL below) {
+  if (WEIGHTS == PROBABILITIES) return exponential_of<Guarded>(below, g.per_temperature);
   constexpr REAL lowest = -Real<REAL>::largest / 2;
-  return exponential_of<Careful>(Careful && below < lowest ? lowest : below, g.weighing);
+  return exponential_of<Guarded>(Guarded && below < lowest ? lowest : below, g.weighing);
 }
 
 // (x / divisor)^gamma.
@@ -219,18 +219,18 @@ struct Origin {
 
 GKLX_BOTH Origin nowhere() { return {-INF, -INF, 0, NONE, {0, 0}}; }
 
-template <bool Careful> GKLX_BOTH Origin origin_of(const Classes &c) {
+template <bool Guarded> GKLX_BOTH Origin origin_of(const Classes &c) {
   Origin o = nowhere();
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k) {
-    if (Careful && !c.valid[k]) continue;
+    if (Guarded && !c.valid[k]) continue;
     o.s_top = larger(c.s[k], o.s_top);
     o.t_top = larger(c.t[k], o.t_top);
     if (WEIGHTS == PRIOR_POWER) o.base = larger(c.prior[k], o.base);
-    const bool finite = !Careful || (is_finite(c.s[k]) && is_finite(c.t[k]));
+    const bool finite = !Guarded || (is_finite(c.s[k]) && is_finite(c.t[k]));
     if (finite && height_of(c, k) > o.peak) {
       o.peak = height_of(c, k);
-      o.reference = difference_at<REAL, Careful>(c.t[k], c.s[k]);
+      o.reference = difference_at<REAL, Guarded>(c.t[k], c.s[k]);
     }
   }
   return o;
@@ -255,7 +255,7 @@ GKLX_BOTH REAL deviation(const Difference<REAL> &d, const Difference<REAL> &refe
 struct Partial {
   Origin origin;
   REAL s_top, t_top;        // the largest logits; NaN is left out
-  REAL size;                // the largest absolute value of a logit, where not Careful
+  REAL size;                // the largest absolute value of a logit, where not Guarded
   Total s_total, t_total;   // of the exponentials at T
   Sum tau_total;            // of the teacher's at the weights' temperature
   Sum mass;                 // of the weights w
@@ -323,27 +323,27 @@ GKLX_BOTH void move_origin(const Given &g, Partial &x, const Origin &to) {
 }
 
 // Of a class, relative to the origin: of_t is its exponential of the teacher at T.
-template <bool Careful>
+template <bool Guarded>
 GKLX_BOTH REAL weight_of(const Given &g, REAL below, REAL of_t, REAL prior, REAL per_divisor) {
   if (WEIGHTS == PRIOR_POWER) return prior_weight(g, prior, per_divisor);
-  return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Careful>(g, below);
+  return WEIGHTS == PROBABILITIES ? of_t : teacher_weight<Guarded>(g, below);
 }
 
 // Adds some classes to a thread's sums.
-template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c, Partial &x) {
+template <bool Guarded> GKLX_BOTH void collect(const Given &g, const Classes &c, Partial &x) {
   const Origin &o = x.origin;
   const REAL per_divisor = WEIGHTS == PRIOR_POWER ? REAL(1) / invertible(o.base) : REAL(0);
   REAL tau_total = 0, mass = 0, moment = 0, squares = 0, mean_logit = 0;
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k) {
-    if (Careful && !c.valid[k]) continue;
+    if (Guarded && !c.valid[k]) continue;
     const REAL s = c.s[k], t = c.t[k], z_s = s - o.s_top;
-    const REAL below = Careful && t == -INF ? -INF : t - o.t_top;
-    const REAL of_s = Careful && s == -INF ? REAL(0) : exponential_of<Careful>(z_s, g.per_temperature);
-    const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
-    const REAL w = weight_of<Careful>(g, below, of_t, c.prior[k], per_divisor);
-    if (!Careful || (is_finite(s) && is_finite(t))) {
-      const REAL away = deviation(difference_at<REAL, Careful>(t, s), o.reference);
+    const REAL below = Guarded && t == -INF ? -INF : t - o.t_top;
+    const REAL of_s = Guarded && s == -INF ? REAL(0) : exponential_of<Guarded>(z_s, g.per_temperature);
+    const REAL of_t = exponential_of<Guarded>(below, g.per_temperature);
+    const REAL w = weight_of<Guarded>(g, below, of_t, c.prior[k], per_divisor);
+    if (!Guarded || (is_finite(s) && is_finite(t))) {
+      const REAL away = deviation(difference_at<REAL, Guarded>(t, s), o.reference);
       const REAL weighted = (g.per_class * w) * away;
       moment += weighted;
       if (DECOMPOSED) squares += weighted * away;
@@ -352,8 +352,8 @@ template <bool Careful> GKLX_BOTH void collect(const Given &g, const Classes &c,
     } else if (t == -INF) {
       x.below = larger(WEIGHTS == PRIOR_POWER ? c.prior[k] : REAL(0), x.below);
     }
-    if (DECOMPOSED && (!Careful || s != -INF)) mean_logit += (g.per_class * of_t) * half_of(s, o.s_top);
-    if (WEIGHTS == TEACHER_POWER) tau_total += exponential_of<Careful>(below, g.per_weight_temperature);
+    if (DECOMPOSED && (!Guarded || s != -INF)) mean_logit += (g.per_class * of_t) * half_of(s, o.s_top);
+    if (WEIGHTS == TEACHER_POWER) tau_total += exponential_of<Guarded>(below, g.per_weight_temperature);
     if (WEIGHTS != PROBABILITIES) mass += w;
     add(x.s_total, of_s);
     add(x.t_total, of_t);
@@ -379,7 +379,7 @@ GKLX_BOTH Lines lines_of(const Given &g, int64_t row) {
 }
 
 // The classes of one load, the i-th of the row.
-template <bool Careful>
+template <bool Guarded>
 GKLX_BOTH Classes classes_of(const Given &g, int64_t row, const Lines &lines, int i, const Pack<STUDENT> &student,
                              const Pack<TEACHER> &teacher) {
   Classes c;
@@ -390,16 +390,16 @@ GKLX_BOTH Classes classes_of(const Given &g, int64_t row, const Lines &lines, in
     c.s[k] = widened(student.x[k]);
     c.t[k] = widened(teacher.x[k]);
     c.prior[k] = WEIGHTS == PRIOR_POWER ? prior.x[k] : REAL(0);
-    c.valid[k] = !Careful || is_valid(g, row, int64_t(i) * VECTOR + k, c.s[k], c.t[k]);
+    c.valid[k] = !Guarded || is_valid(g, row, int64_t(i) * VECTOR + k, c.s[k], c.t[k]);
   }
   return c;
 }
 
 // Where the sums of a row begin: what is found by its threads' first loads.
-template <bool Careful> GKLX_BOTH Origin thread_origin(const Given &g, int64_t row, int lane) {
+template <bool Guarded> GKLX_BOTH Origin thread_origin(const Given &g, int64_t row, int lane) {
   const Lines lines = lines_of(g, row);
   if (lane >= lines.packs || given_weight(g, row) == REAL(0)) return nowhere();
-  return origin_of<Careful>(classes_of<Careful>(g, row, lines, lane, lines.student[lane], lines.teacher[lane]));
+  return origin_of<Guarded>(classes_of<Guarded>(g, row, lines, lane, lines.student[lane], lines.teacher[lane]));
 }
 
 // How far above the origin a class may be before the sums are moved to it, so that few are: no exponential is above 2.
@@ -407,18 +407,18 @@ struct Margins {
   REAL student, teacher, prior;
 };
 
-template <bool Careful> GKLX_BOTH Margins margins_of(const Given &g) {
-  if (Careful) return {0, 0, 1};  // sums of huge differences stay finite where no weight is above 1
+template <bool Guarded> GKLX_BOTH Margins margins_of(const Given &g) {
+  if (Guarded) return {0, 0, 1};  // sums of huge differences stay finite where no weight is above 1
   REAL rate = g.per_temperature.high;
   if (WEIGHTS == TEACHER_POWER) rate = larger(rate, larger(g.per_weight_temperature.high, g.weighing.high));
   return {REAL(1) / g.per_temperature.high, REAL(1) / rate, 2};
 }
 
-template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, const Margins &margins, Partial &x) {
+template <bool Guarded> GKLX_BOTH void visit(const Given &g, const Classes &c, const Margins &margins, Partial &x) {
   REAL s_top = -INF, t_top = -INF, base = 0;
 #pragma unroll
   for (int k = 0; k < VECTOR; ++k) {
-    if (Careful) {
+    if (Guarded) {
       if (!c.valid[k]) continue;
       x.seen |= VALID | (is_nan(c.s[k]) ? STUDENT_NAN : 0) | (is_nan(c.t[k]) ? TEACHER_NAN : 0);
       if (c.s[k] == -INF) x.seen |= STUDENT_RULES_OUT;
@@ -435,18 +435,18 @@ template <bool Careful> GKLX_BOTH void visit(const Given &g, const Classes &c, c
   const Origin &o = x.origin;
   bool far = s_top > o.s_top + margins.student || t_top > o.t_top + margins.teacher;
   if (WEIGHTS == PRIOR_POWER) far |= base > margins.prior * o.base;
-  if (Careful) far |= origin_of<Careful>(c).peak > o.peak;  // of classes whose d is finite, the others may be larger
-  if (far) move_origin(g, x, origin_of<Careful>(c));
-  collect<Careful>(g, c, x);
+  if (Guarded) far |= origin_of<Guarded>(c).peak > o.peak;  // of classes whose d is finite, the others may be larger
+  if (far) move_origin(g, x, origin_of<Guarded>(c));
+  collect<Guarded>(g, c, x);
 }
 
-template <bool Careful>
+template <bool Guarded>
 GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
   Partial x = no_classes(origin);
   if (given_weight(g, row) == REAL(0)) return x;
   const Lines lines = lines_of(g, row);
-  const Margins margins = margins_of<Careful>(g);
-  if (!Careful) x.seen = VALID;
+  const Margins margins = margins_of<Guarded>(g);
+  if (!Guarded) x.seen = VALID;
   if (lane >= lines.packs) return x;
   Pack<STUDENT> next_s = lines.student[lane];
   Pack<TEACHER> next_t = lines.teacher[lane];
@@ -457,12 +457,12 @@ GKLX_BOTH Partial thread_statistics(const Given &g, int64_t row, int lane, const
     const int next = i + GROUP < lines.packs ? i + GROUP : i;  // is on its way while this load is worked on
     next_s = lines.student[next];
     next_t = lines.teacher[next];
-    visit<Careful>(g, classes_of<Careful>(g, row, lines, i, s, t), margins, x);
+    visit<Guarded>(g, classes_of<Guarded>(g, row, lines, i, s, t), margins, x);
   }
   return x;
 }
 
-GKLX_APART Partial careful_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
+GKLX_APART Partial guarded_statistics(const Given &g, int64_t row, int lane, const Origin &origin) {
   return thread_statistics<true>(g, row, lane, origin);
 }
 
@@ -486,10 +486,10 @@ GKLX_BOTH Partial merged(const Given &g, Partial a, Partial b) {
   return a;
 }
 
-// Whether a row's sums are those that `Careful` would have made: its logits are finite, and so are sums of squares of
+// Whether a row's sums are those that `Guarded` would have made: its logits are finite, and so are sums of squares of
 // them.
-GKLX_BOTH bool needs_no_care(const Partial &x) {
-  return x.size <= Real<REAL>::moderate && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
+GKLX_BOTH bool logits_are_bounded(const Partial &x) {
+  return x.size <= Real<REAL>::logit_bound && !is_nan(x.s_total.high) && !is_nan(x.t_total.high);
 }
 
 // What is known of a row. REALs alone, so that it lies in an array of them.
@@ -499,14 +499,14 @@ struct RowStatistics {
   REAL student_peak, teacher_peak;  // the largest probabilities
   REAL has_valid, undefined;      // 0 or 1, as are the five below; these four as in _core/formulas.py
   REAL unreachable, infinite;
-  REAL careful;                   // how the row is to be worked on; the reference and the mean are then in quarters
+  REAL guarded;                   // how the row is to be worked on; the reference and the mean are then in quarters
   REAL knows_kl, knows_energy;    // the sums of the statistics gave these losses with all their digits
   REAL s_top, t_top;              // of the origin, as is the reference
   REAL per_s_total, per_t_total;  // of the sums of exponentials
   REAL gap_of_student;            // q - p is this times the student's exponential, and the difference of both / t_total
   REAL log_ratio;                 // log (t_total / s_total)
   Difference<REAL> reference;
-  REAL mean;                      // of what d is larger than at the reference
+  REAL mean;                      // the weighted mean of d, less d at the reference
   REAL others;                    // d less its mean in the classes where d is finite, of a row where some d is infinite
 };
 static_assert(sizeof(RowStatistics) == 25 * sizeof(REAL), "_ROW in _run/cuda.py");
@@ -519,9 +519,9 @@ GKLX_BOTH void settle(RowStatistics &r) {
   if (is_nan(r.mass)) r.energy = r.mass;
 }
 
-// p L summed over the classes is the mean of d / T but for what d / T is at the origins, less the logarithm of the
-// ratio of the normalisers, which is known to about a unit in the last place of 1. A mean square less the squared mean
-// is the other. Both are taken where little cancels.
+// KL is the mean of d / T, less its value at the origins, less log(t_total / s_total), which is known to about a unit in
+// the last place of 1; E is half of a mean square less the squared mean. Both cancel where the rows are close: `knows_kl`
+// and `knows_energy` say whether enough digits remain, else `gradients` adds up the classes again.
 GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   const Origin &o = x.origin;
   const Sum s_total = sum_of(x.s_total);
@@ -530,7 +530,7 @@ GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
     const REAL mean_logit = value_of(x.mean_logit) * (r.per_t_total / g.per_class);
     r.ce = log_s_total - mean_logit * g.inverse_temperature * REAL(2);
   }
-  if (r.careful) return;
+  if (r.guarded) return;
   const REAL squares = value_of(x.squares) / (r.mass * g.per_class), square = r.mean * r.mean;
   r.energy = r.mass == REAL(0) ? REAL(0) : REAL(0.5) * (squares - square);
   r.knows_energy = r.mass == REAL(0) || squares - square >= squares / 16;
@@ -541,10 +541,10 @@ GKLX_BOTH void find_losses(const Given &g, const Partial &x, RowStatistics &r) {
   r.knows_kl = r.kl >= larger(REAL(1), larger(magnitude(difference), magnitude(r.log_ratio))) / 8;
 }
 
-GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, bool careful) {
+GKLX_BOTH RowStatistics finished(const Given &g, int64_t row, const Partial &x, bool guarded) {
   RowStatistics r = {};
   r.base = r.per_s_total = r.per_t_total = r.student_peak = r.teacher_peak = 1;
-  r.careful = careful || !(x.seen & VALID);
+  r.guarded = guarded || !(x.seen & VALID);
   r.knows_kl = r.knows_energy = !(x.seen & VALID);
   if (!(x.seen & VALID)) return r;
   const Origin &o = x.origin;
@@ -650,7 +650,7 @@ struct Factors {
 };
 
 GKLX_BOTH Factors factors_of(const Given &g, const Asked &a, const RowStatistics &r) {
-  const REAL share = share_of(r.weight, a.mean, a.ranks, a.totals);
+  const REAL share = reduction_weight(r.weight, a.mean, a.ranks, a.totals);
   Factors f = {a.ce_weight * share, a.mse_weight * share};
   if (r.weight == REAL(0) || a.mse_weight == REAL(0)) return {f.ce, REAL(0)};
   if (a.tempered) f.energy *= g.inverse_temperature * g.inverse_temperature;
@@ -688,16 +688,16 @@ GKLX_BOTH Sums merged(Sums a, const Sums &b) {
   return a;
 }
 
-template <bool Careful> GKLX_BOTH REAL centred(const RowStatistics &r, const Difference<REAL> &d, REAL w) {
+template <bool Guarded> GKLX_BOTH REAL centred(const RowStatistics &r, const Difference<REAL> &d, REAL w) {
   const REAL c = deviation(d, r.reference) - r.mean;
-  if (!Careful) return c;
+  if (!Guarded) return c;
   if (w == REAL(0)) return REAL(0);
   if (r.undefined) return nan_of<REAL>();
   return !r.infinite ? c : is_infinite(d.high) ? d.high : r.others;
 }
 
 GKLX_BOTH RowStatistics settled(const Given &g, RowStatistics r, const Sums &sums) {
-  const REAL scale = r.careful ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
+  const REAL scale = r.guarded ? REAL(8) : REAL(0.5);  // 16 quarters of quarters
   if (!r.knows_kl) r.kl = value_of(sums.kl);
   const REAL mass = r.mass * g.per_class;
   if (!r.knows_energy) r.energy = mass == REAL(0) ? REAL(0) : scale * value_of(sums.squares) / mass;
@@ -707,17 +707,17 @@ GKLX_BOTH RowStatistics settled(const Given &g, RowStatistics r, const Sums &sum
 
 // Spread: wMSE, or KL's gradient to the teacher, has a part in the gradients. Summed: losses are to be summed again,
 // which includes Spread.
-template <bool Careful, bool Spread, bool Summed>
+template <bool Guarded, bool Spread, bool Summed>
 GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
                               int lane) {
   const Lines lines = lines_of(g, row);
   const REAL per_divisor = REAL(1) / r.base;
   const REAL gap_rate = f.ce * g.inverse_temperature;
-  const REAL scale = difference_scale<Careful> / (r.mass == REAL(0) ? REAL(1) : r.mass);
+  const REAL scale = difference_scale<Guarded> / (r.mass == REAL(0) ? REAL(1) : r.mass);
   const REAL of_student = gap_rate * r.gap_of_student, of_both = gap_rate * r.per_t_total, of_spread = f.energy * scale;
-  const Difference<REAL> top = difference_at<REAL, Careful>(r.t_top, r.s_top);
+  const Difference<REAL> top = difference_at<REAL, Guarded>(r.t_top, r.s_top);
   // In two factors: of the smallest temperature, four times the inverse is infinite.
-  constexpr REAL half_scale = difference_scale<Careful> / 2;
+  constexpr REAL half_scale = difference_scale<Guarded> / 2;
   const REAL doubled = REAL(2) * g.inverse_temperature;
   Pack<STUDENT> *to_student = (Pack<STUDENT> *)(a.to_student + row * g.classes);
   Pack<TEACHER> *to_teacher = (Pack<TEACHER> *)(a.to_teacher + row * g.classes);
@@ -726,34 +726,34 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
   for (int i = lane; i < lines.packs; i += GROUP) {
     Pack<STUDENT> s_pack = lines.student[i];
     Pack<TEACHER> t_pack = lines.teacher[i];
-    const Classes c = classes_of<Careful>(g, row, lines, i, s_pack, t_pack);
+    const Classes c = classes_of<Guarded>(g, row, lines, i, s_pack, t_pack);
     REAL kl = 0, squares = 0;
 #pragma unroll
     for (int k = 0; k < VECTOR; ++k) {
       REAL gap = 0, spread = 0;
-      if (!Careful || (r.has_valid && c.valid[k])) {
+      if (!Guarded || (r.has_valid && c.valid[k])) {
         const REAL below = c.t[k] - r.t_top;
-        const REAL of_s = exponential_of<Careful>(c.s[k] - r.s_top, g.per_temperature);
-        const REAL of_t = exponential_of<Careful>(below, g.per_temperature);
-        if (Careful) {
+        const REAL of_s = exponential_of<Guarded>(c.s[k] - r.s_top, g.per_temperature);
+        const REAL of_t = exponential_of<Guarded>(below, g.per_temperature);
+        if (Guarded) {
           gap = of_s * r.gap_of_student + (of_s - of_t) * r.per_t_total;
           gap = scaled(gap_rate, r.undefined ? nan_of<REAL>() : gap);
         } else {
           gap = of_s * of_student + (of_s - of_t) * of_both;
         }
         if (Spread) {
-          const Difference<REAL> d = difference_at<REAL, Careful>(c.t[k], c.s[k]);
-          const REAL w = weight_of<Careful>(g, below, of_t, c.prior[k], per_divisor);
-          const REAL away = centred<Careful>(r, d, w);
-          spread = Careful ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
+          const Difference<REAL> d = difference_at<REAL, Guarded>(c.t[k], c.s[k]);
+          const REAL w = weight_of<Guarded>(g, below, of_t, c.prior[k], per_divisor);
+          const REAL away = centred<Guarded>(r, d, w);
+          spread = Guarded ? scaled(f.energy, scale * (w * away)) : of_spread * (w * away);
           if (a.symmetric) gap -= spread;
           if (Summed) {
             squares += ((g.per_class * w) * away) * away;
             const REAL p = of_t * r.per_t_total, q = of_s * r.per_s_total;
             const REAL apart = deviation(d, top) * half_scale, ratio = apart * doubled - r.log_ratio;
-            const bool none = Careful && (is_infinite(d.high) || p == REAL(0));
+            const bool none = Guarded && (is_infinite(d.high) || p == REAL(0));
             // Where log p - log q is too large for REAL, p times it need not be.
-            kl += none ? q : Careful && is_infinite(ratio) ? (p * apart) * doubled : divergence(p, q, ratio);
+            kl += none ? q : Guarded && is_infinite(ratio) ? (p * apart) * doubled : divergence(p, q, ratio);
           }
         }
       }
@@ -770,18 +770,18 @@ GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistic
   return sums;
 }
 
-// Where the gradients' factors overflow, `Careful` gives 0, and not NaN, if what they multiply is 0. A row that had no need
+// Where the gradients' factors overflow, `Guarded` gives 0, and not NaN, if what they multiply is 0. A row that had no need
 // of it before is moved to its units: there a difference is a quarter of d.
-GKLX_BOTH RowStatistics careful_for(const Given &g, RowStatistics r, const Factors &f) {
+GKLX_BOTH RowStatistics guarded_for(const Given &g, RowStatistics r, const Factors &f) {
   const bool overflows = is_infinite(f.ce * g.inverse_temperature) || is_infinite(f.energy);
-  if (r.careful || !overflows) return r;
-  r.careful = true;
+  if (r.guarded || !overflows) return r;
+  r.guarded = true;
   r.reference = {REAL(0.25) * r.reference.high, REAL(0.25) * r.reference.low};
   r.mean *= REAL(0.25);
   return r;
 }
 
-GKLX_APART Sums careful_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
+GKLX_APART Sums guarded_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, int64_t row,
                                 int lane) {
   return thread_results<true, true, true>(g, a, r, f, row, lane);
 }
@@ -789,7 +789,7 @@ GKLX_APART Sums careful_results(const Given &g, const Asked &a, const RowStatist
 GKLX_BOTH Sums thread_results(const Given &g, const Asked &a, const RowStatistics &r, const Factors &f, bool summed,
                               int64_t row, int lane) {
   if (!summed && !a.to_student && !a.to_teacher) return {{0, 0}, {0, 0}};
-  if (r.careful) return careful_results(g, a, r, f, row, lane);
+  if (r.guarded) return guarded_results(g, a, r, f, row, lane);
   if (summed) return thread_results<false, true, true>(g, a, r, f, row, lane);
   const bool spread = f.energy != REAL(0) && (a.to_teacher || a.symmetric);
   if (spread) return thread_results<false, true, false>(g, a, r, f, row, lane);
@@ -879,15 +879,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) statistics(GIVEN, Ro
   const int64_t row = (int64_t)blockIdx.x * (BLOCK / GROUP) + threadIdx.x / GROUP;
   bool left = row < rows;  // to be done
 #pragma unroll 1
-  for (int careful = !is_ordinary(g); careful < 2 && __syncthreads_or(left); ++careful) {
+  for (int guarded = !exponents_are_finite(g); guarded < 2 && __syncthreads_or(left); ++guarded) {
     Origin origin = nowhere();
-    if (left) origin = careful ? thread_origin<true>(g, row, lane) : thread_origin<false>(g, row, lane);
+    if (left) origin = guarded ? thread_origin<true>(g, row, lane) : thread_origin<false>(g, row, lane);
     origin = all_merged(origin, (Origin *)store, GROUP, [](const Origin &a, const Origin &b) { return merged(a, b); });
     Partial x = no_classes(origin);
-    if (left) x = careful ? careful_statistics(g, row, lane, origin) : thread_statistics<false>(g, row, lane, origin);
+    if (left) x = guarded ? guarded_statistics(g, row, lane, origin) : thread_statistics<false>(g, row, lane, origin);
     x = all_merged(x, store, GROUP, [&](const Partial &a, const Partial &b) { return merged(g, a, b); });
-    if (!left || (!careful && !needs_no_care(x))) continue;
-    if (lane == 0) found[row] = finished(g, row, x, careful);
+    if (!left || (!guarded && !logits_are_bounded(x))) continue;
+    if (lane == 0) found[row] = finished(g, row, x, guarded);
     left = false;
   }
 }
@@ -924,7 +924,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCKS) gradients(GIVEN, con
   const bool any_summed = __syncthreads_or(summed);
   Sums sums = {{0, 0}, {0, 0}};
   const Factors f = factors[at / GROUP];
-  const RowStatistics r = careful_for(g, known, f);
+  const RowStatistics r = guarded_for(g, known, f);
   if (in) sums = thread_results(g, a, r, f, summed, row, lane);
   if (any_summed) sums = all_merged(sums, store, GROUP, [](const Sums &x, const Sums &y) { return merged(x, y); });
   if (in && lane == 0) write_losses(g, a, summed ? settled(g, r, sums) : r, row);

@@ -42,9 +42,9 @@ constexpr int VECTOR = 16;
 #endif
 template <int N> using Lanes = std::integral_constant<int, N>;
 
-// In rows that need care, sums of logits and of their differences are of such parts of them: sums of finite numbers with
-// finite means do not overflow. What the factor underflows is nothing beside what else a result is made of.
-template <bool Careful> constexpr double summed_part = Careful ? 0x1p-30 : 1;
+// In guarded rows logits and their differences are multiplied by this before they are added up: a sum does not overflow
+// where the mean is finite. What underflows is below the rounding of the rest.
+template <bool Guarded> constexpr double summed_part = Guarded ? 0x1p-30 : 1;
 
 // `work(lanes, begin, end)` for chunks of the classes [0, n). What fills no vector of 64 bytes runs in vectors of 16:
 // compilers would take it one class at a time, each as long as a whole vector.
@@ -74,7 +74,7 @@ struct Ahead {
 //
 // Differences d are taken from that of a reference, the class that weighs most: where it has nearly all weight, what d is
 // rounded by is as large as the differences that matter.
-template <class R> struct Line {
+template <class R> struct RowData {
   int64_t n;
   const R *s, *t, *w;
   R *es, *et;  // exp((x - top) / T)
@@ -82,18 +82,18 @@ template <class R> struct Line {
   double s_total, t_total, w_total;  // the sums of es, et, w
   R of_s, of_t;                      // 1 / s_total, 1 / t_total
   double z_student;                  // the sum of et (s - s_top), as `summed_part` of it
-  R mean;                            // of what d is larger than at the reference
+  R mean;                            // the weighted mean of d, less d at the reference
   Ahead student_ahead, teacher_ahead;
 };
 
 template <class R> struct Inspected {
   R s_top, t_top;
-  bool moderate;  // all logits are finite, and so are a chunk's sums of squares of their differences
+  bool bounded;  // all logits are finite, and so are a chunk's sums of squares of their differences
 };
 
 template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n) {
   using Word = typename Real<R>::Word;
-  constexpr R limit = Real<R>::moderate;
+  constexpr R limit = Real<R>::logit_bound;
   Order<R> s_top = order_of(-Real<R>::inf), t_top = s_top;
   Word beyond = 0;
   in_chunks<R>(n, [&](auto lanes, int64_t begin, int64_t end) {
@@ -113,9 +113,9 @@ template <class R> APART Inspected<R> inspect(const R *s, const R *t, int64_t n)
 }
 
 // The class of the largest logit `top`, the first of several: NumPy's argmax, to which a NaN is the largest.
-template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool moderate) {
+template <class R> APART int64_t top_class(const R *x, int64_t n, R top, bool bounded) {
   using Word = typename Real<R>::Word;
-  for (int64_t j = 0; !moderate && j < n; ++j) {
+  for (int64_t j = 0; !bounded && j < n; ++j) {
     if (is_nan(x[j])) return j;
   }
   constexpr int64_t block = 16;
@@ -137,8 +137,8 @@ template <class R> Order<R> where_heaviest(R x, R w, R largest_weight) {
 }
 
 // Fills es, et and their sums, and finds the part of CE; with weights other than the teacher's own, the reference as well.
-template <class R, bool Careful, bool Tempered, bool Weighed>
-APART void exponentials(Line<R> &x, R largest_weight = 0) {
+template <class R, bool Guarded, bool Tempered, bool Weighed>
+APART void exponentials(RowData<R> &x, R largest_weight = 0) {
   const R *s = x.s, *t = x.t, *w = x.w;
   Order<R> s_reference = order_of(-Real<R>::inf), t_reference = s_reference;
   R *es = x.es, *et = x.et;
@@ -162,9 +162,9 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
       R of_t = exponential(Tempered ? z_t * per_temperature : z_t);
       a += of_s;
       b += of_t;
-      if (Careful) {
+      if (Guarded) {
         const R halved = R(0.5) * s[j] - R(0.5) * s_top;
-        c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Careful>));
+        c += of_t == R(0) || s[j] == -Real<R>::inf ? R(0) : of_t * (halved * R(2 * summed_part<Guarded>));
       } else {
         c += of_t * z_s;
       }
@@ -189,7 +189,7 @@ APART void exponentials(Line<R> &x, R largest_weight = 0) {
 }
 
 // The reference alone, where no softmax is asked for.
-template <class R> APART void find_reference(Line<R> &x, R largest_weight) {
+template <class R> APART void find_reference(RowData<R> &x, R largest_weight) {
   const R *s = x.s, *t = x.t, *w = x.w;
   Order<R> s_reference = order_of(-Real<R>::inf), t_reference = s_reference;
   SIMD(reduction(max : s_reference, t_reference))
@@ -207,20 +207,20 @@ struct Sums {
   double kl, reverse_kl;
 };
 
-// The type in which products of weights and differences are summed: in rows that need care a float may overflow.
-template <class R, bool Careful> struct Widest { using Type = R; };
+// The type in which products of weights and differences are summed: in guarded rows a float may overflow.
+template <class R, bool Guarded> struct Widest { using Type = R; };
 template <> struct Widest<float, true> { using Type = double; };
 
-template <class R, bool Careful, bool Spread, bool Gap, bool Kl, bool Reverse = false>
-APART Sums sums(const Line<R> &x) {
+template <class R, bool Guarded, bool Spread, bool Gap, bool Kl, bool Reverse = false>
+APART Sums sums(const RowData<R> &x) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = Gap || Kl ? R(0) : x.mean;  // which is known when nothing else is asked for anymore
   const R of_s = x.of_s, of_t = x.of_t;
-  using Product = typename Widest<R, Careful>::Type;
-  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
+  using Product = typename Widest<R, Guarded>::Type;
+  const Difference<R> reference = difference_at<R, Guarded>(x.t_reference, x.s_reference);
   // In two factors: of the smallest temperature, four times the inverse is infinite.
-  const R doubled = R(Careful ? 2 : 1) * x.per_temperature, half_scale = R(difference_scale<Careful> / (Careful ? 2 : 1));
-  const Difference<R> top = difference_at<R, Careful>(x.t_top, x.s_top);
+  const R doubled = R(Guarded ? 2 : 1) * x.per_temperature, half_scale = R(difference_scale<Guarded> / (Guarded ? 2 : 1));
+  const Difference<R> top = difference_at<R, Guarded>(x.t_top, x.s_top);
   const R normalizers = Kl ? R(std::log(x.t_total) - std::log(x.s_total)) : R(0);
   Sums found = {};
   in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
@@ -228,12 +228,12 @@ APART Sums sums(const Line<R> &x) {
     R g = 0, k = 0, r = 0;
     SIMD_OF(lanes, reduction(+ : a, b, g, k, r))
     for (int64_t j = begin; j < end; ++j) {
-      const Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
-      const bool infinite = Careful && is_infinite(d.high);
+      const Difference<R> d = difference_at<R, Guarded>(t[j], s[j]);
+      const bool infinite = Guarded && is_infinite(d.high);
       if (Spread) {
         R deviation = ((d.high - reference.high) + (d.low - reference.low)) - mean;
-        if (Careful) deviation = infinite ? R(0) : deviation;
-        Product weighted = Product(w[j]) * (Product(deviation) * Product(summed_part<Careful>));
+        if (Guarded) deviation = infinite ? R(0) : deviation;
+        Product weighted = Product(w[j]) * (Product(deviation) * Product(summed_part<Guarded>));
         a += weighted;
         b += weighted * Product(deviation);
       }
@@ -245,11 +245,11 @@ APART Sums sums(const Line<R> &x) {
           const R ratio = apart * doubled - normalizers;
           R part = divergence(p, q, ratio);
           // Where log p - log q is too large for R, p times it need not be.
-          if (Careful) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;
+          if (Guarded) part = infinite || p == R(0) ? q : is_infinite(ratio) ? (p * apart) * doubled : part;
           k += part;
           if (Reverse) {
             part = reverse_divergence(p, q, ratio);
-            if (Careful) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;
+            if (Guarded) part = infinite || q == R(0) ? p : is_infinite(ratio) ? -(q * apart) * doubled : part;
             r += part;
           }
         }
@@ -265,31 +265,31 @@ APART Sums sums(const Line<R> &x) {
 }
 
 // What the gradients of one row are multiplied by.
-template <class R> struct Rates {
+template <class R> struct GradientScales {
   R difference;  // of w (d - its mean)
   R gap;         // of q - p
 };
 
 enum Student { NOT, GAP, GAP_AND_DIFFERENCE };
 
-template <class R, bool Careful, Student To, bool Teacher>
-APART void gradients(const Line<R> &x, Rates<R> rates, R gap_sum, R *to_s, R *to_t) {
+template <class R, bool Guarded, Student To, bool Teacher>
+APART void gradients(const RowData<R> &x, GradientScales<R> scales, R gap_sum, R *to_s, R *to_t) {
   const R *s = x.s, *t = x.t, *es = x.es, *et = x.et, *w = x.w;
   const R mean = x.mean, of_s = x.of_s, of_t = x.of_t;
-  const Difference<R> reference = difference_at<R, Careful>(x.t_reference, x.s_reference);
+  const Difference<R> reference = difference_at<R, Guarded>(x.t_reference, x.s_reference);
   in_chunks<R>(x.n, [&](auto lanes, int64_t begin, int64_t end) {
     SIMD_OF(lanes)
     for (int64_t j = begin; j < end; ++j) {
       R of_difference = 0, of_gap = 0;
       if (To == GAP_AND_DIFFERENCE || Teacher) {
-        Difference<R> d = difference_at<R, Careful>(t[j], s[j]);
+        Difference<R> d = difference_at<R, Guarded>(t[j], s[j]);
         R c = ((d.high - reference.high) + (d.low - reference.low)) - mean;
-        if (Careful) c = is_infinite(d.high) ? R(0) : c;
-        of_difference = rates.difference * (w[j] * c);
+        if (Guarded) c = is_infinite(d.high) ? R(0) : c;
+        of_difference = scales.difference * (w[j] * c);
       }
       if (To != NOT) {
         R p = et[j] * of_t, q = es[j] * of_s;
-        of_gap = rates.gap * ((q - p) - p * gap_sum);
+        of_gap = scales.gap * ((q - p) - p * gap_sum);
       }
       if (To == GAP) to_s[j] = of_gap;
       if (To == GAP_AND_DIFFERENCE) to_s[j] = of_gap - of_difference;
@@ -330,8 +330,8 @@ APART Weighing<R> teacher_power(const R *t, R t_top, int64_t n, R gamma, R per_t
 
 // Whether a row of weights with this largest one can be used as it is: as large as it would be after division by a power
 // of two, so that products with differences neither overflow nor lose digits below the normal numbers. A number and the
-// power of two below it, which is all that a raised prior keeps of it, give the same answer.
-bool is_ordinary(double largest) { return largest >= 0.5 && largest < 2; }
+// power of two below it, which is all that a powered prior keeps of it, give the same answer.
+bool usable_unscaled(double largest) { return largest >= 0.5 && largest < 2; }
 
 template <class R> struct PriorSeen {
   R largest;
@@ -360,7 +360,7 @@ template <class R> APART PriorSeen<R> inspect_prior(const R *x, int64_t n) {
 // largest x is near 1, the weights are x itself, and need not be written.
 template <class R> APART Weighing<R> prior_power(const R *x, int64_t n, R gamma, R *w) {
   const PriorSeen<R> seen = inspect_prior(x, n);
-  const bool as_they_are = gamma == R(1) && is_ordinary(double(seen.largest));
+  const bool as_they_are = gamma == R(1) && usable_unscaled(double(seen.largest));
   const R scale = as_they_are ? seen.largest : power_of_two_below(seen.largest), per_scale = R(1) / scale;
   const bool raises = gamma != R(0) && gamma != R(1) && seen.largest > R(0);
   const R log_base = raises ? logarithm(seen.largest * per_scale) : R(0), base = raises ? seen.largest : scale;

@@ -36,7 +36,7 @@ template <> struct Real<float> {
   using Signed = int;
   static constexpr float inf = float(GKLX_INFINITY), largest = 3.402823466e38f;
   static constexpr float smallest_normal = 1.17549435e-38f, two_to_fraction = 8388608.0f;
-  static constexpr float moderate = 0x1p56f;  // sums of 2^12 squares of four times as much are finite
+  static constexpr float logit_bound = 0x1p56f;  // sums of 2^11 squares of four times as much are finite
   static constexpr int fraction = 23, bias = 127;
   // Adding it rounds to an integer, which then stands in the low bits.
   static constexpr float rounder = 12582912.0f;
@@ -49,7 +49,7 @@ template <> struct Real<double> {
   using Signed = int64_t;
   static constexpr double inf = GKLX_INFINITY, largest = 1.7976931348623157e308;
   static constexpr double smallest_normal = 2.2250738585072014e-308, two_to_fraction = 4503599627370496.0;
-  static constexpr double moderate = 0x1p504;
+  static constexpr double logit_bound = 0x1p504;
   static constexpr int fraction = 52, bias = 1023;
   static constexpr double rounder = 6755399441055744.0;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
@@ -235,12 +235,13 @@ template <class R> GKLX_BOTH Difference<R> difference(R t, R s) {
   return {high, low};
 }
 
-// In rows that need care it is a quarter of d, so that no finite logits overflow.
-template <class R, bool Careful> GKLX_BOTH Difference<R> difference_at(R t, R s) {
-  return Careful ? difference(R(0.25) * t, R(0.25) * s) : difference(t, s);
+// `Guarded` functions take masks, infinities, NaN and logits beyond `logit_bound`, which most rows do not have. There a
+// difference is a quarter of d, so that no finite logits overflow.
+template <class R, bool Guarded> GKLX_BOTH Difference<R> difference_at(R t, R s) {
+  return Guarded ? difference(R(0.25) * t, R(0.25) * s) : difference(t, s);
 }
 
-template <bool Careful> constexpr double difference_scale = Careful ? 4 : 1;
+template <bool Guarded> constexpr double difference_scale = Guarded ? 4 : 1;
 
 // A class's part of KL: p L + q - p with L = log p - log q. It is >= 0, and so is their sum, which is KL since p and q
 // each sum to 1. Near L = 0 it is p (L + exp(-L) - 1), without the cancellation that would leave nothing of the KL of two
@@ -288,8 +289,9 @@ template <class R> GKLX_BOTH R scaled(R factor, R x) {
   return factor == R(0) || (x == R(0) && is_infinite(factor)) ? R(0) : factor * x;
 }
 
-// What one row counts for in a batch's value: its sample weight, as part of all of them for a mean over `ranks` batches.
-template <class R> GKLX_BOTH R share_of(R weight, bool mean, R ranks, const Totals<R> &totals) {
+// What a row's loss is multiplied by in the batch's: its sample weight, divided by their sum for a mean (over `ranks`
+// batches).
+template <class R> GKLX_BOTH R reduction_weight(R weight, bool mean, R ranks, const Totals<R> &totals) {
   if (!mean) return weight;
   return totals.weight == R(0) ? R(0) : ranks * (weight / totals.largest_weight / totals.weight);
 }

@@ -7,18 +7,37 @@ defers its work is given all rows at once.
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import EllipsisType
+from typing import Any
+
+import numpy as np
 
 from .._core import batch as batches
 from .._core import formulas
-from .._core.batch import Batch
-from .._core.call import Array, Asked, Call, Result
+from .._core.call import Array, Asked, Batch, Call, Result
 
 _Block = tuple[slice | EllipsisType, ...]
 
 
 def evaluate(call: Call, asked: Asked, shared: Batch | None = None, *, upstream: Array | None = None) -> Result:
     """As `dispatch.evaluate`."""
+    with _without_warnings(call):
+        return _in_blocks(call, asked, shared, upstream)
+
+
+def batch(call: Call) -> Batch:
+    """What the samples share, on this rank alone."""
+    with _without_warnings(call):
+        return batches.merged(call, [_batch_of(_part(call, block)) for block in _blocks(call)])
+
+
+def _without_warnings(call: Call) -> AbstractContextManager[Any]:
+    """NumPy warns where numbers overflow or are NaN, even if no result is made of them; the kernels do not."""
+    return np.errstate(all="ignore") if call.library.backend in ("numpy", "array_api_strict") else nullcontext()
+
+
+def _in_blocks(call: Call, asked: Asked, shared: Batch | None, upstream: Array | None) -> Result:
     if shared is None and batches.uses_batch(call):
         shared = batches.over_ranks(call, batch(call))
     blocks = list(_blocks(call))
@@ -37,11 +56,6 @@ def evaluate(call: Call, asked: Asked, shared: Batch | None = None, *, upstream:
             to_teacher[block] = found.teacher
         values.append(found.value)
     return Result(_joined(call, values) if asked.value else None, to_student, to_teacher, shared)
-
-
-def batch(call: Call) -> Batch:
-    """What the samples share, on this rank alone."""
-    return batches.merged(call, [_batch_of(_part(call, block)) for block in _blocks(call)])
 
 
 def _batch_of(call: Call) -> Batch:
@@ -82,7 +96,7 @@ def _joined(call: Call, values: list[Array]) -> Array:
 
 
 def _part(call: Call, block: _Block) -> Call:
-    """The call of some of the rows, on this rank alone."""
+    """The call of some of the rows."""
     arrays = call.arrays
     where = arrays.where
     if where is not None:

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .._core.batch import Batch, over_ranks, uses_batch
-from .._core.call import Array, Asked, Call, Result, are_static
+from .._core.batch import over_ranks, uses_batch
+from .._core.call import Array, Asked, Batch, Call, Result, are_static
 from .._core.libraries import Library, dtype_name
 from . import cpu_library
 
@@ -52,7 +52,7 @@ def serves(call: Call) -> bool:
     backend = call.library.backend
     if backend not in _HOSTS:
         return False
-    # PyTorch's compiler, which follows this, must not come to where the library is looked for.
+    # First, since PyTorch's compiler follows this function, and can follow neither ctypes nor os.environ.
     if backend == "torch" and not are_plain_tensors(call, "cpu"):
         return False
     if backend == "numpy" and not _are_native(call):
@@ -174,6 +174,7 @@ def _request(call: Call, threads: int | None = None) -> tuple[cpu_library.RowCal
         mask, where_row, where_class = mask_layout(call)
         kept.append(contiguous(mask, None))
         where = address(kept[-1])
+    # By position, which is faster: in the order of `RowCall._fields_`, with the orders of `Numbers` and `Formula`.
     request = cpu_library.RowCall(
         address(student),
         address(teacher),

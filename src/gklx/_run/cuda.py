@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .._core import batch as batches
-from .._core.batch import Batch
-from .._core.call import Array, Asked, Call, Result, are_static
+from .._core.call import Array, Asked, Batch, Call, Result, are_static
 from .._core.libraries import dtype_name
 from . import cpu, cpu_library, cuda_launch
 from .cuda_launch import THREADS, Device, Options

@@ -181,7 +181,7 @@ def _core_kernel(options: Options, name: str, device: int) -> Any:
 
 @cache
 def _core_module(options: Options, device: int) -> Any:
-    """Both kernels, compiled once."""
+    """All kernels, compiled once."""
     from cuda.core import Device as CudaDevice
 
     on = CudaDevice(device)
@@ -190,7 +190,7 @@ def _core_module(options: Options, device: int) -> Any:
 
 
 class _Stream(NamedTuple):
-    """A stream of PyTorch, which ends none of its own before the process ends, as other libraries ask for one."""
+    """A stream of PyTorch by the protocol `__cuda_stream__`. PyTorch destroys none, so that it may be kept."""
 
     handle: int
 

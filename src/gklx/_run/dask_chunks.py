@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._core import batch as batches
-from .._core.batch import Batch
-from .._core.call import Array, Arrays, Asked, Call, Formula, Numbers, Reduction, Result
+from .._core.call import Array, Arrays, Asked, Batch, Call, Formula, Numbers, Reduction, Result
 from .._core.formulas import scaled
 from .._core.libraries import library_of
 from . import blocks, cpu, cpu_library, cuda

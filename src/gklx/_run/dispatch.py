@@ -1,7 +1,6 @@
 """Runs a call: on the row kernel of the CPU or of a GPU where it serves the arrays, else by the formulas."""
 
-from .._core.batch import Batch
-from .._core.call import Array, Asked, Call, Result
+from .._core.call import Array, Asked, Batch, Call, Result
 from . import blocks, cpu, cpu_library, cuda, dask_chunks
 
 
@@ -29,8 +28,8 @@ def evaluate(
     """Value and gradients of a call, as asked for.
 
     `shared` is what the samples of the batch share, and `statistics` what the CUDA kernels found of each row, where an
-    earlier evaluation of the same call returned them. The gradients are those of each sample's own entry under the
-    reduction "none", times `upstream`, of the value's shape, where it is given.
+    earlier evaluation of the same call returned them. Under the reduction "none" row i of a gradient is that of entry i
+    of the value. Gradients are multiplied by `upstream`, of the value's shape, where it is given.
     """
     if call.library.backend == "dask":
         return dask_chunks.evaluate(call, asked)

@@ -29,7 +29,7 @@ class SampleLosses(NamedTuple):
     has_valid: Array
     """Boolean: some class is valid."""
     undefined: Array
-    """Boolean: a valid logit is NaN, or a softmax has no finite logit."""
+    """Boolean: a valid logit is NaN or +inf, or a softmax has no finite logit."""
     reverse_kl: Array | None = None
     """KL with student and teacher exchanged; from the row kernel alone, where it is asked for."""
     overlaps: Array | None = None
