@@ -1,8 +1,8 @@
 """The four losses: KL, DKL, IKL and GKL of a student's logits from a teacher's."""
 
 from collections.abc import Callable
-from functools import partial, wraps
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, cast
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 from . import _autodiff
 from ._core.call import Array, Call, Formula, Number, Reduction
@@ -13,31 +13,25 @@ _Signature = ParamSpec("_Signature")
 _Array = TypeVar("_Array")
 
 
-class _CallOn(Generic[_Array]):
-    """For type checkers: a `Call` on arrays of this type, so that the loss made from it returns one."""
-
-
-def _on_arrays(build: Callable[_Signature, Call]) -> Callable[_Signature, _CallOn[Any]]:
-    return cast(Callable[_Signature, _CallOn[Any]], build)
-
-
-_call_of = _on_arrays(partial(call_of, prior_is_right))
-
 _KL = Formula(decomposed=False, tempered=True, symmetric=False, batch_normalized=False)
 _DKL = Formula(decomposed=True, tempered=True, symmetric=False, batch_normalized=False)
 _IKL = Formula(decomposed=True, tempered=False, symmetric=True, batch_normalized=False)
 
 
-def _loss(build: Callable[_Signature, _CallOn[_Array]]) -> Callable[_Signature, _Array]:
+def _loss(build: Callable[_Signature, _Array]) -> Callable[_Signature, _Array]:
     """A public loss from the function that checks its arguments; `grad` and its kin find that function again."""
 
     @wraps(build)
     def loss(*args: _Signature.args, **kwargs: _Signature.kwargs) -> _Array:
         return cast(_Array, _autodiff.value(cast(Call, build(*args, **kwargs))))
 
-    loss.__annotations__["return"] = Array
     loss._gklx_call = build  # type: ignore[attr-defined]
     return loss
+
+
+def _call_of(formula: Formula, student_logits: _Array, teacher_logits: Array, **given: Any) -> _Array:
+    """The checked call. To type checkers it is the loss, an array of the student's type, which `_loss` makes of it."""
+    return cast(_Array, call_of(prior_is_right, formula, student_logits, teacher_logits, **given))
 
 
 @_loss
@@ -49,7 +43,7 @@ def kl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> _CallOn[_Array]:
+) -> _Array:
     r"""KL(teacher ‖ student): the divergence of the student's softmax from the teacher's.
 
     With p = softmax(t/T) of the teacher and q = softmax(s/T) of the student, a sample's loss is
@@ -130,7 +124,7 @@ def dkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> _CallOn[_Array]:
+) -> _Array:
     r"""Decoupled KL(teacher ‖ student): a weighted MSE of logit differences plus a soft-label cross-entropy.
 
     With both weights 1 its gradients equal those of `kl`, for student and teacher, at every temperature. Its value
@@ -211,7 +205,7 @@ def ikl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> _CallOn[_Array]:
+) -> _Array:
     r"""Improved KL(teacher ‖ student): DKL with a symmetric MSE and class-wise weights.
 
     A sample's loss is mse_weight·¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)² − ce_weight·Σ_j S(p_j) log q_j. The wMSE's gradient
@@ -299,7 +293,7 @@ def gkl(
     sample_weight: Array | None = None,
     where: Array | None = None,
     reduction: Reduction = "mean",
-) -> _CallOn[_Array]:
+) -> _Array:
     r"""Generalized KL(teacher ‖ student): IKL with smoother weights w^γ, normalised over the batch.
 
     The loss is mse_weight·Σ v·wMSE / Σ v W² + ce_weight·Σ v·CE / Σ v, where wMSE = ¼ Σ_jk w_j w_k (Δt_jk − Δs_jk)²
