@@ -446,6 +446,20 @@ def test_prior_may_hold_anything_where_nothing_counts(backend, samples):
             results(table, labels)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (300, 20), (40, 1000)])
+def test_nan_in_a_large_prior_is_found(backend, shape):
+    """A maximum alone may leave it out: XLA's does, of more than a few numbers."""
+    table = np.full(shape, 0.5)
+    table[1, 2] = np.nan
+    s = backend.array(np.zeros(shape), "float32")
+    loss = backend.wrap(lambda s, p: gklx.gkl(s, s, prior=p))
+    if backend.library.readable(s) and not backend.traced:
+        with raises(ValueError, "prior must be finite and not negative, got nan at index [1, 2]"):
+            loss(s, backend.array(table, "float32"))
+    else:
+        assert np.isnan(backend.numpy(loss(s, backend.array(table, "float32"))))
+
+
 def test_unsigned_labels_under_torch_compile():
     needs("torch")
     import torch

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,3 +143,42 @@ def test_scheduler_needs_the_dask_backend():
     pytest.importorskip("distributed")
     done = command("a.npy", "b.npy", "--scheduler", "tcp://127.0.0.1:1")
     assert done.stderr == "gklx: error: scheduler needs backend \"dask\", got 'numpy'\n"
+
+
+class Unanswered(Executor):
+    """Its tasks never end; or they are cancelled, as those of a client that loses its scheduler may be."""
+
+    def __init__(self, cancelled):
+        self.cancelled = cancelled
+
+    def submit(self, f, /, *args, **kwargs):
+        future = Future()
+        if self.cancelled:
+            future.cancel()
+        return future
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_lost_connection_ends_the_run(cancelled, monkeypatch):
+    monkeypatch.setattr(pools, "_BETWEEN_LOOKS", 0.01)
+    looks = iter([False] * 5 + [True] * 99)
+    pool = pools.Pool(Unanswered(cancelled), 1, None, None, "dask", "1 worker", lambda: next(looks))
+    with pytest.raises(ConnectionError, match=r"^the connection to the Dask scheduler was lost$"):
+        list(pool.in_order(print, [(1,), (2,)]))
+    assert cancelled or next(looks)
+
+
+def test_slow_task_is_awaited_and_its_own_timeout_is_raised(monkeypatch):
+    monkeypatch.setattr(pools, "_BETWEEN_LOOKS", 0.01)
+
+    def slow(place, x):
+        time.sleep(0.05)
+        if x == 2:
+            raise TimeoutError("its own")
+        return x
+
+    with ThreadPoolExecutor(1) as executor:
+        found = pools.Pool(executor, 1, None, None, "numpy", "cpu").in_order(slow, [(1,), (2,)])
+        assert next(found) == 1
+        with pytest.raises(TimeoutError, match="its own"):
+            next(found)

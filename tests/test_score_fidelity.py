@@ -637,3 +637,18 @@ def test_failed_gate_sets_the_exit_status(files, tmp_path):
     assert done.returncode == 3
     assert "top-1 agreement" in done.stdout
     assert re.fullmatch(r"gklx: kl\.mean is 0\.\d+: fails by kl\.mean > 0\n", done.stderr)
+
+
+@pytest.mark.parametrize("kind", ["normal", "squares", "two peaks"])
+def test_digest_is_within_a_thousandth_of_the_ranks(kind):
+    pytest.importorskip("datasketches")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(4_400_000)
+    if kind != "normal":
+        x = x**2 if kind == "squares" else np.where(rng.random(x.size) < 0.5, x - 3, 0.1 * x + 3)
+    sketch = statistics.digest()
+    for part in np.split(x, 20):
+        sketch.update(part)
+    ordered = np.sort(x)
+    for q in statistics.QUANTILES.values():
+        assert abs(np.searchsorted(ordered, sketch.get_quantile(q)) / x.size - q) < 0.001

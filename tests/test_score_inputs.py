@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import backends
 import gklx
 from gklx._run import cpu_library
-from gklx._scoring import pools
+from gklx._scoring import comparison, pools
 from gklx._scoring.backend import backend as backend_of
 
 CLASSES = 6
@@ -192,7 +193,7 @@ import os
 import numpy, threadpoolctl
 os.sched_getaffinity = lambda process: {0, 1, 2, 3}
 import gklx
-from gklx._scoring import pools
+from gklx._scoring import comparison, pools
 in_order = pools.Pool.in_order
 pools.Pool.in_order = lambda self, *args: (print(self.width), in_order(self, *args))[1]
 with threadpoolctl.threadpool_limits(limits=1):
@@ -229,6 +230,21 @@ with threadpoolctl.threadpool_limits(limits=1):
         ((STUDENT, TEACHER), {"batch_size": 0}, ValueError, r"^batch_size must be a whole number"),
         ((STUDENT, TEACHER), {"backend": "mlx"}, ValueError, r"^backend must be one of numpy"),
         ((STUDENT, TEACHER), {"memory": "2 apples"}, ValueError, r"^memory must be a size such as 2GB"),
+        ((STUDENT, TEACHER), {"memory": b"2GB"}, TypeError, r"^memory must be bytes or a size such as 2GB, got bytes$"),
+        (
+            (STUDENT, TEACHER, LABELS.tolist()),
+            {},
+            TypeError,
+            r"^student, .* all be batches .* got ndarray, ndarray, list$",
+        ),
+        (
+            (STUDENT, TEACHER),
+            {"sample_weight": [True, False]},
+            TypeError,
+            r"^sample_weight must be a path, .* got list$",
+        ),
+        (([STUDENT, STUDENT], [TEACHER]), {}, ValueError, r"^student, teacher and labels must be as many batches"),
+        (({1: STUDENT, "1": TEACHER}, TEACHER), {}, ValueError, r"^students must have different names, got 1, 1$"),
         ((STUDENT, TEACHER), {"memory": 1000}, ValueError, r"^memory must be at least [\d,]+ MB for 6 classes"),
         (
             (STUDENT, TEACHER),
@@ -252,3 +268,35 @@ with threadpoolctl.threadpool_limits(limits=1):
 def test_invalid_inputs_raise_the_documented_errors(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         gklx.score(*args, **kwargs)
+
+
+def test_whole_numbers_may_be_of_numpy():
+    found = gklx.score(
+        STUDENT, TEACHER, LABELS, batch_size=np.int64(7), where_label=np.int64(3), top_k=np.asarray([1, 2])
+    )
+    assert found == gklx.score(STUDENT, TEACHER, LABELS, batch_size=7, where_label=3, top_k=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "title"),
+    [
+        ("a/s.npy", "b/t.npy", "s.npy against t.npy"),
+        ("a/s.npy", TEACHER, "s.npy against teacher"),
+        (STUDENT, ["a.npy", "b.npy"], "Student against 2 shards"),
+        (iter([STUDENT]), iter([TEACHER]), "Student against teacher"),
+        ([STUDENT], [TEACHER], "Student against teacher"),
+        (iter([(STUDENT, TEACHER)]), None, "Student against teacher"),
+    ],
+)
+def test_title_of_the_picture_names_files(student, teacher, title):
+    assert comparison._title(types.SimpleNamespace(student=student, teacher=teacher)) == title
+
+
+def test_dask_array_of_unknown_length_is_refused():
+    backends.needs("dask")
+    import dask.array as da
+
+    unknown = da.from_array(STUDENT, chunks=(10, -1))
+    unknown = unknown[unknown[:, 0] > 0]
+    with pytest.raises(ValueError, match=r"^student must have a known shape \(compute_chunk_sizes makes it known\)"):
+        gklx.score(unknown, TEACHER)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import __version__
+from .._core.checks import type_name, whole_number
 from .._core.libraries import library_of
 from . import memory
 from .atomic import check_apart, check_writable
@@ -67,6 +68,11 @@ def score(request: Request, report: Callable[[Score | Scores], None] = lambda fo
 
     The files are written after the last sample, then `report` is called, then the saved progress is removed.
     """
+    request = request._replace(
+        batch_size=_plain(request.batch_size),
+        where_label=_plain(request.where_label),
+        top_k=tuple(_plain(k) for k in request.top_k),
+    )
     names, parameters = _checked(request)
     if request.output is not None:
         check_writable(request.output)
@@ -162,6 +168,8 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
     names = tuple(dict.fromkeys(request.losses))
     if not names or any(name not in CHOICES for name in names):
         raise ValueError(f"losses must be among {', '.join(CHOICES)}, got {list(request.losses)}")
+    if not isinstance(request.memory, (int, str, type(None))):
+        raise TypeError(f"memory must be bytes or a size such as 2GB, got {type_name(request.memory)}")
     parameters = Parameters(*request.parameters)
     checked(names, parameters)
     parameters = Parameters(*(float(x) for x in parameters))
@@ -208,6 +216,12 @@ def _check_against(request: Request, inputs: Inputs, names: tuple[str, ...]) -> 
         several=bool(inputs.candidates),
         top_k=request.top_k,
     )
+
+
+def _plain(x: Any) -> Any:
+    """Python's integer of NumPy's; anything else as it is."""
+    number = whole_number(x)
+    return x if number is None else number
 
 
 def _is_whole(x: Any) -> bool:
@@ -300,18 +314,18 @@ def _how_far(work: WorkFile, inputs: Inputs) -> str:
 
 
 def _title(request: Request) -> str:
-    if request.teacher is None or library_of(request.student) is not None:
-        return "Student against teacher"
-    return f"{_short(request.student)} against {_short(request.teacher)}"
+    student = "Student" if request.teacher is None else _short(request.student, "Student")
+    return f"{student} against {_short(request.teacher, 'teacher')}"
 
 
 def _named(teacher: Any) -> str:
-    if isinstance(teacher, (str, os.PathLike)):
-        return os.fspath(teacher)
-    return "teacher" if library_of(teacher) is not None else _short(teacher)
+    return os.fspath(teacher) if isinstance(teacher, (str, os.PathLike)) else _short(teacher, "teacher")
 
 
-def _short(x: Any) -> str:
-    if isinstance(x, (list, tuple)):
+def _short(x: Any, otherwise: str) -> str:
+    """The name of a file, or what else there is to say."""
+    if isinstance(x, (str, os.PathLike)):
+        return printable(Path(os.fspath(x)).name)  # control characters would make the picture invalid
+    if isinstance(x, (list, tuple)) and all(isinstance(each, (str, os.PathLike)) for each in x):
         return f"{len(x)} shards"
-    return printable(Path(os.fspath(x)).name)  # control characters would make the picture invalid
+    return otherwise

@@ -82,13 +82,16 @@ def inputs_of(student: Any, teacher: Any, labels: Any, targets: Any = None, mask
     given = [x for x in (student, teacher, labels) if x is not None]
     if not several and any(_is_batches(x) for x in given):
         if not all(_is_batches(x) for x in given):
-            raise TypeError("student, teacher and labels must all be batches where one of them is")
+            kinds = ", ".join(type(x).__name__ for x in given)
+            raise TypeError(f"student, teacher and labels must all be batches where one of them is, got {kinds}")
         if targets is not None or mask is not None:
             raise TypeError("targets and sample_weight need students and a teacher of files or arrays, got batches")
         return Batches(_Zipped(given))
     if several and not student:
         raise ValueError("student must hold at least one candidate, got an empty mapping")
     students = student if several else {"": student}
+    if len({str(name) for name in students}) < len(students):
+        raise ValueError(f"students must have different names, got {', '.join(str(name) for name in students)}")
     return Whole(
         tuple(_logits(f"student {name}" if several else "student", x) for name, x in students.items()),
         _logits("teacher", teacher),
@@ -227,7 +230,11 @@ class _Zipped:
         self.repeatable = not any(isinstance(x, Iterator) for x in each)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        return zip(*self._each, strict=True)
+        ended = object()
+        for batches in itertools.zip_longest(*self._each, fillvalue=ended):
+            if any(batch is ended for batch in batches):
+                raise ValueError("student, teacher and labels must be as many batches, got fewer of one of them")
+            yield batches
 
 
 # --- files and arrays as rows -----------------------------------------------------------------------------------------
@@ -294,6 +301,8 @@ def _of_array(name: str, x: Any, axes: int) -> ArrayRows:
         raise TypeError(
             f"{name} must be a path, an array of a known library or batches of them, got {type(x).__name__}"
         )
+    if any(size != size for size in x.shape):  # NaN
+        raise ValueError(f"{name} must have a known shape (compute_chunk_sizes makes it known), got {list(x.shape)}")
     return ArrayRows(name, x, axes)
 
 
@@ -307,7 +316,9 @@ def _is_batches(x: Any) -> bool:
 
 
 def _is_path(x: Any) -> bool:
-    return isinstance(x, (str, os.PathLike, list, tuple))
+    """Whether it is a path, or a sequence of paths to shards."""
+    paths = x if isinstance(x, (list, tuple)) else (x,)
+    return all(isinstance(each, (str, os.PathLike)) for each in paths)
 
 
 def _logits(name: str, x: Any) -> Rows:

@@ -9,7 +9,7 @@ import collections
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from .backend import Backend, backend
 from .backend import threads as own_threads
 
 _PATIENCE = 10  # seconds for a scheduler to answer
+_BETWEEN_LOOKS = 2  # seconds, at the connection to it
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Pool:
     """Makes an array that all tasks need into an argument for each: on a cluster a handle, sent once."""
     name: str
     device: str
+    lost: Callable[[], bool] = lambda: False
+    """Whether the connection to the tasks is closed: what they return will not come any more."""
 
     def in_order(
         self, f: Callable[..., Any], calls: Iterable[tuple[Any, ...]], ahead: int | None = None
@@ -47,12 +50,23 @@ class Pool:
             for call in calls:
                 waiting.append(self.executor.submit(f, self.place, *call))
                 if len(waiting) > ahead:
-                    yield waiting.popleft().result()
+                    yield self._result(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield self._result(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
+
+    def _result(self, future: Future[Any]) -> Any:
+        while not self.lost():
+            try:
+                return future.result(timeout=_BETWEEN_LOOKS)
+            except CancelledError:
+                break
+            except TimeoutError:
+                if future.done():  # it is the task's own
+                    raise
+        raise ConnectionError("the connection to the Dask scheduler was lost")
 
 
 @contextlib.contextmanager
@@ -68,9 +82,12 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
     """The Dask cluster at a scheduler's address, or a temporary one in this process."""
     try:
         from dask.distributed import Client, LocalCluster
+        from distributed.utils import silence_logging_cmgr
     except ImportError:
         raise ValueError("backend dask needs distributed, which is not installed (pip install 'gklx[dask]')") from None
     with contextlib.ExitStack() as stack:
+        for logger in ("distributed", "tornado"):  # what fails is raised here, and said once
+            stack.enter_context(silence_logging_cmgr(logging.CRITICAL, logger))
         try:
             at = stack.enter_context(_own_cluster(LocalCluster)) if scheduler is None else _that_answers(scheduler)
             made = Client(at, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
@@ -88,6 +105,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
             lambda x: client.scatter(x, broadcast=True, hash=False),
             "dask",
             f"{workers} worker{'s' if workers > 1 else ''}",
+            lambda: client.status == "closed",
         )
 
 
@@ -128,7 +146,6 @@ def _own_cluster(cluster: Callable[..., Any]) -> Any:
         n_workers=1,
         threads_per_worker=own_threads(),
         processes=False,
-        # Its workers log each error that a task raises; it is raised here again, and said once.
         silence_logs=logging.CRITICAL,
         dashboard_address=here,
         worker_dashboard_address=here,

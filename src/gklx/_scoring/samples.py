@@ -118,7 +118,7 @@ def prior_sums(place: Backend, temperature: float, teacher: Any, labels: Any, co
     t = place.put(teacher)
     xp = _library(t).namespace()
     t = xp.astype(t, xp.float64)
-    usable = xp.max(t, axis=-1) < xp.inf
+    usable = xp.all(t < xp.inf, axis=-1)
     if counted is not None:
         usable = usable & place.put(counted)
     return place.get(class_sums(t, place.put(labels), t.shape[-1], temperature=temperature, sample_weight=usable))

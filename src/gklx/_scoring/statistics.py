@@ -13,7 +13,7 @@ EXACT_QUANTILES = 2**22
 """Up to so many samples quantiles are exact, beyond by a t-digest."""
 WORST = 5
 
-_COMPRESSION = 2_000
+_COMPRESSION = 5_000
 QUANTILES = {
     "p99_9": 0.999,
     "p99": 0.99,
