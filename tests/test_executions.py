@@ -49,6 +49,23 @@ def test_backward_passes_run_on_the_named_execution(named_backend, dtype, runs):
 
 
 @pytest.mark.parametrize("named_backend", [name for name in EAGER if name.startswith("torch")], indirect=True)
+def test_value_and_gradients_of_tracked_tensors_are_one_evaluation(named_backend, runs):
+    """The backward pass makes another, and adds what comes by the value and by a gradient."""
+    import torch
+
+    s, t, _ = on(named_backend, "float64", *call(CASES[0], "none"))
+    value, gradient = gklx.value_and_grad(gklx.kl)(s.requires_grad_(), t)
+    assert runs == [named_backend.execution]
+    (2 * value).backward(retain_graph=True)
+    assert runs == [named_backend.execution] * 2
+    assert torch.allclose(s.grad, 2 * gradient, rtol=1e-12)
+    weights = torch.linspace(-1, 1, s.numel(), dtype=s.dtype).reshape(s.shape)
+    (by_gradient,) = torch.autograd.grad((weights * gradient).sum(), s, retain_graph=True)
+    (by_both,) = torch.autograd.grad(3 * value + (weights * gradient).sum(), s)
+    assert torch.allclose(by_both, 3 * gradient + by_gradient, rtol=1e-12)
+
+
+@pytest.mark.parametrize("named_backend", [name for name in EAGER if name.startswith("torch")], indirect=True)
 def test_compiled_pytorch_runs_on_the_named_execution(named_backend, runs):
     import torch
 

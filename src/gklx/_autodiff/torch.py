@@ -47,11 +47,9 @@ def with_gradients(call: Call, asked: Asked) -> Result:
 
         if torch_operator.serves(call):
             return torch_operator.with_gradients(call, asked)
-    gradients = asked._replace(value=False)
-    if torch.compiler.is_compiling() or _in_transform():
-        found = evaluate(call, gradients)
-    else:
-        found = Result(None, *_EagerGradients.apply(call, gradients, *call.arrays))  # type: ignore[no-untyped-call]
+    if not (torch.compiler.is_compiling() or _in_transform()):
+        return Result(*_EagerResults.apply((call, asked), *call.arrays))  # type: ignore[no-untyped-call]
+    found = evaluate(call, asked._replace(value=False))
     return found._replace(value=attach(call)) if asked.value else found
 
 
@@ -147,25 +145,44 @@ class _EagerLoss(torch.autograd.Function):
         return _backward(ctx, arrays, ctx.batch, ahead, upstream, ctx.statistics)
 
 
-class _EagerGradients(torch.autograd.Function):
-    """The gradients. Where someone differentiates them, the formulas make them again, and autograd follows."""
+class _EagerResults(torch.autograd.Function):
+    """Value and gradients, from one evaluation, for a caller who seldom differentiates them.
+
+    The value's derivatives are made in the backward pass. Those of the gradients are autograd's: the formulas make the
+    gradients again, and it follows.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, asked: Asked, *arrays: Any) -> Any:
+    def forward(ctx: Any, plan: tuple[Call, Asked], *arrays: Any) -> Any:
+        call, asked = plan
         found = evaluate(call, asked)
         ctx.call, ctx.asked = without_arrays(call), asked
+        ctx.batch, ctx.statistics = found.batch, found.statistics
         ctx.set_materialize_grads(False)
         _save(ctx, arrays)
-        return found.student, found.teacher
+        return found.value, found.student, found.teacher
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        student, teacher, *others = _followable(_saved(ctx)[0])
+    def backward(ctx: Any, of_value: Any, *of_gradients: Any) -> Any:
+        arrays, _ = _saved(ctx)
+        found = [None] * (_NOT_ARRAYS + len(Arrays._fields))
+        if of_value is not None:
+            found = list(_backward(ctx, arrays, ctx.batch, (None, None), of_value, ctx.statistics))
+        if any(x is not None for x in of_gradients):
+            second = _EagerResults._of_gradients(ctx, arrays, of_gradients)
+            for at, x in enumerate(second, _NOT_ARRAYS):
+                found[at] = x if found[at] is None else found[at] if x is None else found[at] + x
+        return tuple(found)
+
+    @staticmethod
+    def _of_gradients(ctx: Any, arrays: Sequence[Any], upstream: Sequence[Any]) -> list[Any]:
+        """The derivatives of the gradients with respect to the logits, times those of whatever is made of them."""
+        student, teacher, *others = _followable(arrays)
         with torch.enable_grad():
             # Views: one network's logits may be computed from the other's, and that is not to be followed here.
             logits = student.view_as(student), teacher.view_as(teacher)
             gradients = _gradients(_on(ctx.call, (*logits, *others)), None, ctx.asked[1:], None)
-        needed = ctx.needs_input_grad[2:4]
+        needed = ctx.needs_input_grad[1:3]
         inputs = [x for x, asked in zip(logits, needed, strict=True) if asked]
         followed = [
             (x, by)
@@ -183,7 +200,7 @@ class _EagerGradients(torch.autograd.Function):
             if followed
             else [None] * len(inputs)
         )
-        return None, None, *(next(found) if asked else None for asked in needed), None, None, None, None
+        return [next(found) if asked else None for asked in needed]
 
 
 def _save(ctx: Any, arrays: Sequence[Any], *made: Any) -> None:
