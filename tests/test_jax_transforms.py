@@ -200,3 +200,21 @@ def test_export_for_any_batch_size_with_a_class_prior():
         s, t = jax.random.normal(jax.random.key(size), (2, size, 7))
         prior, labels = jax.nn.softmax(jax.random.normal(jax.random.key(0), (7, 7))), jax.numpy.arange(size) % 7
         same(program.call(s, t, prior, labels.astype("int32")), step(s, t, prior, labels))
+
+
+@pytest.mark.parametrize("name", ["temperature", "weight_temperature", "gamma", "mse_weight"])
+def test_traced_numbers_out_of_their_range_give_nan(name):
+    """Where no error can be raised; NaN is as loud, and a plausible number is not."""
+    _, s, t = given(CASES[0])
+    of = jax.jit(lambda x: gklx.gkl(s, t, **{name: x}))
+    assert np.isfinite(of(0.5))
+    for wrong in (-1.0, np.inf, np.nan) if name != "mse_weight" else (np.inf, np.nan):
+        assert np.isnan(of(wrong)), wrong
+
+
+def test_class_prior_under_jit_is_an_error():
+    prior = gklx.ClassPrior(3)
+    with pytest.raises(
+        TypeError, match=r"^logits must not be traced, as under jax.jit, where ClassPriorState keeps the"
+    ):
+        jax.jit(lambda t, y: prior.update(t, y))(jax.numpy.zeros((4, 3)), jax.numpy.zeros(4, int))

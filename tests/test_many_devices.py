@@ -406,6 +406,20 @@ def jax():
     return jax
 
 
+def test_jax_moves_arrays_that_nobody_put_anywhere(jax):
+    """As in any operation of JAX; those that somebody did put on another device are an error."""
+    here, there = jax.devices()[2], jax.devices()[3]
+    s, t = (jax.device_put(x, here) for x in jax.random.normal(jax.random.key(0), (2, 6, C)))
+    prior, labels = jax.numpy.full((C, C), 1 / C), jax.numpy.zeros(6, int)
+    expected = jax.jit(lambda s, t: gklx.gkl(s, t, prior=prior, labels=labels))(s, t)
+    found = gklx.gkl(s, t, prior=prior, labels=labels)
+    assert found.devices() == {here}
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(gklx.gkl(jax.numpy.asarray(np.asarray(s)), t), gklx.gkl(s, t), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^prior must be on the device of student_logits, .*2, got .*3$"):
+        gklx.gkl(s, t, prior=jax.device_put(prior, there), labels=labels)
+
+
 def mesh_of(jax, kind="Auto"):
     return jax.make_mesh((8,), ("i",), axis_types=(getattr(jax.sharding.AxisType, kind),))
 

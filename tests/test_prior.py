@@ -191,6 +191,12 @@ def test_class_prior_raises_the_documented_errors():
         prior.load_state_dict({**state, "temperature": 3.0})
     with pytest.raises(ValueError, match=r"^state must have temperature .*, got \[1. 1.\]$"):
         prior.load_state_dict({**state, "temperature": np.ones(2)})
+    for wrong in ("no", 2, np.asarray([1, 0])):
+        with pytest.raises(ValueError, match=r"^state must have settled 0 or 1, got "):
+            prior.load_state_dict({**state, "settled": wrong})
+    for wrong in (-state["table"], state["table"] * np.nan):
+        with pytest.raises(ValueError, match=r"^state must hold sums without negative numbers and NaN$"):
+            prior.load_state_dict({**state, "sums": wrong})
     with pytest.raises(TypeError, match=r"^state must be a mapping, got NoneType$"):
         prior.load_state_dict(None)
     with pytest.raises(
@@ -253,7 +259,21 @@ def test_nan_of_one_class_does_not_reach_other_rows_of_the_table(backend):
     prior.update(backend.array(logits), backend.array(labels))
     prior.advance()
     expected = definition(logits, labels)
-    expected[2] = 1.0  # not seen, so it keeps its uniform row
-    expected /= expected.sum(axis=1, keepdims=True)
     assert np.isnan(expected[0]).all()
+    expected[2] = expected[0] = 1.0  # not seen, or not known: it keeps its uniform row
+    expected /= expected.sum(axis=1, keepdims=True)
     assert_close(prior.table, expected, backend, "float64", ulps=32)
+    logits, labels = batch()
+    prior.update(backend.array(logits), backend.array(labels))
+    prior.advance()
+    assert np.isfinite(backend.numpy(prior.table)).all()
+
+
+def test_table_is_nan_where_all_sums_are(backend):
+    """As after a label that names no class where labels are not read, which must not pass unnoticed."""
+    logits, labels = batch()
+    prior = gklx.ClassPrior(C, like=backend.array(logits))
+    logits[:, 0] = np.nan
+    prior.update(backend.array(np.concatenate([logits] * C)), backend.array(np.repeat(np.arange(C), len(logits))))
+    prior.advance()
+    assert np.isnan(backend.numpy(prior.table)).all()

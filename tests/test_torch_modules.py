@@ -384,3 +384,14 @@ def test_labels_need_num_classes_and_vice_versa(modules, batch, name):
     for criterion in (modules.KLLoss(), modules.DKLLoss()):
         with pytest.raises(TypeError, match="positional"):
             criterion(student, teacher, labels)
+
+
+def test_settings_may_be_numbers_of_numpy(torch, modules):
+    """PyTorch's compiler follows none of these, nor would a change of the caller's array be noticed."""
+    torch.compiler.reset()
+    settings = {"temperature": np.float64(2.0), "gamma": np.asarray(0.5), "mse_weight": np.int64(3)}
+    criterion, s, t = modules.GKLLoss(**settings), torch.randn(4, 5), torch.randn(4, 5)
+    settings["gamma"][...] = -1
+    assert repr(criterion) == repr(modules.GKLLoss(temperature=2.0, gamma=0.5, mse_weight=3.0))
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(s, t), gklx.gkl(s, t, temperature=2.0, gamma=0.5, mse_weight=3.0))

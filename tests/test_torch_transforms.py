@@ -696,3 +696,14 @@ def test_meta_tensors_have_a_backward_pass():
         s, t, prior=torch.empty(5, 5, device="meta"), labels=torch.empty(4, dtype=torch.int64, device="meta")
     ).backward()
     assert s.grad.shape == t.grad.shape == (4, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_upstream_gradients_at_once(dtype, reduction):
+    s, t = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    value = gklx.kl(s.requires_grad_(), t, reduction=reduction)
+    upstream = torch.randn(4, *value.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(value, s, upstream, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(value, s, x, retain_graph=True)[0] for x in upstream])
+    assert torch.equal(found, expected)

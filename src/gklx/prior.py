@@ -164,10 +164,14 @@ class ClassPriorState(NamedTuple, TupleGeneric[ArrayT]):
         return self._replace(sums=own + _namespace(sums).astype(sums, own.dtype, copy=False))
 
     def advance(self) -> "ClassPriorState[ArrayT]":
-        """The state whose table is that of the sums, and whose sums are 0; a class not seen keeps its row."""
+        """The state whose table is that of the sums, and whose sums are 0.
+
+        A class not seen keeps its row, and so does one whose sums are NaN, since a teacher's logit overflowed. Where all
+        are NaN, as after a label that names no class, the table is NaN.
+        """
         xp = _namespace(self.table)
         totals = xp.sum(self.sums, axis=-1, keepdims=True)
-        seen = totals != 0
+        seen = (totals > 0) | xp.all(xp.isnan(totals))
         table = xp.where(seen, self.sums / xp.where(seen, totals, 1.0), self.table)
         return ClassPriorState(table, xp.zeros_like(self.sums))
 
@@ -274,7 +278,8 @@ class ClassPrior(Generic[ArrayT]):
     def advance(self) -> None:
         """Turns the sums since the last call into the table, and sets the sums to 0.
 
-        A class not seen since then keeps its previous row.
+        A class not seen since then keeps its previous row, and so does one whose sums are NaN, since a teacher's logit
+        overflowed. Where all are NaN, as after a label that names no class, the table is NaN.
         """
         self._state = self._state.advance()
 
@@ -323,12 +328,18 @@ class ClassPrior(Generic[ArrayT]):
         for name in ("num_classes", "temperature"):
             if np.ndim(state[name]) != 0 or state[name] != getattr(self, name):
                 raise ValueError(f"state must have {name} {getattr(self, name)}, got {state[name]}")
+        if np.ndim(state["settled"]) != 0 or state["settled"] not in (0, 1):
+            raise ValueError(f"state must have settled 0 or 1, got {state['settled']!r}")
         square = (self.num_classes, self.num_classes)
-        given = {name: state[name] for name in ("table", "sums")}
-        found = {name: np.array(to_numpy(x) if library_of(x) else x) for name, x in given.items()}
-        for name, x in found.items():
-            if x.shape != square or x.dtype not in (np.float32, np.float64):
-                raise ValueError(f"state must hold {name} as float32 or float64 {square}, got {x.dtype} {x.shape}")
+        found = {}
+        for name in ("table", "sums"):
+            x = state[name]
+            dtype, shape = dtype_name(getattr(x, "dtype", None)), tuple(getattr(x, "shape", ()))
+            if dtype not in ("float32", "float64") or shape != square:
+                raise ValueError(f"state must hold {name} as float32 or float64 {square}, got {dtype} {shape}")
+            found[name] = np.array(to_numpy(x) if library_of(x) else x)
+            if not (found[name] >= 0).all():
+                raise ValueError(f"state must hold {name} without negative numbers and NaN")
         dtype = dtype_name(found["sums"].dtype if state["settled"] else self._state.table.dtype)
         self._settled = self._settled or bool(state["settled"])
         self._state = ClassPriorState(found["table"], found["sums"])
@@ -338,6 +349,8 @@ class ClassPrior(Generic[ArrayT]):
     def _add(self, name: str, sums: Array) -> None:
         library = library_of(sums)
         assert library is not None
+        if library.backend == "jax" and isinstance(sums, sys.modules["jax"].core.Tracer):
+            raise TypeError(f"{name} must not be traced, as under jax.jit, where ClassPriorState keeps the sums")
         if self._library is None:
             self._move(library, sums, dtype_name(self._state.table.dtype if self._settled else sums.dtype))
         elif library is not self._library:

@@ -158,7 +158,7 @@ def score(
             student=student,
             teacher=teacher,
             labels=labels,
-            losses=tuple(losses),
+            losses=(losses,) if isinstance(losses, str) else tuple(losses),
             parameters=(temperature, weight_temperature, gamma, mse_weight, ce_weight),
             backend=backend,
             device=device,

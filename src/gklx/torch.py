@@ -38,10 +38,11 @@ class _Loss(torch.nn.Module):
         super().__init__()
         # In float64, the widest dtype: a setting too large for float32 is refused in a call in float32, not here.
         tiny = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-        call_builder(self._function)(tiny, tiny, **settings)  # raises for invalid settings
+        numbers = call_builder(self._function)(tiny, tiny, **settings).numbers._asdict()  # raises for invalid settings
         self._names = tuple(settings)
         for name, value in settings.items():
-            setattr(self, name, value)
+            plain = type(value) in (int, float) or name not in numbers
+            setattr(self, name, value if plain else numbers[name])  # PyTorch's compiler follows no number of NumPy's
 
     def extra_repr(self) -> str:
         """The settings, as they are written in the constructor."""
@@ -190,7 +191,8 @@ class _ClassWeightedLoss(_Loss):
     def advance(self) -> None:
         """Ends an epoch: the sums since the last call become the table, and the warm-up advances by one epoch.
 
-        Call it once an epoch. A class not seen in the epoch keeps its row. With several processes let `forward` run
+        Call it once an epoch. A class not seen in the epoch keeps its row, and so does one whose sums are NaN, since a
+        teacher's logit overflowed. With several processes let `forward` run
         within `gklx.global_batch`: the sums are then those of all of them, and every process has the same prior.
         """
         if self.prior is not None and self.prior_sums is not None:

@@ -239,6 +239,12 @@ def _backward(
         given = _gradients(_on(call, _followable(arrays)), None, wanted, upstream)
     elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
         given = _scaled(ahead, upstream.unsqueeze(-1) if call.reduction == "none" else upstream)
+    elif not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+        # Many upstream gradients as one tensor (`is_grads_batched`), which no kernel takes.
+        logits = [x.to(call.dtype) for x in arrays[:2]]
+        made = _gradients(_on(call, (*logits, *arrays[2:])), batch, wanted, None)
+        factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
+        given = [None if g is None else (g * factor).to(x.dtype) for g, x in zip(made, arrays[:2], strict=True)]
     else:
         given = _gradients(_on(call, arrays), batch, wanted, upstream, statistics)
     return None, *given, None, None, None, None
@@ -260,6 +266,7 @@ def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
         and upstream.is_cpu
         and not torch.compiler.is_compiling()
         and not _transformed()
+        and not torch._C._functorch.is_legacy_batchedtensor(upstream)
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and upstream.item() == 1.0
     ):

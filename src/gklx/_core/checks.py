@@ -16,7 +16,7 @@ import numpy as np
 
 from .call import Array, Arrays, Call, Formula, Number, Numbers, Reduction
 from .formulas import is_class, valid_mask
-from .libraries import LIBRARIES, Library, dtype_name, library_of, to_numpy
+from .libraries import LIBRARIES, Library, device_like, dtype_name, library_of, to_numpy
 from .ranks import ranks_of
 
 _COMPUTED_IN = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -188,7 +188,7 @@ def computed_in(name: str, x: Array) -> str:
 
 def one_library(named: dict[str, Any]) -> Library:
     """The library of all the arrays, which must also lie on one device."""
-    first_name = next(iter(named))
+    first_name = there = next(iter(named))
     library = device = None
     for name, x in named.items():
         found = library_of(x)
@@ -198,15 +198,17 @@ def one_library(named: dict[str, Any]) -> Library:
             raise TypeError(f"{name} must be an array of {known}, got {came}")
         _dense(found, name, x)
         if library is None:
-            library, device = found, found.device(x)
+            library, device = found, device_like(found, x)
             continue
         if found is not library:
             raise TypeError(
                 f"{name} must be an array of the library of {first_name}, {library.name}, got one of {found.name}"
             )
-        other = library.device(x)
-        if device is not None and other is not None and other != device:
-            raise ValueError(f"{name} must be on the device of {first_name}, {device}, got {other}")
+        other = device_like(library, x)
+        if device is None:
+            there, device = name, other
+        elif other is not None and other != device:
+            raise ValueError(f"{name} must be on the device of {there}, {device}, got {other}")
     assert library is not None
     return library
 
@@ -304,7 +306,11 @@ def _number(
             raise TypeError(f"{name} must be a number, got an array of {dtype_name(value.dtype)}")
         if library.readable(value):
             _python_number(name, float(value), computed, allowed)
-        return xp.astype(value, dtype)
+            return xp.astype(value, dtype)
+        value = xp.astype(value, dtype)
+        least = -math.inf if allowed == "finite" else 0.0
+        right = xp.isfinite(value) & ((value > least) if allowed == "above 0" else (value >= least))
+        return xp.where(right, value, xp.nan)
     return _python_number(name, value, computed, allowed)
 
 
