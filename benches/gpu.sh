@@ -85,6 +85,7 @@ export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
 { nvidia-smi || echo "nvidia-smi was not found: no NVIDIA GPU"; } >>"$OUT/a.txt" 2>&1
 say "gklx is $($PYTHON -c 'import gklx; print(gklx.__version__, gklx.__file__)' 2>&1 | tail -n 1)"
+say "its kernel on the CPU: $($PYTHON -c 'import gklx; print(gklx.show_config("dicts")["kernel"])' 2>&1 | tail -n 1)"
 say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null || echo 'no NVIDIA GPU')"
 
 if selected a; then
@@ -118,7 +119,8 @@ if selected b; then
     wait "${pids[0]}"
     part "b, $name" $? "b-$name.txt" 2
     pids=("${pids[@]:1}")
-    grep -E "^(FAILED|ERROR) " "$OUT/b-$name.txt" | head -n 10 | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
+    # The lines of xdist, since a run that is stopped has no list at its end.
+    grep -oE "(FAILED|ERROR) tests/[^ ]+.*" "$OUT/b-$name.txt" | sort -u | head -n 30 | cut -c 1-200 | sed 's/^/    /' | tee -a "$summary"
   done
   say "b took $((SECONDS - begin)) s"
 fi
@@ -134,7 +136,7 @@ fi
 await_others
 
 if selected d; then
-  limited 35 d-kernels.txt "$PYTHON" benches/gpu_kernels.py
+  limited 42 d-kernels.txt "$PYTHON" benches/gpu_kernels.py
   part "d, kernels" $? d-kernels.txt 38
   limited 118 d.txt "$PYTHON" benches/gpu_bench.py --seconds 100 ${DRY:+--device cpu --quick}
   part "d, benchmark" $? d.txt 1

@@ -20,6 +20,7 @@ import tempfile
 import timeit
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,6 +205,19 @@ def check_backward(target: Target) -> None:
     assert torch.is_grad_enabled()
 
 
+def check_threads(target: Target) -> None:
+    """Check threads that start kernels before anything else of theirs has bound a context of the GPU."""
+    target.needs_torch_on_cuda()
+    s, t = (target.put(x, "float32").requires_grad_() for x in random_logits(3, 7))
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(gklx.value_and_grad(gklx.kl), s.detach(), t.detach()).result()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(gklx.kl(s, t).backward).result()
+    gklx.kl(s, t).backward()
+    target.wait()
+    assert s.grad is not None
+
+
 def check_no_transfers(target: Target) -> None:
     """Check that no call waits for the GPU, and that the profiler sees no copy between host and GPU."""
     torch = target.needs_torch_on_cuda()
@@ -328,6 +342,7 @@ def check_more_than_2_31(target: Target) -> None:
 
 
 VALUES = (
+    check_threads,  # first, while its threads, and autograd's, have no context
     check_shapes,
     check_layouts,
     check_masks,
@@ -449,7 +464,8 @@ def table(
     command = [sys.executable, "-m", "gklx", "score", *map(str, paths), "--labels", str(labels), "--backend", backend]
     command += ["--format", "json", "--output", str(report), "--work-dir", str(folder)]
     command += ["--device", device] if device else []
-    env = os.environ | {"PYTHONPATH": str(Path(gklx.__file__).parents[1])}
+    paths = [str(Path(gklx.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1:]
     losses = json.loads(report.read_text(encoding="utf-8"))["losses"]

@@ -1,5 +1,6 @@
 """Runs a test on every selected backend, and in every dtype that the backend is tested in."""
 
+import contextlib
 import os
 import zlib
 
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 import backends
 from cases import Case
+from gklx._run import cuda_launch
 
 # Eight virtual CPU devices for JAX, which reads this when it starts; the other libraries ignore it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {backends.EIGHT_DEVICES}".strip()
@@ -19,6 +21,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("gklx")
+
+
+def pytest_configure():
+    """On a GPU the tests share one cache of compiled kernels: chosen before `own_cache` gives each test a folder."""
+    if backends.ON_GPU:
+        with contextlib.suppress(ImportError):
+            cuda_launch._program_cache()
 
 
 def pytest_generate_tests(metafunc):

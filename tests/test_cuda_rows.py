@@ -717,6 +717,36 @@ def test_compiling_by_cuda_core_leaves_the_current_device(monkeypatch):
     assert made == ["sm_90"]  # both at once: half the compiling
 
 
+def test_start_by_cuda_core_binds_a_context_and_leaves_the_current_device(monkeypatch):
+    """A thread of autograd's, which starts the kernels of a backward pass, may have none."""
+    backends.needs("torch")
+    torch = pytest.importorskip("torch")
+    bound, current = [None], [0]
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    def launch(stream, config, kernel, *given):
+        assert (bound, current) == ([1], [1])
+        return started.append((stream, config, kernel, given))
+
+    class CudaDevice(int):
+        def set_current(self):
+            bound[0] = int(self)
+
+    started = []
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=CudaDevice, launch=launch))
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(cuda_launch, "_core_stream", lambda device, handle: f"stream {handle}")
+    monkeypatch.setattr(cuda_launch, "_core_config", lambda blocks: blocks)
+    cuda_launch._start_by_core("kernel", 1, 7, 3, (1.0, 2))
+    assert started == [("stream 7", 3, "kernel", (1.0, 2))]
+    assert current == [0]
+
+
 def test_source_is_self_contained():
     text = cuda_launch.source()
     assert set(re.findall(r"#include (.*)", text)) == {"<cmath>", "<cstdint>", "<cstring>"}  # not for NVRTC

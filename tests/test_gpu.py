@@ -64,7 +64,12 @@ def test_torch_transforms_on_a_gpu_agree_with_the_cpu(torch, case):
 
 
 @SOME_CASES
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler makes an error of a warning a failure to compile
 def test_torch_compile_on_a_gpu_agrees_with_the_cpu(torch, case):
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(8, device="cuda"))
+    except Exception as error:  # Triton needs a C compiler and Python's headers
+        pytest.skip(f"torch.compile does not work here: {error}")
     found = []
     for loss, s, t in on_both(torch, case, "none"):
         run = torch.compile(loss, fullgraph=True) if s.device.type == "cuda" else loss

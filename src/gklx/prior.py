@@ -166,8 +166,8 @@ class ClassPriorState(NamedTuple, TupleGeneric[ArrayT]):
     def advance(self) -> "ClassPriorState[ArrayT]":
         """The state whose table is that of the sums, and whose sums are 0.
 
-        A class not seen keeps its row, and so does one whose sums are NaN, since a teacher's logit overflowed. Where all
-        are NaN, as after a label that names no class, the table is NaN.
+        A class not seen keeps its row, and so does one whose sums are NaN, since a teacher's logit overflowed. Where
+        all are NaN, as after a label that names no class, the table is NaN.
         """
         xp = _namespace(self.table)
         totals = xp.sum(self.sums, axis=-1, keepdims=True)
@@ -271,7 +271,10 @@ class ClassPrior(Generic[ArrayT]):
         return cast(ArrayT, self._state.table)
 
     def update(self, logits: Array, labels: Array, sample_weight: Array | None = None) -> None:
-        """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is."""
+        """Adds a batch to the sums; arguments and errors as in `class_sums`. The table stays as it is.
+
+        Not from several threads at once: of two sums one could be lost.
+        """
         sums = class_sums(logits, labels, self.num_classes, temperature=self.temperature, sample_weight=sample_weight)
         self._add("logits", sums)
 

@@ -227,9 +227,12 @@ def _core_config(blocks: int) -> Any:
 
 
 def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: tuple[Any, ...]) -> None:
+    from cuda.core import Device as CudaDevice
     from cuda.core import launch
 
     with sys.modules["torch"].cuda.device(device):
+        # Binds a context, which a thread of PyTorch's backward pass may not have; at a start PyTorch binds none itself.
+        CudaDevice(device).set_current()
         launch(_core_stream(device, stream), _core_config(blocks), kernel, *given)
 
 
