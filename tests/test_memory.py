@@ -33,6 +33,12 @@ def test_block_is_no_larger_than_the_librarys_block_size():
     assert rows_and_threads(1000, 4, 2**20, 2, None, Needs()) == (262, 2)
 
 
+def test_results_of_samples_count_where_classes_are_few():
+    rows, threads = rows_and_threads(2, 4, 2**23, 2, used() + 24_000_000, Needs())
+    assert threads == 2
+    assert 10_000 < rows < 20_000
+
+
 def test_memory_bound_reduces_blocks_first_and_then_threads():
     row = 100_000 * 4
     room = 24 * row

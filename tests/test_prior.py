@@ -271,7 +271,7 @@ def test_nan_of_one_class_does_not_reach_other_rows_of_the_table(backend):
 
 def test_table_is_nan_where_all_sums_are(backend):
     """As after a label that names no class where labels are not read, which must not pass unnoticed."""
-    logits, labels = batch()
+    logits, _ = batch()
     prior = gklx.ClassPrior(C, like=backend.array(logits))
     logits[:, 0] = np.nan
     prior.update(backend.array(np.concatenate([logits] * C)), backend.array(np.repeat(np.arange(C), len(logits))))

@@ -266,7 +266,7 @@ def test_undefined_sample_is_counted_and_left_out(digits, save, bad, labelled):
     good = np.arange(60) != 7
     clean = save("s1", s[good]), save("t1", t[good]), save("y1", labels[good]) if labelled else None
     assert_same(found._replace(undefined=0), computed(*clean), rel=2e-6)
-    with pytest.raises(ValueError, match=r"^strict: sample 7 has a NaN among its logits, or no finite one$"):
+    with pytest.raises(ValueError, match=r"^strict: sample 7 has NaN or \+inf among its logits, or no finite one$"):
         gklx.score(*files, strict=True)
 
 
@@ -301,7 +301,7 @@ def test_nan_sample_does_not_count_for_agreement(save):
     x = np.asarray([[0.0, 1.0], [np.nan, 1.0], [2.0, 1.0]])
     found = computed(save("s", x), save("t", x), None, names=["kl"])
     assert (found.samples, found.undefined, found.top1_agreement) == (2, 1, 1.0)
-    with pytest.raises(ValueError, match=r"^nothing to score: .* in 1 a logit is NaN"):
+    with pytest.raises(ValueError, match=r"^nothing to score: .* in 1 a logit is NaN or \+inf, or none is finite"):
         computed(save("s1", x[1:2]), save("t1", x[1:2]), None)
 
 

@@ -135,7 +135,9 @@ def test_strict_applies_to_samples_of_an_earlier_run(tmp_path, monkeypatch):
         np.save(path, x)
     fail_at_block(monkeypatch, 200, *paths, work_dir=tmp_path / "work")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^strict: sample 70 has a NaN among its logits, or no finite one$"):
+        with pytest.raises(
+            ValueError, match=r"^strict: sample 70 has NaN or \+inf among its logits, or no finite one$"
+        ):
             gklx.score(*paths, strict=True, batch_size=100, work_dir=tmp_path / "work")
     assert gklx.score(*paths, batch_size=100, work_dir=tmp_path / "work").undefined == 1
 
@@ -327,11 +329,35 @@ def test_run_on_a_full_file_system_fails_and_is_resumed(files, tmp_path):
     assert json.loads(report) == uninterrupted(tmp_path, *files[:2])
 
 
+def test_disk_that_is_full_of_an_unpacked_member_is_a_failure_of_the_system(tmp_path):
+    for name in ("s", "t"):
+        np.savez(tmp_path / f"{name}.npz", np.zeros((9000, 5), order="F"))
+    limited = ["sh", "-c", 'ulimit -f 98 && exec "$@"', "sh", *COMMAND, "s.npz", "t.npz", "--work-dir", "."]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"gklx: error: OSError: .* t\.npz: unpacking it: File too large: '.*'\n", done.stderr)
+
+
+def test_block_of_many_candidates_has_fewer_samples(files, monkeypatch):
+    """Their records would else be larger than their logits."""
+    score = runs.score_chunk
+    seen = []
+    monkeypatch.setattr(runs, "score_chunk", lambda *args: (seen.append(args[2].stop - args[2].start), score(*args))[1])
+    for names in ("a", "abc"):
+        monkeypatch.setattr(runs, "_RECORDS_BYTES", 30_000)
+        gklx.score(dict.fromkeys(names, files[0]), files[1], losses=["kl"])
+    assert 3 * max(seen[-2:]) <= seen[0] + 2
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the peak")
-@pytest.mark.parametrize("kind", ["npy", "fortran", "npz", "zarr", "prior"])
+@pytest.mark.parametrize("kind", ["npy", "fortran", "npz", "zarr", "prior", "few"])
 def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
-    """As the operating system counts it, for files of 600 MB; the bound is little more than what NumPy needs."""
-    shape = {"fortran": (150_000, 1000), "zarr": (2000, 15_000), "prior": (2000, 3000)}.get(kind, (5000, 30_000))
+    """As the operating system counts it, for files of 600 MB; the bound is little more than what NumPy needs.
+
+    Where classes are few, what is known of a sample takes more than its logits.
+    """
+    shapes = {"fortran": (150_000, 1000), "zarr": (2000, 15_000), "prior": (2000, 3000), "few": (1_000_000, 2)}
+    shape = shapes.get(kind, (5000, 30_000))
     paths = []
     for name in ("student", "teacher"):
         x = np.zeros(shape, np.float16, "F" if kind == "fortran" else "C")
@@ -346,8 +372,8 @@ def test_memory_of_the_process_stays_below_the_bound(tmp_path, kind):
             np.save(paths[-1], x)
     np.save(tmp_path / "labels.npy", np.arange(shape[0]) % shape[1])
     by_prior = ["--loss", "gkl", "--labels", tmp_path / "labels.npy", "--weights", "prior"]
-    options = by_prior if kind == "prior" else ["--loss", "kl"]
-    bound = {"zarr": 560, "prior": 640}.get(kind, 200)
+    options = by_prior if kind == "prior" else ["--loss", "kl,dkl,ikl" if kind == "few" else "kl"]
+    bound = {"zarr": 560, "prior": 640, "few": 100}.get(kind, 200)
     code = (  # not ru_maxrss, which begins with that of the parent
         "import re, sys; from gklx._cli import main; status = main();"
         "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr);"

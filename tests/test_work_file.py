@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,22 @@ def test_folder_removed_at_any_step_is_made_again(tmp_path, monkeypatch, steps):
     again = WorkFile(DTYPE, tmp_path / "kept")
     assert again.resumed_at == 300
     again.close(done=True)
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    work = WorkFile(DTYPE, Path("work") / "kept")
+    assert work.note == "no progress is kept: work/kept cannot be made (No such file or directory)"
+    work.close(done=True)
+
+
+def test_block_has_fewer_of_large_records(tmp_path):
+    work = WorkFile([("x", "<f4", 2**16)], None)
+    work.append(np.zeros(9, work.dtype))
+    assert [len(block) for block in work.blocks()] == [4, 4, 1]
+    work.close(done=True)
 
 
 def test_full_disk_is_no_wrong_argument(tmp_path, monkeypatch):

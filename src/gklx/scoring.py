@@ -92,7 +92,7 @@ def score(
     batch_size : int, optional
         Samples a block; by default what suits the library and the bound.
     strict : bool
-        A sample with NaN among its logits is an error instead of being left out and counted.
+        A sample with NaN or +inf among its logits is an error instead of being left out and counted.
     work_dir : path, optional
         A folder that keeps the progress of a run over files: after an interruption the same call resumes it.
     progress : bool

@@ -147,7 +147,7 @@ def add_to(commands: Any) -> None:
         "--batch-size",
         type=kinds.whole,
         metavar="ROWS",
-        help="samples a block; changes memory and speed alone (default: what suits library and memory)",
+        help="samples a block at most; changes memory and speed alone (default: what suits library and memory)",
     )
     where.add_argument("--work-dir", metavar="DIR", help="keeps the progress (default: gklx in the user's cache)")
     numbers = score.add_argument_group("hyper-parameters")

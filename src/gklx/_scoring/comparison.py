@@ -270,8 +270,8 @@ def _rows_and_threads(
 
 
 def _needs(inputs: Inputs, *, by_prior: bool) -> memory.Needs:
-    """The memory that a run needs in addition to its blocks: the class prior, its sums, and buffers of the readers."""
-    held, a_thread, what = inputs.held_bytes, 0, []
+    """The memory that a run needs in addition to its blocks: the class prior, its sums, readers' buffers, quantiles."""
+    held, a_thread, what = inputs.held_bytes + 8 * min(inputs.samples or 0, EXACT_QUANTILES), 0, []
     if by_prior:
         table = 8 * inputs.classes**2
         held, a_thread = held + 2 * table, 2 * table

@@ -7,6 +7,12 @@ import psutil
 _ARRAYS_A_BLOCK = 24
 """How many arrays of a block's size exist at the same time, with those of the reader; `tests/test_memory.py`."""
 
+_BYTES_A_SAMPLE = 600
+"""What a block needs for each sample beside its logits: results and records."""
+
+_LATER = 4_000_000
+"""What a run needs in addition to its blocks: libraries that are loaded later, and statistics of some records."""
+
 
 class Needs(NamedTuple):
     """The memory of a run that does not depend on the size of its blocks."""
@@ -33,15 +39,16 @@ def rows_and_threads(
     """
     here = psutil.Process().memory_info().rss
     limit = here + psutil.virtual_memory().available // 2 if bound is None else bound
-    row, room = classes * itemsize * _ARRAYS_A_BLOCK, limit - here - needs.bytes
+    logits, room = classes * itemsize, limit - here - _LATER - needs.bytes
+    row = logits * _ARRAYS_A_BLOCK + _BYTES_A_SAMPLE
     smallest = row + needs.a_thread
     if room < smallest:
-        least = here + needs.bytes + smallest
+        least = here + _LATER + needs.bytes + smallest
         got = f"got {_text(limit)}" if bound is not None else f"half of the free memory leaves {_text(limit)}"
         of_which = f", {_text(needs.bytes + needs.a_thread)} of it for {needs.what}" if needs.what else ""
         raise ValueError(f"memory must be at least {_text(least)} for {classes:,} classes here{of_which}; {got}")
     threads = max(1, min(threads, room // smallest))
-    rows = min(block_bytes * _ARRAYS_A_BLOCK, room // threads - needs.a_thread) // row
+    rows = min(block_bytes // logits, (room // threads - needs.a_thread) // row)
     return max(1, rows), threads
 
 

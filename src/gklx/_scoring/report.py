@@ -60,6 +60,8 @@ _SKETCHED = {key for _, key in _DELTA_P} - {"max", "min"}
 _MEASURES = ("mean", "stderr", "mse", "ce", "median", "p90", "p95", "p99", "max")
 """The statistics whose sizes decide the number of decimals of a column."""
 _NONE = "–"
+_WIDEST = 10**9
+"""More characters than any table has in a line."""
 _BY_TOOL = "kl and p(target) by llama.cpp's rule: the base as stored, classes of log p ≤ -16 left out"
 _PLAIN = str.maketrans({"–": "-", "±": "+-", "·": "|", "γ": "gamma", "×": "*", "Δ": "d", "≤": "<="})
 """Replacements for a standard output whose encoding is ASCII."""
@@ -132,7 +134,7 @@ def as_table(found: Score | Scores, file: TextIO | None = None) -> str:
     console = Console(file=file, force_terminal=colours, highlight=False, emoji=False)
     parts: list[Table | Text] = _of_one(found) if isinstance(found, Score) else _of_several(found)
     # On a narrow terminal the table is too wide: a number must not be truncated.
-    roomy = console.options.update(width=1000)
+    roomy = console.options.update(width=_WIDEST)
     needed = max(Measurement.get(console, roomy, part).maximum for part in parts if isinstance(part, Table))
     console.width = max(console.width, needed)
     with console.capture() as capture:

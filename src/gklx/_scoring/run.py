@@ -9,12 +9,15 @@ import numpy as np
 
 from .backend import Backend
 from .file_formats import llama
+from .file_formats.kept import in_turn
 from .file_formats.rows import Room, Stamp, stamp
 from .inputs import Chunk, Inputs
 from .pools import Pool, working
 from .samples import MASKED, UNDEFINED, Parameters, RowsOfBlock, prior_sums, record_dtype, scored
 from .work_file import WorkFile
 
+_RECORDS_BYTES = 2**20
+"""How many bytes of records a block may have: of few classes or many candidates they are more than the logits."""
 _threads = threading.local()
 
 
@@ -24,7 +27,7 @@ class Job(NamedTuple):
     names: tuple[str, ...]
     parameters: Parameters
     rows: int
-    """A chunk."""
+    """A chunk, at most: of few classes or many candidates it has fewer."""
     strict: bool
     by_prior: bool = False
     """Whether a pass over the teacher alone comes first, for the class prior."""
@@ -99,7 +102,8 @@ def _run(
     if job.by_prior:
         prior = _class_prior(job, inputs, pool, work, watch, progress)
     progress("scoring", work.records)
-    calls = ((job, chunk, prior) for chunk in inputs.chunks(work.records, job.rows))
+    rows = max(1, min(job.rows, _RECORDS_BYTES // work.dtype.itemsize))
+    calls = ((job, chunk, prior) for chunk in inputs.chunks(work.records, rows))
     for records in pool.in_order(score_chunk, calls):
         if job.strict:
             _check_strict(records, work.records)
@@ -112,12 +116,14 @@ def _check_strict(records: Any, first: int) -> None:
     for own in of_each(records):
         bad = own["state"] == UNDEFINED
         if bad.any():
-            raise ValueError(f"strict: sample {first + int(bad.argmax())} has a NaN among its logits, or no finite one")
+            raise ValueError(
+                f"strict: sample {first + int(bad.argmax())} has NaN or +inf among its logits, or no finite one"
+            )
 
 
 def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> Any:
     """The records of a chunk; on whatever thread or machine."""
-    with working(place) as here:
+    with working(place) as here, in_turn(_inputs(chunk)):
         beside = _beside(job, chunk)
         if here.runs_kernel and not hasattr(_threads, "rooms"):
             _threads.rooms = Room(), Room()
@@ -144,6 +150,11 @@ def score_chunk(place: Backend | None, job: Job, chunk: Chunk, prior: Any) -> An
     return joined
 
 
+def _inputs(chunk: Chunk) -> int:
+    """How many are read for a chunk."""
+    return sum(x is not None for x in (*chunk.students, chunk.teacher, chunk.labels, chunk.targets, chunk.mask))
+
+
 def _read_as_tool(records: Any, student: Any, teacher: Any, targets: Any) -> None:
     """Puts in what llama.cpp's own tool makes of two of its dumps."""
     if "kl" in (records.dtype.names or ()):
@@ -154,7 +165,7 @@ def _read_as_tool(records: Any, student: Any, teacher: Any, targets: Any) -> Non
 
 def sum_chunk(place: Backend | None, job: Job, chunk: Chunk) -> tuple[Any, int]:
     """The class sums of a chunk and how many samples they are of."""
-    with working(place) as here:
+    with working(place) as here, in_turn(_inputs(chunk)):
         beside = _beside(job, chunk)
         teacher = chunk.teacher.read(chunk.start, chunk.stop)
         sums = prior_sums(here, job.parameters.weight_temperature, teacher, beside.labels, beside.counted)

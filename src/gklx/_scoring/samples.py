@@ -23,7 +23,7 @@ CHOICES = (*LOSSES, REVERSE)
 WITHOUT_PARTS = ("kl", REVERSE)
 
 SKIPPED, SCORED, UNDEFINED, MASKED = range(4)
-"""A sample's state: every class is -inf; fine; NaN among its logits, or no finite logit; not to be counted."""
+"""A sample's state: every class is -inf; fine; NaN or +inf among its logits, or no finite one; not to be counted."""
 
 SURPRISALS = ("student_surprisal", "teacher_surprisal")
 """The fields of -log q(target) and -log p(target)."""

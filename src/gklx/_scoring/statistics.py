@@ -110,7 +110,7 @@ class Score(NamedTuple):
     skipped: int
     """Samples left out: every class is -inf for student and teacher."""
     undefined: int
-    """Samples left out: NaN among the logits, or no finite one."""
+    """Samples left out: NaN or +inf among the logits, or no finite one."""
     classes: int
     backend: str
     device: str
@@ -152,7 +152,7 @@ def score_of(
     if not values.scored:
         why = f"in {values.skipped:,} samples every class is -inf for student and teacher"
         if values.undefined:
-            why += f", in {values.undefined:,} a logit is NaN or none is finite"
+            why += f", in {values.undefined:,} a logit is NaN or +inf, or none is finite"
         if values.masked:
             why += f", {values.masked:,} do not count"
         raise ValueError(f"nothing to score: {why}")

@@ -85,7 +85,7 @@ class Values:
             yield records if self._candidate is None else records[str(self._candidate)]
 
     def blocks(self, losses: Sequence[str] | None = None) -> Iterator[ValueBlock]:
-        """All samples, some hundred thousand at a time; with these losses, by default with all."""
+        """All samples, some ten thousand at a time; with these losses, by default with all."""
         with np.errstate(all="ignore"):
             for records in self._records():
                 surprisals = [records[field].astype(np.float64) if self.targeted else None for field in SURPRISALS]

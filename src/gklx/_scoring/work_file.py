@@ -22,7 +22,8 @@ import numpy as np
 
 from .atomic import lock, replacing
 
-RECORDS_A_BLOCK = 2**18
+RECORDS_A_BLOCK, _BLOCK_BYTES = 2**14, 2**20
+"""The most that is read at a time; statistics make some twenty columns in float64 of it."""
 _RECORDS_A_CHECK = 2**8
 _SECONDS_BETWEEN_SUMS = 20.0
 _RECORDS, _CHECKS, _SUMS = "records.bin", "checks.bin", "class_sums.bin"
@@ -64,10 +65,11 @@ class WorkFile:
                 self._write(self._checks, None, _CHECK.pack(self.records, self._digest.digest()))
 
     def blocks(self) -> Iterator[Any]:
-        """All records, up to `RECORDS_A_BLOCK` at a time; OSError where the file was changed."""
+        """All records, up to `RECORDS_A_BLOCK` and `_BLOCK_BYTES` at a time; OSError where the file was changed."""
         digest = self._empty.copy()
-        for start in range(0, self.records, RECORDS_A_BLOCK):
-            count = min(RECORDS_A_BLOCK, self.records - start)
+        block = max(1, min(RECORDS_A_BLOCK, _BLOCK_BYTES // self.dtype.itemsize))
+        for start in range(0, self.records, block):
+            count = min(block, self.records - start)
             some = self._read(start, count)
             digest.update(some)
             if len(some) == count * self.dtype.itemsize:
@@ -124,7 +126,7 @@ class WorkFile:
                         stack.pop_all()
                         return file, checks
                     self.note = "no progress is kept: another run of this job is under way"
-                except _NotOwnError as error:
+                except _UnusableError as error:
                     self.note = f"no progress is kept: {error}"
             self.folder = None
         return tempfile.TemporaryFile(buffering=0), None
@@ -190,8 +192,8 @@ def default_parent() -> Path | None:
     return parent if os.access(parent, os.W_OK | os.X_OK) else None
 
 
-class _NotOwnError(OSError):
-    """The folder of the progress belongs to another user, who may have planted wrong records."""
+class _UnusableError(OSError):
+    """The folder of the progress cannot be made, or belongs to another user, who may have planted wrong records."""
 
 
 def _locked(folder: Path) -> IO[bytes] | None:
@@ -214,27 +216,35 @@ def _locked(folder: Path) -> IO[bytes] | None:
 def _make_own(folder: Path) -> None:
     """Makes the folder, readable by this user only."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(0o700)
+        _make(folder)
         if os.name != "posix":
             return
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except (FileNotFoundError, _UnusableError):
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk is no wrong argument
             raise
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and os.path.lexists(folder):
-            raise _NotOwnError(f"{folder} is not a folder of this user") from None
+            raise _UnusableError(f"{folder} is not a folder of this user") from None
         raise ValueError(f"{folder.parent}: must be a folder to keep the progress in ({error.strerror})") from None
     try:
         found = os.fstat(descriptor)
         if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise _NotOwnError(f"{folder} is not a folder of this user alone")
+            raise _UnusableError(f"{folder} is not a folder of this user alone")
         os.fchmod(descriptor, 0o700)
     finally:
         os.close(descriptor)
+
+
+def _make(folder: Path) -> None:
+    """Makes the folder and those above it, which no run removes."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+    except FileNotFoundError as error:
+        raise _UnusableError(f"{folder} cannot be made ({error.strerror})") from None
 
 
 def _open_own(path: Path, flags: int) -> IO[bytes]:
@@ -244,11 +254,11 @@ def _open_own(path: Path, flags: int) -> IO[bytes]:
         descriptor = os.open(path, flags, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
-            raise _NotOwnError(f"{path} is not a regular file") from None
+            raise _UnusableError(f"{path} is not a regular file") from None
         raise
     file = os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise _NotOwnError(f"{path} is not a regular file of its own")
+        raise _UnusableError(f"{path} is not a regular file of its own")
     return file

@@ -14,6 +14,8 @@ from .rows import Room, Stamp, dtype_of, reading, reason, stamp, text, widened
 
 MAGIC = b"\x93NUMPY"
 _COLUMNS_AT_ONCE = 32
+_PAGE = 2**12
+_PIECE = 2**18
 _LONGEST_HEADER = 2**16
 
 
@@ -48,15 +50,27 @@ class NpyRows:
         # Fortran order whole columns may become resident where a few rows are read.
         with reading(self.name), open(self.path, "rb", buffering=0) as file:
             if self.fortran:
-                x = np.empty((size, count), self.stored)
-                for at, column in enumerate(x):
-                    self._fill(file, at * leading[0] + start, column)
-                x = x.T.reshape(count, *row)
+                x = self._columns(file, leading[0], size, start, stop).T.reshape(count, *row)
             else:
                 shape = (count, *row)
                 x = np.empty(shape, self.stored) if room is None else room.array(shape, self.stored)
                 self._fill(file, start * size, x)
         return widened(x, self.axes, room)
+
+    def _columns(self, file: IO[bytes], length: int, size: int, start: int, stop: int) -> Any:
+        """Rows of a matrix in Fortran order, transposed: [size, stop - start], from `size` columns of this length."""
+        x = np.empty((size, stop - start), self.stored)
+        if length * self.stored.itemsize > _PAGE:
+            for at, column in enumerate(x):
+                self._fill(file, at * length + start, column)
+            return x
+        # Each page is read in any case: few reads of many whole columns take less time than a short one for each.
+        step = max(1, _PIECE // (length * self.stored.itemsize))
+        for at in range(0, size, step):
+            columns = np.empty((min(step, size - at), length), self.stored)
+            self._fill(file, at * length, columns)
+            x[at : at + step] = columns[:, start:stop]
+        return x
 
     def _fill(self, file: IO[bytes], at: int, x: Any) -> None:
         """Reads numbers from the one with this index in the file on."""
@@ -77,8 +91,9 @@ class NpyRows:
                 return widened(np.memmap(file, self.stored, "r", self.offset, self.shape)[index], self.axes, room)
             x = np.empty((stop - start, math.prod(row)), self.stored)
             # Each column is on other pages, which stay in memory, with up to some MB around, while the map exists.
-            for at in range(0, x.shape[1], _COLUMNS_AT_ONCE):
-                into = x[:, at : at + _COLUMNS_AT_ONCE]
+            step = max(_COLUMNS_AT_ONCE, _PIECE // (math.prod(leading) * self.stored.itemsize))
+            for at in range(0, x.shape[1], step):
+                into = x[:, at : at + step]
                 offset = self.offset + at * math.prod(leading) * self.stored.itemsize
                 into[...] = np.memmap(file, self.stored, "r", offset, (*leading, into.shape[1]), "F")[index]
             return widened(x.reshape(-1, *row), self.axes, room)

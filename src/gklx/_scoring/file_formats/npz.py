@@ -1,7 +1,7 @@
 """NumPy's `.npz`: a member is read as a stream, so that its checksum is verified, compressed or not."""
 
 import collections
-import functools
+import errno
 import lzma
 import math
 import shutil
@@ -10,16 +10,18 @@ import threading
 import weakref
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..backend import threads
+from .kept import Kept
 from .npy import NpyRows, header
 from .rows import Room, Stamp, chosen, reading, reason, stamp, text, widened
 
-_PIECE = 2**20
+_PIECE = 2**16
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -29,7 +31,6 @@ _DAMAGED = (
     RuntimeError,
     UnicodeDecodeError,  # of a member's name
 )
-_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,14 @@ class ArchivedRows:
         """Rows of the flattened leading axes."""
         whole = self.unpacked
         if whole.fortran:
-            with reading(self.name), _one_at_a_time:
-                copy = _copy(self.path, self.member, stamp(self.path))
+            with reading(self.name):
+                now = stamp(self.path)
+            copy = _copies(self, now)
             return whole.read_mapped(copy.file, start, stop, room)
         shape = (stop - start, *self.shape[len(self.shape) - whole.axes :])
         row = math.prod(shape[1:]) * whole.stored.itemsize
         with reading(self.name):
-            with _one_at_a_time:
-                stream = _stream(self.path, self.member, stamp(self.path))
+            stream = _streams(self.path, self.member, stamp(self.path))
             x = np.frombuffer(stream.read(whole.offset + start * row, (stop - start) * row), whole.stored)
         return widened(x.reshape(shape), whole.axes, room)
 
@@ -108,18 +109,27 @@ def open_npz(name: str, path: str, key: str | None, axes: int) -> ArchivedRows:
 class _Copy:
     """A member in an unnamed temporary file, which the system removes with its last reader."""
 
-    def __init__(self, path: str, member: str) -> None:
+    def __init__(self, of: ArchivedRows, _: Stamp) -> None:
+        folder, whole = tempfile.gettempdir(), of.unpacked
+        size, free = whole.offset + whole.stored.itemsize * math.prod(of.shape), shutil.disk_usage(folder).free
+        if size > free:
+            message = f"{of.name}: unpacking it takes {size:,} bytes, where {free:,} are free"
+            raise OSError(errno.ENOSPC, message, folder)
         self.file = tempfile.TemporaryFile(prefix="gklx-")  # noqa: SIM115
         weakref.finalize(self, self.file.close)
-        with zipfile.ZipFile(path) as archive, archive.open(member) as packed:
-            size, free = archive.getinfo(member).file_size, shutil.disk_usage(tempfile.gettempdir()).free
-            if size > free:
-                raise OSError(f"unpacking takes {size:,} bytes in {tempfile.gettempdir()}, where {free:,} are free")
-            try:
-                shutil.copyfileobj(packed, self.file, 2**20)
-                self.file.flush()
-            except OSError as error:
-                raise OSError(f"unpacking into {tempfile.gettempdir()}: {error}") from None
+        try:
+            for piece in _pieces(of):
+                self.file.write(piece)
+            self.file.flush()
+        except OSError as error:  # of writing: `_pieces` has none
+            raise OSError(error.errno, f"{of.name}: unpacking it: {error.strerror}", folder) from None
+
+
+def _pieces(of: ArchivedRows) -> Iterator[bytes]:
+    """The unpacked bytes of a member."""
+    with reading(of.name), zipfile.ZipFile(of.path) as archive, archive.open(of.member) as packed:
+        while piece := packed.read(2**20):
+            yield piece
 
 
 class _Stream:
@@ -129,7 +139,7 @@ class _Stream:
     read further back starts the unpacking again.
     """
 
-    def __init__(self, path: str, member: str) -> None:
+    def __init__(self, path: str, member: str, _: Stamp) -> None:
         self._archive, self._member = zipfile.ZipFile(path), member
         weakref.finalize(self, self._archive.close)
         self._lock = threading.Lock()
@@ -163,21 +173,12 @@ class _Stream:
             return bytearray().join(found)
 
 
+# Two for each input: where it is in shards, threads may still read one of them when others have begun the next.
+_streams = Kept(_Stream, lambda inputs: 2 * inputs)
+_copies = Kept(_Copy, lambda inputs: 2 * inputs)
+
+
 def forget() -> None:
     """Frees what is kept of archives."""
-    with _one_at_a_time:
-        _stream.cache_clear()
-        _copy.cache_clear()
-
-
-@functools.lru_cache(maxsize=4)
-def _stream(path: str, member: str, _: Stamp) -> _Stream:
-    """The open member of an archive, kept for the next read; for student, teacher and labels at the same time."""
-    return _Stream(path, member)
-
-
-# Only as many as student, teacher and labels are read from at once: copies of all shards would fill the disk.
-@functools.lru_cache(maxsize=8)
-def _copy(path: str, member: str, _: Stamp) -> _Copy:
-    """The unpacked copy of an archive's member, kept for the next read."""
-    return _Copy(path, member)
+    _streams.forget()
+    _copies.forget()

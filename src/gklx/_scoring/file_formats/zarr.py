@@ -1,9 +1,7 @@
 """Zarr arrays, formats 2 and 3: a chunk is unpacked once where it holds more rows than are read at a time."""
 
-import functools
 import math
 import os
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .kept import Kept
 from .rows import Room, Stamp, chosen, dtype_of, files_below, picked, reading, reason, stamp, widened
-
-_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ class ZarrRows:
         return widened(x.view("V2") if self.dtype == "bfloat16" else x, self.axes, room)
 
     def _of_band(self, first: int, last: int, start: int, stop: int) -> Any:
-        with _one_at_a_time:
-            return _band(self, first, last)[start - first : stop - first]
+        return _bands(self, first, last)[start - first : stop - first]
 
 
 @dataclass(frozen=True)
@@ -118,17 +114,18 @@ def store_of(path: str) -> str:
     return [each for each in above if each.endswith(".zarr")][-1]
 
 
-def forget() -> None:
-    """Frees the bands that are kept."""
-    with _one_at_a_time:
-        _band.cache_clear()
-
-
-# One each for student, teacher and labels.
-@functools.lru_cache(maxsize=3)
 def _band(of: ZarrRows, first: int, last: int) -> Any:
     array = _library(of.name).open_array(of.path, mode="r", path=of.key)
     return picked(array, of.shape, of.axes, first, last)
+
+
+# One for each input, and one more where threads are not yet through with the band before.
+_bands = Kept(_band, lambda inputs: inputs + 1)
+
+
+def forget() -> None:
+    """Frees the bands that are kept."""
+    _bands.forget()
 
 
 def _library(name: str) -> Any:
