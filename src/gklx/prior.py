@@ -341,8 +341,8 @@ class ClassPrior(Generic[ArrayT]):
             if dtype not in ("float32", "float64") or shape != square:
                 raise ValueError(f"state must hold {name} as float32 or float64 {square}, got {dtype} {shape}")
             found[name] = np.array(to_numpy(x) if library_of(x) else x)
-            if not (found[name] >= 0).all():
-                raise ValueError(f"state must hold {name} without negative numbers and NaN")
+            if (found[name] < 0).any():
+                raise ValueError(f"state must hold {name} without negative numbers, got {found[name].min()}")
         dtype = dtype_name(found["sums"].dtype if state["settled"] else self._state.table.dtype)
         self._settled = self._settled or bool(state["settled"])
         self._state = ClassPriorState(found["table"], found["sums"])
