@@ -58,7 +58,7 @@ def make_student() -> nn.Module:
 
 
 def make_criterion() -> GKLLoss:
-    """GKL with weights in the ranges published for CIFAR-100: `gklx.settings["cifar100-gkl"]`."""
+    """GKL with weights in the ranges published for CIFAR-100: the eleven `cifar100-gkl-…` of `gklx.settings`."""
     return GKLLoss(
         CLASSES,
         mse_weight=4.0,

@@ -199,6 +199,31 @@ def _distilled(
     )
 
 
+def _cifar100(
+    teacher: str,
+    student: str,
+    ce_weight: float,
+    mse_weight: float,
+    gamma: float,
+    weights: Literal["class prior", "teacher"],
+    file: str,
+) -> Setting:
+    """A setting of GKL's distillation on CIFAR-100: both temperatures 4, a frozen teacher."""
+    return Setting(
+        name=f"cifar100-gkl-{teacher}-{student}",
+        task=f"distillation, CIFAR-100, {teacher} to {student}",
+        divergence="gkl",
+        ce_weight=ce_weight,
+        mse_weight=mse_weight,
+        gamma=gamma,
+        temperature=4.0,
+        weight_temperature=4.0,
+        weights=weights,
+        warmup_epochs=20,
+        source=Source(paper=_TPAMI, file=f"DKLv2/KD-dkl/cifar100_config_gkl/{file}.yaml"),
+    )
+
+
 def _semi_supervised(name: str, method: str, ce_weight: float, mse_weight: float, reached: str) -> Setting:
     return Setting(
         name=name,
@@ -316,16 +341,17 @@ settings: Mapping[str, Setting] = _Settings(
         source=Source(paper=_NEURIPS, file="DKLv1/KD-dkl/cifar100_kd_dkl_configs"),
         note="the folder's eleven files have the other pairs",
     ),
-    Setting(
-        name="cifar100-gkl",
-        task="distillation, CIFAR-100, 11 pairs",
-        divergence="gkl",
-        temperature=4.0,
-        weight_temperature=4.0,
-        warmup_epochs=20,
-        source=Source(paper=_TPAMI),
-        note="CE 1 to 4, wMSE 4 to 20, γ 0 to 0.3; class prior in 7 pairs, teacher's own weights in 4",
-    ),
+    _cifar100("resnet110", "resnet32", 1.0, 4.0, 0.1, "teacher", "res110_res32"),
+    _cifar100("resnet32x4", "resnet8x4", 1.0, 16.0, 0.05, "class prior", "res32x4_res8x4"),
+    _cifar100("resnet32x4", "shufflenetv1", 1.0, 8.0, 0.0, "class prior", "res32x4_shuv1"),
+    _cifar100("resnet32x4", "shufflenetv2", 3.0, 12.0, 0.1, "class prior", "res32x4_shuv2"),
+    _cifar100("resnet50", "mobilenetv2", 1.0, 8.0, 0.05, "class prior", "res50_mv2"),
+    _cifar100("resnet56", "resnet20", 1.0, 4.0, 0.2, "class prior", "res56_res20"),
+    _cifar100("vgg13", "mobilenetv2", 4.0, 12.0, 0.1, "class prior", "vgg13_mv2"),
+    _cifar100("vgg13", "vgg8", 1.0, 8.0, 0.2, "class prior", "vgg13_vgg8"),
+    _cifar100("wrn-40-2", "shufflenetv1", 1.0, 8.0, 0.0, "teacher", "wrn40_2_shuv1"),
+    _cifar100("wrn-40-2", "wrn-16-2", 3.0, 20.0, 0.3, "teacher", "wrn40_2_wrn_16_2"),
+    _cifar100("wrn-40-2", "wrn-40-1", 1.0, 12.0, 0.3, "teacher", "wrn40_2_wrn_40_1"),
     _semi_supervised("fixmatch", "FixMatch", 1.0, 0.1, "accuracy 70.57 %, 69.89 % without"),
     _semi_supervised("meanteacher", "MeanTeacher", 0.02, 0.03, "accuracy 68.75 %, 67.49 % without"),
 )
