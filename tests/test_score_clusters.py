@@ -111,7 +111,7 @@ def test_socket_of_no_scheduler_is_refused(files, monkeypatch, greeting, reason)
     """One that says nothing, and one of another protocol; a dashboard's, say."""
     backends.needs("dask")
     pytest.importorskip("distributed")
-    monkeypatch.setattr(pools, "_PATIENCE", 1)
+    monkeypatch.setattr(pools, "_TIMEOUT", 1)
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as executor:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         asked = executor.submit(gklx.score, *files[:2], backend="dask", scheduler=address)
@@ -129,7 +129,7 @@ def test_address_is_tried_within_an_event_loop(files, monkeypatch, address):
     """As a notebook has one."""
     backends.needs("dask")
     pytest.importorskip("distributed")
-    monkeypatch.setattr(pools, "_PATIENCE", 1)
+    monkeypatch.setattr(pools, "_TIMEOUT", 1)
 
     async def score():
         return gklx.score(*files[:2], backend="dask", scheduler=address)
@@ -160,7 +160,7 @@ class Unanswered(Executor):
 
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_lost_connection_ends_the_run(cancelled, monkeypatch):
-    monkeypatch.setattr(pools, "_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(pools, "_POLL_INTERVAL", 0.01)
     looks = iter([False] * 5 + [True] * 99)
     pool = pools.Pool(Unanswered(cancelled), 1, None, None, "dask", "1 worker", lambda: next(looks))
     with pytest.raises(ConnectionError, match=r"^the connection to the Dask scheduler was lost$"):
@@ -169,7 +169,7 @@ def test_lost_connection_ends_the_run(cancelled, monkeypatch):
 
 
 def test_slow_task_is_awaited_and_its_own_timeout_is_raised(monkeypatch):
-    monkeypatch.setattr(pools, "_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(pools, "_POLL_INTERVAL", 0.01)
 
     def slow(place, x):
         time.sleep(0.05)

@@ -344,7 +344,7 @@ def test_block_of_many_candidates_has_fewer_samples(files, monkeypatch):
     seen = []
     monkeypatch.setattr(runs, "score_chunk", lambda *args: (seen.append(args[2].stop - args[2].start), score(*args))[1])
     for names in ("a", "abc"):
-        monkeypatch.setattr(runs, "_RECORDS_BYTES", 30_000)
+        monkeypatch.setattr(work_file, "_BLOCK_BYTES", 30_000)
         gklx.score(dict.fromkeys(names, files[0]), files[1], losses=["kl"])
     assert 3 * max(seen[-2:]) <= seen[0] + 2
 

@@ -180,9 +180,11 @@ def _distilled(
     *,
     warmup_epochs: int,
     source: Source,
+    temperature: float = 1.0,
+    weights: Literal["class prior", "teacher"] = "class prior",
     reached: str | None = None,
 ) -> Setting:
-    """A setting of GKL's distillation on ImageNet: both temperatures 1, a class prior, a frozen teacher."""
+    """A setting of GKL's distillation: one temperature for the CE and for the weights, a frozen teacher."""
     return Setting(
         name=name,
         task=f"distillation, {task}",
@@ -190,9 +192,9 @@ def _distilled(
         ce_weight=ce_weight,
         mse_weight=mse_weight,
         gamma=gamma,
-        temperature=1.0,
-        weight_temperature=1.0,
-        weights="class prior",
+        temperature=temperature,
+        weight_temperature=temperature,
+        weights=weights,
         warmup_epochs=warmup_epochs,
         reached=reached,
         source=source,
@@ -208,19 +210,17 @@ def _cifar100(
     weights: Literal["class prior", "teacher"],
     file: str,
 ) -> Setting:
-    """A setting of GKL's distillation on CIFAR-100: both temperatures 4, a frozen teacher."""
-    return Setting(
-        name=f"cifar100-gkl-{teacher}-{student}",
-        task=f"distillation, CIFAR-100, {teacher} to {student}",
-        divergence="gkl",
-        ce_weight=ce_weight,
-        mse_weight=mse_weight,
-        gamma=gamma,
-        temperature=4.0,
-        weight_temperature=4.0,
-        weights=weights,
+    """A setting of GKL's distillation on CIFAR-100."""
+    return _distilled(
+        f"cifar100-gkl-{teacher}-{student}",
+        f"CIFAR-100, {teacher} to {student}",
+        ce_weight,
+        mse_weight,
+        gamma,
         warmup_epochs=20,
         source=Source(paper=_TPAMI, file=f"DKLv2/KD-dkl/cifar100_config_gkl/{file}.yaml"),
+        temperature=4.0,
+        weights=weights,
     )
 
 

@@ -165,42 +165,13 @@ class _EagerResults(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_value: Any, *of_gradients: Any) -> Any:
         arrays, _ = _saved(ctx)
-        found = [None] * (_NOT_ARRAYS + len(Arrays._fields))
+        first: Sequence[Any] = (None,) * (_NOT_ARRAYS + len(Arrays._fields))
+        second = first
         if of_value is not None:
-            found = list(_backward(ctx, arrays, ctx.batch, (None, None), of_value, ctx.statistics))
+            first = _backward(ctx, arrays, ctx.batch, (None, None), of_value, ctx.statistics)
         if any(x is not None for x in of_gradients):
-            second = _EagerResults._of_gradients(ctx, arrays, of_gradients)
-            for at, x in enumerate(second, _NOT_ARRAYS):
-                found[at] = x if found[at] is None else found[at] if x is None else found[at] + x
-        return tuple(found)
-
-    @staticmethod
-    def _of_gradients(ctx: Any, arrays: Sequence[Any], upstream: Sequence[Any]) -> list[Any]:
-        """The derivatives of the gradients with respect to the logits, times those of whatever is made of them."""
-        student, teacher, *others = _followable(arrays)
-        with torch.enable_grad():
-            # Views: one network's logits may be computed from the other's, and that is not to be followed here.
-            logits = student.view_as(student), teacher.view_as(teacher)
-            gradients = _gradients(_on(ctx.call, (*logits, *others)), None, ctx.asked[1:], None)
-        needed = ctx.needs_input_grad[1:3]
-        inputs = [x for x, asked in zip(logits, needed, strict=True) if asked]
-        followed = [
-            (x, by)
-            for x, by in zip(gradients, upstream, strict=True)
-            if by is not None and x.requires_grad  # zeros, of a network without a part in the loss, do not
-        ]
-        found = iter(
-            torch.autograd.grad(
-                [x for x, _ in followed],
-                inputs,
-                [by for _, by in followed],
-                create_graph=torch.is_grad_enabled(),
-                allow_unused=True,
-            )
-            if followed
-            else [None] * len(inputs)
-        )
-        return [next(found) if asked else None for asked in needed]
+            second = _second_backward(ctx, arrays, of_gradients)
+        return tuple(y if x is None else x if y is None else x + y for x, y in zip(first, second, strict=True))
 
 
 def _save(ctx: Any, arrays: Sequence[Any], *made: Any) -> None:
@@ -232,22 +203,50 @@ def _backward(
 ) -> tuple[Any, ...]:
     """What a backward pass returns: the gradients made ahead, or else made now, times the upstream one."""
     call, wanted = ctx.call, ctx.needs_input_grad[1:3]
+    factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
     given: list[Any]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone may differentiate this again: evaluate the formulas where autograd sees them. What it then finds is
         # the derivative of the gradient field, which for DKL is KL's Hessian.
         given = _gradients(_on(call, _followable(arrays)), None, wanted, upstream)
     elif all(x is not None for x, asked in zip(ahead, wanted, strict=True) if asked):
-        given = _scaled(ahead, upstream.unsqueeze(-1) if call.reduction == "none" else upstream)
+        given = _scaled(ahead, factor)
     elif not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
         # Many upstream gradients as one tensor (`is_grads_batched`), which no kernel takes.
         logits = [x.to(call.dtype) for x in arrays[:2]]
-        made = _gradients(_on(call, (*logits, *arrays[2:])), batch, wanted, None)
-        factor = upstream.unsqueeze(-1) if call.reduction == "none" else upstream
-        given = [None if g is None else (g * factor).to(x.dtype) for g, x in zip(made, arrays[:2], strict=True)]
+        made = _scaled(_gradients(_on(call, (*logits, *arrays[2:])), batch, wanted, None), factor)
+        given = [None if g is None else g.to(x.dtype) for g, x in zip(made, arrays[:2], strict=True)]
     else:
         given = _gradients(_on(call, arrays), batch, wanted, upstream, statistics)
     return None, *given, None, None, None, None
+
+
+def _second_backward(ctx: Any, arrays: Sequence[Any], upstream: Sequence[Any]) -> tuple[Any, ...]:
+    """What a backward pass through the gradients returns: their derivatives times the upstream gradients."""
+    student, teacher, *others = _followable(arrays)
+    with torch.enable_grad():
+        # Views: one network's logits may be computed from the other's, and that is not to be followed here.
+        logits = student.view_as(student), teacher.view_as(teacher)
+        gradients = _gradients(_on(ctx.call, (*logits, *others)), None, ctx.asked[1:], None)
+    needed = ctx.needs_input_grad[1:3]
+    inputs = [x for x, asked in zip(logits, needed, strict=True) if asked]
+    followed = [
+        (x, by)
+        for x, by in zip(gradients, upstream, strict=True)
+        if by is not None and x.requires_grad  # zeros, of a network without a part in the loss, do not
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [x for x, _ in followed],
+            inputs,
+            [by for _, by in followed],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        if followed
+        else [None] * len(inputs)
+    )
+    return None, *(next(found) if asked else None for asked in needed), None, None, None, None
 
 
 def _primal(x: torch.Tensor) -> torch.Tensor:
@@ -255,7 +254,7 @@ def _primal(x: torch.Tensor) -> torch.Tensor:
     return primal
 
 
-def _scaled(gradients: tuple[Any, ...], upstream: torch.Tensor) -> list[Any]:
+def _scaled(gradients: Sequence[Any], upstream: torch.Tensor) -> list[Any]:
     """The gradients times the upstream gradient.
 
     As they are, where that is seen to be 1 at no cost and the graph is not kept: they are what `_save` kept.

@@ -307,7 +307,7 @@ def _number(
         if library.readable(value):
             _python_number(name, float(value), computed, allowed)
             return xp.astype(value, dtype)
-        value = xp.astype(value, dtype)
+        value = xp.astype(value, dtype)  # traced: where no error can be raised, a wrong number is NaN
         least = -math.inf if allowed == "finite" else 0.0
         right = xp.isfinite(value) & ((value > least) if allowed == "above 0" else (value >= least))
         return xp.where(right, value, xp.nan)

@@ -231,7 +231,7 @@ def _start_by_core(kernel: Any, device: int, stream: int, blocks: int, given: tu
     from cuda.core import launch
 
     with sys.modules["torch"].cuda.device(device):
-        # Binds a context, which a thread of PyTorch's backward pass may not have; at a start PyTorch binds none itself.
+        # A thread of PyTorch's backward pass may have no CUDA context; neither the line above nor `launch` binds one.
         CudaDevice(device).set_current()
         launch(_core_stream(device, stream), _core_config(blocks), kernel, *given)
 

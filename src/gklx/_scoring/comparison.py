@@ -16,7 +16,7 @@ from .atomic import check_apart, check_writable
 from .backend import backend
 from .file_formats import npz, zarr
 from .gates import Gate, check_gates
-from .inputs import Inputs, inputs_of
+from .inputs import Inputs, inputs_of, is_path
 from .plot import check_plot, draw
 from .plot_candidates import draw_candidates
 from .pools import Pool, cluster, threads
@@ -186,7 +186,7 @@ def _checked(request: Request) -> tuple[tuple[str, ...], Parameters]:
     if not all(_is_whole(k) for k in request.top_k) or len(set(request.top_k)) < len(request.top_k):
         raise ValueError(f"top_k must be different whole numbers, at least 1, got {list(request.top_k)}")
     where = request.where_label
-    if where is not None and (isinstance(where, bool) or not isinstance(where, int)):
+    if where is not None and whole_number(where) is None:
         raise ValueError(f"where_label must be a whole number, got {where!r}")
     for name in ("output", "per_sample", "plot", "work_dir"):
         if getattr(request, name) == "":  # an unset variable of the shell; as a path it would be the working directory
@@ -225,7 +225,8 @@ def _plain(x: Any) -> Any:
 
 
 def _is_whole(x: Any) -> bool:
-    return not isinstance(x, bool) and isinstance(x, int) and x >= 1
+    number = whole_number(x)
+    return number is not None and number >= 1
 
 
 class _NoRoomForPriorError(ValueError):
@@ -326,6 +327,4 @@ def _short(x: Any, otherwise: str) -> str:
     """The name of a file, or what else there is to say."""
     if isinstance(x, (str, os.PathLike)):
         return printable(Path(os.fspath(x)).name)  # control characters would make the picture invalid
-    if isinstance(x, (list, tuple)) and all(isinstance(each, (str, os.PathLike)) for each in x):
-        return f"{len(x)} shards"
-    return otherwise
+    return f"{len(x)} shards" if is_path(x) else otherwise

@@ -315,22 +315,22 @@ def _is_batches(x: Any) -> bool:
     return isinstance(x, Iterable)
 
 
-def _is_path(x: Any) -> bool:
+def is_path(x: Any) -> bool:
     """Whether it is a path, or a sequence of paths to shards."""
     paths = x if isinstance(x, (list, tuple)) else (x,)
     return all(isinstance(each, (str, os.PathLike)) for each in paths)
 
 
 def _logits(name: str, x: Any) -> Rows:
-    return open_logits(x) if _is_path(x) else _array_of_logits(name, x)
+    return open_logits(x) if is_path(x) else _array_of_logits(name, x)
 
 
 def _labels(name: str, x: Any) -> Rows:
-    return open_labels(x) if _is_path(x) else _array_of_labels(name, x)
+    return open_labels(x) if is_path(x) else _array_of_labels(name, x)
 
 
 def _mask(name: str, x: Any) -> Rows:
-    return open_mask(x) if _is_path(x) else _array_of_mask(name, x)
+    return open_mask(x) if is_path(x) else _array_of_mask(name, x)
 
 
 def _array_of_logits(name: str, x: Any) -> ArrayRows:

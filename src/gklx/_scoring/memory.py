@@ -10,7 +10,7 @@ _ARRAYS_A_BLOCK = 24
 _BYTES_A_SAMPLE = 600
 """What a block needs for each sample beside its logits: results and records."""
 
-_LATER = 4_000_000
+_OVERHEAD = 4_000_000
 """What a run needs in addition to its blocks: libraries that are loaded later, and statistics of some records."""
 
 
@@ -39,11 +39,11 @@ def rows_and_threads(
     """
     here = psutil.Process().memory_info().rss
     limit = here + psutil.virtual_memory().available // 2 if bound is None else bound
-    logits, room = classes * itemsize, limit - here - _LATER - needs.bytes
+    logits, room = classes * itemsize, limit - here - _OVERHEAD - needs.bytes
     row = logits * _ARRAYS_A_BLOCK + _BYTES_A_SAMPLE
     smallest = row + needs.a_thread
     if room < smallest:
-        least = here + _LATER + needs.bytes + smallest
+        least = here + _OVERHEAD + needs.bytes + smallest
         got = f"got {_text(limit)}" if bound is not None else f"half of the free memory leaves {_text(limit)}"
         of_which = f", {_text(needs.bytes + needs.a_thread)} of it for {needs.what}" if needs.what else ""
         raise ValueError(f"memory must be at least {_text(least)} for {classes:,} classes here{of_which}; {got}")

@@ -16,8 +16,8 @@ from typing import Any
 from .backend import Backend, backend
 from .backend import threads as own_threads
 
-_PATIENCE = 10  # seconds for a scheduler to answer
-_BETWEEN_LOOKS = 2  # seconds, at the connection to it
+_TIMEOUT = 10  # seconds for a scheduler to answer
+_POLL_INTERVAL = 2  # seconds between two checks of the connection to it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Pool:
     def _result(self, future: Future[Any]) -> Any:
         while not self.lost():
             try:
-                return future.result(timeout=_BETWEEN_LOOKS)
+                return future.result(timeout=_POLL_INTERVAL)
             except CancelledError:
                 break
             except TimeoutError:
@@ -90,7 +90,7 @@ def cluster(scheduler: str | None) -> Iterator[Pool]:
             stack.enter_context(silence_logging_cmgr(logging.CRITICAL, logger))
         try:
             at = stack.enter_context(_own_cluster(LocalCluster)) if scheduler is None else _that_answers(scheduler)
-            made = Client(at, timeout=_PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+            made = Client(at, timeout=_TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]
             client = stack.enter_context(made)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"scheduler {scheduler}: no Dask scheduler answers there ({error})") from None
@@ -120,22 +120,20 @@ def _that_answers(address: str) -> str:
 
     secured = Security().get_connection_args("client")  # type: ignore[no-untyped-call]
 
-    async def meet() -> None:
-        found = await connect(address, timeout=_PATIENCE, **secured)  # type: ignore[no-untyped-call]
-        await found.close()
-
-    async def in_time() -> None:
+    async def greet() -> None:
         try:
-            await asyncio.wait_for(meet(), _PATIENCE)
+            async with asyncio.timeout(_TIMEOUT):
+                found = await connect(address, timeout=_TIMEOUT, **secured)  # type: ignore[no-untyped-call]
+                await found.close()
         except TimeoutError:
-            raise OSError(f"nothing within {_PATIENCE} s") from None
+            raise OSError(f"nothing within {_TIMEOUT} s") from None
         except (OSError, ValueError, TypeError):
             raise  # these say what is wrong with the address
         except Exception:  # a web server's answer, say, read as the length of a message
             raise OSError("what answers is something else") from None
 
     with ThreadPoolExecutor(1) as executor:  # this thread may run an event loop already
-        executor.submit(asyncio.run, in_time()).result()
+        executor.submit(asyncio.run, greet()).result()
     return address
 
 

@@ -16,8 +16,6 @@ from .pools import Pool, working
 from .samples import MASKED, UNDEFINED, Parameters, RowsOfBlock, prior_sums, record_dtype, scored
 from .work_file import WorkFile
 
-_RECORDS_BYTES = 2**20
-"""How many bytes of records a block may have: of few classes or many candidates they are more than the logits."""
 _threads = threading.local()
 
 
@@ -102,8 +100,8 @@ def _run(
     if job.by_prior:
         prior = _class_prior(job, inputs, pool, work, watch, progress)
     progress("scoring", work.records)
-    rows = max(1, min(job.rows, _RECORDS_BYTES // work.dtype.itemsize))
-    calls = ((job, chunk, prior) for chunk in inputs.chunks(work.records, rows))
+    # Of few classes or many candidates the records are more than the logits.
+    calls = ((job, chunk, prior) for chunk in inputs.chunks(work.records, work.block(job.rows)))
     for records in pool.in_order(score_chunk, calls):
         if job.strict:
             _check_strict(records, work.records)

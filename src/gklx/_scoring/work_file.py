@@ -22,8 +22,10 @@ import numpy as np
 
 from .atomic import lock, replacing
 
-RECORDS_A_BLOCK, _BLOCK_BYTES = 2**14, 2**20
-"""The most that is read at a time; statistics make some twenty columns in float64 of it."""
+RECORDS_A_BLOCK = 2**14
+"""The most records that are read at a time: statistics make some twenty columns in float64 of them."""
+_BLOCK_BYTES = 2**20
+"""The most bytes of records a block has, whether it is computed or read; one record may be more."""
 _RECORDS_A_CHECK = 2**8
 _SECONDS_BETWEEN_SUMS = 20.0
 _RECORDS, _CHECKS, _SUMS = "records.bin", "checks.bin", "class_sums.bin"
@@ -64,10 +66,13 @@ class WorkFile:
             if self._checks is not None:
                 self._write(self._checks, None, _CHECK.pack(self.records, self._digest.digest()))
 
+    def block(self, most: int) -> int:
+        """How many records a block has: at most so many, and fewer of large ones."""
+        return max(1, min(most, _BLOCK_BYTES // int(self.dtype.itemsize)))
+
     def blocks(self) -> Iterator[Any]:
-        """All records, up to `RECORDS_A_BLOCK` and `_BLOCK_BYTES` at a time; OSError where the file was changed."""
-        digest = self._empty.copy()
-        block = max(1, min(RECORDS_A_BLOCK, _BLOCK_BYTES // self.dtype.itemsize))
+        """All records, `block(RECORDS_A_BLOCK)` at a time; OSError where the file was changed."""
+        digest, block = self._empty.copy(), self.block(RECORDS_A_BLOCK)
         for start in range(0, self.records, block):
             count = min(block, self.records - start)
             some = self._read(start, count)

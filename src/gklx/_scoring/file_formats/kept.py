@@ -1,4 +1,4 @@
-"""What readers keep between reads: for as many inputs as are read in turn, whether here or on a worker of a cluster."""
+"""Caches of what readers have unpacked, with room for all inputs of a block; here or on a worker of a cluster."""
 
 import collections
 import contextlib
@@ -13,7 +13,7 @@ _in_turn: list[int] = []
 
 @contextlib.contextmanager
 def in_turn(inputs: int) -> Iterator[None]:
-    """What a task enters around the reads of a block, one of each input."""
+    """Within it a task reads a block, once of each of so many inputs: the caches keep what all of them need."""
     _in_turn.append(inputs)
     try:
         yield
@@ -22,7 +22,10 @@ def in_turn(inputs: int) -> Iterator[None]:
 
 
 class Kept(Generic[T]):
-    """What was made for the latest reads, made one at a time; `most` says how many are kept for how many inputs."""
+    """A cache that drops the least recently used; `most` says how many it keeps for how many inputs of a block.
+
+    `make` is called for one key at a time.
+    """
 
     def __init__(self, make: Callable[..., T], most: Callable[[int], int]) -> None:
         self._make, self._most = make, most
@@ -30,7 +33,7 @@ class Kept(Generic[T]):
         self._lock = threading.Lock()
 
     def __call__(self, *key: Hashable) -> T:
-        """What is kept for this key, made now where there is none."""
+        """What was made for this key, now or before."""
         with self._lock:
             if key not in self._held:
                 most = self._most(max(tuple(_in_turn), default=2))

@@ -15,7 +15,9 @@ from .rows import Room, Stamp, dtype_of, reading, reason, stamp, text, widened
 MAGIC = b"\x93NUMPY"
 _COLUMNS_AT_ONCE = 32
 _PAGE = 2**12
+"""The bytes that the system reads for any byte of a file."""
 _PIECE = 2**18
+"""About how many bytes of whole columns, in Fortran order, are read at a time."""
 _LONGEST_HEADER = 2**16
 
 
